@@ -1,0 +1,1 @@
+"""Writers for serving formats, one file per target."""
