@@ -1,0 +1,206 @@
+"""Reading a Hugging Face checkpoint folder tensor by tensor. Safetensors only: nothing in the folder is executed.
+
+Names: a *tensor name* is a parameter's name in the transformers model; a *stored name* is what the file calls it (old
+GPT-2 and OPT checkpoints leave out the base model's prefix).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+from minisp.errors import CheckpointError, UnsupportedModelError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies: file name inside the folder, shape, and element type as safetensors spells it."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its config and the table of its tensors; weights are read on demand.
+
+    Attributes:
+        folder: where the files are.
+        config: the transformers config.
+        raw_config: config.json as it stands.
+        tensors: stored name → place.
+    """
+
+    folder: Path
+    config: PretrainedConfig
+    raw_config: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Checkpoint":
+        """Read config, index and shard headers; no weights yet.
+
+        Raises:
+            CheckpointError: no folder, no config, pickled weights, a bad index, a missing or truncated shard.
+            UnsupportedModelError: quantised weights.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"Checkpoint: expected a folder, got {folder}. Check the path.")
+        raw_config = _read_json(folder / "config.json")
+        if "model_type" not in raw_config:
+            raise CheckpointError(
+                f"{folder}/config.json: expected a key model_type, got none. Not a transformers config."
+            )
+        if raw_config.get("quantization_config"):
+            raise UnsupportedModelError(
+                f"{folder}: expected plain floating-point weights, got quantised ones "
+                f"({raw_config['quantization_config'].get('quant_method')}). Dequantise the checkpoint first."
+            )
+        tensors: dict[str, StoredTensor] = {}
+        for file in _shards(folder):
+            tensors.update(_read_header(folder, file))
+        _check_index(folder, tensors)
+        return cls(folder, _read_config(folder), raw_config, tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weight files."""
+        return sum((self.folder / file).stat().st_size for file in {place.file for place in self.tensors.values()})
+
+    def stored_name(self, name: str, prefix: str) -> str:
+        """The stored name of a model's tensor `name`, whose base model sits under `prefix`.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensor.
+        """
+        for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+            if candidate in self.tensors:
+                return candidate
+        raise CheckpointError(
+            f"{self.folder}: expected a tensor {name}, found none among {len(self.tensors)} tensors. "
+            "The checkpoint is incomplete or its config.json belongs to another model."
+        )
+
+    def read(self, stored_names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (stored name, tensor) in the stored dtype, on the CPU, file by file; each shard is opened once.
+
+        Raises:
+            CheckpointError: a tensor cannot be read, or holds NaN or infinity.
+        """
+        by_file: dict[str, list[str]] = {}
+        for name in stored_names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        for file, names in by_file.items():
+            try:
+                with safe_open(self.folder / file, framework="pt") as handle:
+                    for name in names:
+                        tensor = handle.get_tensor(name)
+                        _check_finite(tensor, f"{self.folder.name}/{file}: tensor {name}")
+                        yield name, tensor
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{self.folder}/{file}: cannot be read ({error}). Download it again.") from error
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and every tensor's name, place, shape, dtype and file size (not its values)."""
+        sizes = {file: (self.folder / file).stat().st_size for file in sorted({t.file for t in self.tensors.values()})}
+        table = [(name, t.file, t.shape, t.dtype) for name, t in sorted(self.tensors.items())]
+        return hashlib.sha256(json.dumps([self.raw_config, sizes, table]).encode()).hexdigest()
+
+
+def _shards(folder: Path) -> list[str]:
+    """Names of the weight files, from the index where there is one."""
+    if (folder / INDEX_NAME).is_file():
+        weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise CheckpointError(
+                f"{folder}/{INDEX_NAME}: expected weight_map from tensor to file name. Fix the index."
+            )
+        files = sorted(set(weight_map.values()))
+        for file in files:
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{folder}/{INDEX_NAME}: expected names of .safetensors files inside the folder, got {file!r}. "
+                    "Do not trust this checkpoint."
+                )
+            if not (folder / file).is_file():
+                raise CheckpointError(f"{folder}: expected the shard {file} that the index names, found none.")
+        return files
+    if (folder / SINGLE_NAME).is_file():
+        return [SINGLE_NAME]
+    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
+    hint = (
+        f"found pickled weights ({', '.join(pickles[:3])}), which can run code when loaded: convert them to safetensors"
+        if pickles
+        else "found no weights: check the path or download the model"
+    )
+    raise CheckpointError(f"{folder}: expected {SINGLE_NAME} or {INDEX_NAME}, {hint}.")
+
+
+def _read_header(folder: Path, file: str) -> dict[str, StoredTensor]:
+    try:
+        with safe_open(folder / file, framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            return {
+                name: StoredTensor(file, tuple(piece.get_shape()), piece.get_dtype()) for name, piece in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{folder}/{file}: expected a complete safetensors file, got {error}. It is truncated or damaged: "
+            "download it again."
+        ) from error
+
+
+def _check_index(folder: Path, tensors: dict[str, StoredTensor]) -> None:
+    if not (folder / INDEX_NAME).is_file():
+        return
+    for name, file in _read_json(folder / INDEX_NAME)["weight_map"].items():
+        if name not in tensors or tensors[name].file != file:
+            raise CheckpointError(
+                f"{folder}/{INDEX_NAME}: expected tensor {name} in {file}, found it "
+                f"{'in ' + tensors[name].file if name in tensors else 'nowhere'}. The index and the shards disagree."
+            )
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(f"{folder}/config.json: transformers cannot read it: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent}: expected {path.name}, found none. Not a transformers checkpoint."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: expected valid JSON, got {error}. The file is damaged.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}. The file is damaged.")
+    return value
+
+
+def _check_finite(tensor: Tensor, where: str) -> None:
+    # One cheap pass: a sum is finite unless a term is not, or, for huge finite values, unless it overflows.
+    if not tensor.is_floating_point() or torch.isfinite(tensor.sum(dtype=torch.float32)):
+        return
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise CheckpointError(
+            f"{where}: expected finite values, got {bad} NaN or infinite of {tensor.numel()}. "
+            "The checkpoint is damaged or training diverged; repair it first."
+        )

@@ -1,0 +1,109 @@
+"""The options of one minification: one frozen record, validated in one place, passed whole."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from minisp.errors import ConfigError
+
+SaliencyScore = Literal["taylor", "fisher", "signed"]
+Widths = Literal["per-layer", "uniform"]
+Inputs = Literal["dense", "pruned"]
+Shrinkage = Literal["original", "zero"]
+DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class MinifyConfig:
+    """What to cut, how to judge it, how to refit it, and on how much text.
+
+    Args:
+        keep: fraction of MLP units kept over all layers, in (0, 1]; a budget that rounding never exceeds.
+        saliency: score of a unit from p = x·g per token: `taylor` Σ|p|, `fisher` Σp², `signed` |Σp|.
+        widths: `per-layer` lets one global ranking set every layer's width; `uniform` gives all layers the same.
+        alignment: widths are multiples of it (or untouched); None picks 128 for layers of at least 1024 units,
+            else the largest power of two that is at most an eighth of the width.
+        min_keep: no layer keeps less than this fraction of its units, in [0, 1].
+        inputs: what the kept units are refitted on: `dense`, the dense model's activations, in one sweep; `pruned`,
+            the activations of the already pruned layers below, in a second sweep.
+        damping: ridge λ relative to the mean diagonal of the Gram matrix, at least 0.
+        shrink_to: where the ridge pulls the refitted weights: `original` (their old values) or `zero` (the paper).
+        reconstruct: refit the kept columns; False only slices.
+        num_windows: calibration windows.
+        window: tokens per calibration window.
+        batch: windows computed at once; None picks about 512 tokens on a CPU and 8192 on a GPU.
+        segment: consecutive layers held at once; None picks what fits (fewer need less memory and more recomputing).
+        dtype: compute type; `auto` is bfloat16 where the device has it, else float32.
+        device: torch device string; `auto` is the first GPU, else the CPU.
+        seed: seeds the text that the model writes itself and every other random choice.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    keep: float = 0.8
+    saliency: SaliencyScore = "fisher"
+    widths: Widths = "per-layer"
+    alignment: int | None = None
+    min_keep: float = 0.1
+    inputs: Inputs = "dense"
+    damping: float = 1e-2
+    shrink_to: Shrinkage = "original"
+    reconstruct: bool = True
+    num_windows: int = 128
+    window: int = 512
+    batch: int | None = None
+    segment: int | None = None
+    dtype: DtypeName = "auto"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_choice("saliency", self.saliency, SaliencyScore)
+        _require_choice("widths", self.widths, Widths)
+        _require_choice("inputs", self.inputs, Inputs)
+        _require_choice("shrink_to", self.shrink_to, Shrinkage)
+        _require_choice("dtype", self.dtype, DtypeName)
+        _require("keep", self.keep, "a number in (0, 1]", lambda v: 0 < v <= 1)
+        _require("min_keep", self.min_keep, "a number in [0, 1]", lambda v: 0 <= v <= 1)
+        _require("damping", self.damping, "a finite number, at least 0", lambda v: 0 <= v < float("inf"))
+        for name in ("num_windows", "window"):
+            _require(name, getattr(self, name), "a whole number, at least 1", _is_positive_integer)
+        for name in ("alignment", "batch", "segment"):
+            value = getattr(self, name)
+            if value is not None:
+                _require(name, value, "a whole number, at least 1, or None", _is_positive_integer)
+        _require("seed", self.seed, "a whole number in [0, 2**63)", lambda v: isinstance(v, int) and 0 <= v < 2**63)
+
+    @classmethod
+    def from_options(cls, **options: Any) -> "MinifyConfig":
+        """Build a config from keyword options; an unknown name raises `ConfigError` with the known ones."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ConfigError(
+                f"Unknown option {', '.join(unknown)}: expected one of {', '.join(known)}. Check the spelling."
+            )
+        return cls(**options)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for manifests and reports."""
+        return asdict(self)
+
+
+def _is_positive_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _require(name: str, value: Any, expected: str, holds: Any) -> None:
+    try:
+        ok = not isinstance(value, bool) and bool(holds(value))
+    except TypeError:
+        ok = False
+    if not ok:
+        raise ConfigError(f"Option {name}: expected {expected}, got {value!r}. Pass a value in that range.")
+
+
+def _require_choice(name: str, value: Any, choices: Any) -> None:
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ConfigError(f"Option {name}: expected one of {', '.join(allowed)}, got {value!r}.")

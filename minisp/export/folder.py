@@ -1,0 +1,123 @@
+"""The result as a Hugging Face folder: weights, config, modelling file, tokenizer, model card and manifest."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import minisp
+from minisp.architecture import Architecture, architecture_of
+from minisp.checkpoint import Checkpoint
+from minisp.export.modeling import FILE_NAME, modeling_source, width_config
+from minisp.export.tensors import checkpoint_entries, checkpoint_tensors, module_entries, module_tensors
+from minisp.reconstruction import Reconstruction
+from minisp.report import MinifyReport, plot_layers
+from minisp.writer import write_json, write_tensors
+
+MANIFEST_NAME = "minisp.json"
+PLOT_NAME = "minisp.png"
+# Small files of a checkpoint that stay valid when the MLP gets narrower. Code is never copied.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "LICENSE",
+)
+
+
+def export_checkpoint(
+    folder: Path, checkpoint: Checkpoint, model: Any, kept: Sequence[Tensor], results: Iterable[Reconstruction]
+) -> None:
+    """Write a streamed checkpoint: the source's tensors, cut and refitted as `results` come, layer after layer."""
+    row = architecture_of(model.config)
+    entries = checkpoint_entries(checkpoint, model, row, kept)
+    write_tensors(folder, entries, checkpoint_tensors(checkpoint, model, row, results))
+    _write_config(folder, model, row, checkpoint.raw_config, [len(indices) for indices in kept])
+
+
+def export_module(folder: Path, model: Any, widths: list[int]) -> None:
+    """Write a model in memory that has been cut already."""
+    tensors = module_tensors(model)
+    write_tensors(folder, module_entries(tensors), tensors)
+    raw_config = {**model.config.to_dict(), "dtype": str(model.dtype).removeprefix("torch.")}
+    _write_config(folder, model, architecture_of(model.config), raw_config, widths)
+
+
+def describe(folder: Path, report: MinifyReport, checkpoint: Checkpoint | None, tokenizer: Any) -> None:
+    """Add tokenizer, model card, plot and manifest."""
+    if checkpoint is not None:
+        _copy_companions(checkpoint.folder, folder)
+    elif tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    plot_layers(report, folder / PLOT_NAME)
+    _write_card(folder, report)
+    # No times and no paths: two runs with one seed write the same bytes.
+    facts = {
+        "source": {"name": report.plan.model, "fingerprint": checkpoint.fingerprint() if checkpoint else None},
+        "config": report.plan.config.as_dict(),
+        "calibration": {"description": list(report.calibration), "fingerprint": report.calibration_fingerprint},
+        "layers": [asdict(layer) for layer in report.layers],
+    }
+    checksums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    write_json(folder / MANIFEST_NAME, {"minisp_version": minisp.__version__, **facts, "sha256": checksums})
+
+
+def _write_config(folder: Path, model: Any, row: Architecture, raw_config: dict[str, Any], widths: list[int]) -> None:
+    write_json(folder / "config.json", width_config(model, row, raw_config, widths))
+    if len(set(widths)) > 1:
+        (folder / FILE_NAME).write_text(modeling_source(model, row), encoding="utf-8")
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Copy tokenizer and generation settings from the source checkpoint."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _write_card(folder: Path, report: MinifyReport) -> None:
+    name, config = report.plan.model, report.plan.config
+    kept, units = sum(layer.kept for layer in report.layers), sum(layer.width for layer in report.layers)
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"base_model: {json.dumps(name)}",
+        "tags: [minisp, pruned]",
+        "---",
+        f"# {name}, {kept / units:.0%} of its MLP units",
+        "",
+        f"Made from {name} by minisp {minisp.__version__}: {kept:,} of {units:,} MLP units kept ({config.saliency} "
+        f"saliency, {config.widths} widths), the down projections refitted in closed form. Nothing was trained.",
+        "",
+        f"Calibration: {'; '.join(report.calibration)}.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"model = {report.load_line}",
+        "```",
+        "",
+        f"Per-layer widths, residuals and checksums: `{MANIFEST_NAME}`.",
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

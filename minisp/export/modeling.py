@@ -1,0 +1,92 @@
+"""The small modelling file that lets transformers load a checkpoint whose layers differ in width.
+
+It subclasses the stock model, builds it, and gives every layer's MLP the width that config.json lists. It is written
+into the checkpoint and needs transformers alone. The architecture name is one that no serving engine knows, so that
+vLLM and SGLang take their Transformers backend, which builds `AutoModel` from this file.
+"""
+
+from string import Template
+from typing import Any
+
+from minisp.architecture import WIDTHS_KEY, Architecture
+
+FILE_NAME = "modeling_minisp.py"
+
+_SOURCE = Template('''"""A stock $causal whose MLP layers have widths of their own: `$widths_key` in config.json.
+
+Written by minisp; needs transformers alone. Load it with
+    AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+"""
+
+import torch
+from torch import nn
+from transformers import $base, $causal
+from transformers.pytorch_utils import Conv1D
+
+ROWS = $rows  # modules whose outputs are units
+COLUMNS = "$down"  # the module whose inputs are units
+
+
+def set_widths(layers, widths):
+    """Replace every layer's MLP weights by new ones of that layer's width."""
+    for layer, width in zip(layers, widths, strict=True):
+        for path in ROWS:
+            old = layer.get_submodule(path)
+            size_in = old.nx if isinstance(old, Conv1D) else old.in_features
+            layer.set_submodule(path, _like(old, size_in, width))
+        old = layer.get_submodule(COLUMNS)
+        size_out = old.nf if isinstance(old, Conv1D) else old.out_features
+        layer.set_submodule(COLUMNS, _like(old, width, size_out))
+
+
+def _like(old, size_in, size_out):
+    with torch.device(old.weight.device):
+        if isinstance(old, Conv1D):
+            new = Conv1D(size_out, size_in)
+        else:
+            new = nn.Linear(size_in, size_out, bias=old.bias is not None)
+    return new.to(old.weight.dtype)
+
+
+class MinispModel($base):
+    def __init__(self, config):
+        super().__init__(config)
+        set_widths(self.get_submodule("$layers"), config.$widths_key)
+
+
+class MinispForCausalLM($causal):
+    def __init__(self, config):
+        super().__init__(config)
+        set_widths(self.$prefix.get_submodule("$layers"), config.$widths_key)
+''')
+
+
+def modeling_source(model: Any, row: Architecture) -> str:
+    """The text of the modelling file for a causal language model of this architecture."""
+    return _SOURCE.substitute(
+        causal=type(model).__name__,
+        base=type(model.base_model).__name__,
+        prefix=model.base_model_prefix,
+        layers=row.layers,
+        rows=repr(row.row_modules),
+        down=row.down,
+        widths_key=WIDTHS_KEY,
+    )
+
+
+def width_config(model: Any, row: Architecture, raw_config: dict[str, Any], widths: list[int]) -> dict[str, Any]:
+    """config.json of the result: the stock class where all layers have one width, else the modelling file's."""
+    config = dict(raw_config)
+    for key in ("auto_map", WIDTHS_KEY, "transformers_version"):
+        config.pop(key, None)
+    config["architectures"] = [type(model).__name__]
+    config[row.width_key] = max(widths)
+    if len(set(widths)) > 1:
+        module = FILE_NAME.removesuffix(".py")
+        config[WIDTHS_KEY] = widths
+        config["architectures"] = ["MinispForCausalLM"]
+        config["auto_map"] = {
+            "AutoModel": f"{module}.MinispModel",
+            "AutoModelForCausalLM": f"{module}.MinispForCausalLM",
+        }
+    return config

@@ -1,0 +1,231 @@
+"""The seam: one function per mathematical operation; `impl` says who computes it.
+
+`minisp.reference` is the specification of each operation and holds the formulas. Implementations here: "torch",
+plain tensor code tuned for its memory traffic, on every device; "triton", kernels of `minisp.kernels`, on GPUs.
+"auto" takes the best that serves the tensor's device. A name given explicitly is obeyed or refused, never replaced.
+
+Shapes: T tokens, m units, n kept units, d hidden size.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from minisp.errors import BackendError, NumericalError
+
+Impl = Literal["auto", "torch", "triton"]
+
+# Rows of T handled at once by the element-wise passes: their float32 copies of (rows, m) stay in a core's cache.
+ROWS = 128
+# Edge of the square tiles of the Gram matrix: large enough for full GEMM speed, small enough that the part computed
+# above the diagonal is a small share.
+GRAM_TILE = 512
+# Float32 logits handled at once by the cross entropy: 8 MB, which stays in a shared cache.
+CROSS_ENTROPY_ELEMENTS = 2**21
+
+
+def activation(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
+    """x = act(gate) ⊙ up, or act(gate): (T, m) in the dtype of `gate`; see `reference.activation`."""
+    value = _activate(gate, kind)
+    return value if up is None else value.mul_(up)
+
+
+def activation_backward_(
+    gate: Tensor, up: Tensor | None, grad_x: Tensor, kind: str, *, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor]:
+    """In place: `gate` becomes ∂L/∂gate, `up` becomes ∂L/∂up; see `reference.activation_backward`.
+
+    Arithmetic is float32 whatever the storage, one rounding at the end. `grad_x` (T, m) is overwritten with x.
+
+    Returns:
+        x (T, m), stored in `grad_x`, and sums (3, m) float32: Σ|p|, Σp², Σp over the tokens, p = x ⊙ grad_x.
+
+    Raises:
+        BackendError: `impl` cannot serve this operation.
+    """
+    _choose("activation_backward_", impl, ("torch",), gate)
+    sums = torch.zeros(3, gate.shape[1], dtype=torch.float32, device=gate.device)
+    for start in range(0, gate.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        z, g = gate[rows].float(), grad_x[rows].float()
+        value = _activate(z, kind)
+        if up is None:
+            x, grad_value = value, g
+        else:
+            u = up[rows].float()
+            x, grad_value = value * u, g * u
+            up[rows] = value.mul_(g)
+        product = x * g
+        sums[0] += product.abs().sum(0)
+        sums[1] += product.square().sum(0)
+        sums[2] += product.sum(0)
+        gate[rows] = _activation_grad(z, grad_value, kind)
+        grad_x[rows] = x
+    return grad_x, sums
+
+
+def gram_update_(gram: Tensor, x: Tensor, *, impl: Impl = "auto") -> None:
+    """G += XᵀX on and below the diagonal tiles; `mirror_` completes the matrix once, at the end.
+
+    Args:
+        gram: (m, m) float32. Above the diagonal its content is unspecified until `mirror_`.
+        x: (T, m) bfloat16, float16 or float32. Products of 16-bit inputs are exact in float32, sums are float32.
+
+    Raises:
+        BackendError: `impl` cannot serve this operation or device.
+    """
+    if _choose("gram_update_", impl, ("torch", "triton"), x) == "triton":
+        from minisp.kernels import gram as kernel
+
+        kernel.gram_update_(gram, x)
+        return
+    with _sixteen_bit_products(x.dtype):
+        x = x.float()
+        for start in range(0, x.shape[1], GRAM_TILE):
+            stop = min(start + GRAM_TILE, x.shape[1])
+            gram[start:stop, :stop] += x[:, start:stop].T @ x[:, :stop]
+
+
+def mirror_(gram: Tensor) -> Tensor:
+    """Copy the lower triangle of `gram` (m, m) onto the upper one, in place; returns `gram`."""
+    for start in range(0, gram.shape[0], GRAM_TILE):
+        stop = min(start + GRAM_TILE, gram.shape[0])
+        gram[:start, start:stop] = gram[start:stop, :start].T
+        block = gram[start:stop, start:stop]
+        block.copy_(block.tril() + block.tril(-1).T)
+    return gram
+
+
+def cross_entropy_gradient(logits: Tensor, targets: Tensor) -> tuple[float, Tensor]:
+    """Summed negative log likelihood (nats) and its gradient; see `reference.cross_entropy_gradient`.
+
+    Rows go through float32 a few at a time: beside the result, no copy of the logits exists.
+
+    Args:
+        logits: (..., V) in any floating dtype.
+        targets: (...) int64.
+
+    Returns:
+        The loss, and softmax(logits) − onehot(targets) in the shape and dtype of `logits`.
+    """
+    rows, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1)
+    gradient = torch.empty_like(rows)
+    loss = 0.0
+    step = max(1, CROSS_ENTROPY_ELEMENTS // rows.shape[1])
+    for start in range(0, rows.shape[0], step):
+        chunk, target = rows[start : start + step].float(), wanted[start : start + step]
+        log_sum = chunk.logsumexp(-1, keepdim=True)
+        loss += float((log_sum - chunk.gather(1, target)).sum(dtype=torch.float64))
+        probability = chunk.sub_(log_sum).exp_()
+        probability.scatter_add_(1, target, probability.new_full((1, 1), -1.0).expand(target.shape))
+        gradient[start : start + step] = probability
+    return loss, gradient.view_as(logits)
+
+
+def ridge_solve(
+    gram: Tensor, kept: Tensor, weight: Tensor, damping: float, *, to_zero: bool = False, impl: Impl = "auto"
+) -> Tensor:
+    """W' (d, n): the refitted columns of the kept units, in the dtype of `gram`; see `reference.ridge_solve`.
+
+    The delta form is solved, W' = W₀ + Δ with (G_SS + μI) Δᵀ = G_SP W_Pᵀ (− μ W_Sᵀ when shrinking to zero): rounding
+    errors then scale with the correction. The system is scaled to a unit diagonal first (Jacobi), which is exact in
+    the solution and leaves Cholesky a far better condition number. Units that were never active are left as they are.
+
+    Args:
+        gram: (m, m) float32 or float64, symmetric.
+        kept: (n,) int64, sorted.
+        weight: (d, m) in any floating dtype.
+        damping: μ relative to the mean diagonal of G.
+
+    Raises:
+        NumericalError: G holds values that are not finite, or the damped system is not positive definite.
+    """
+    _choose("ridge_solve", impl, ("torch",), gram)
+    weight = weight.to(gram.dtype)
+    original = weight[:, kept]
+    if len(kept) == gram.shape[0] and not to_zero:
+        return original
+    if not torch.isfinite(gram.diagonal()).all():
+        bad = int((~torch.isfinite(gram.diagonal())).sum())
+        raise NumericalError(f"Gram matrix: expected finite values, got {bad} non-finite diagonal entries.")
+    removed = torch.ones(gram.shape[0], dtype=torch.bool, device=gram.device)
+    removed[kept] = False
+    removed = removed.nonzero().squeeze(1)
+    system = gram[kept][:, kept]
+    rows = gram[kept][:, removed] @ weight[:, removed].T
+    shift = damping * gram.diagonal().mean()
+    system.diagonal().add_(shift)
+    if to_zero:
+        rows -= shift * original.T
+    diagonal = system.diagonal().clone()
+    scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).rsqrt()
+    system.mul_(scale[:, None]).mul_(scale)
+    system.diagonal().masked_fill_(diagonal <= 0, 1)
+    factor, info = torch.linalg.cholesky_ex(system)
+    if info != 0:
+        raise NumericalError(
+            f"Ridge system: expected a positive definite matrix, got a non-positive pivot at unit {int(info) - 1} of "
+            f"{len(kept)} with damping {damping:g}. Raise the damping."
+        )
+    delta = torch.cholesky_solve(rows.mul_(scale[:, None]), factor).mul_(scale[:, None])
+    return original + delta.T
+
+
+def residual(gram: Tensor, kept: Tensor, weight: Tensor, new_weight: Tensor) -> float:
+    """‖X Wᵀ − X_S W'ᵀ‖ / ‖X Wᵀ‖ in the Frobenius norm, from G alone; see `reference.residual`."""
+    error = weight.to(gram.dtype, copy=True)
+    total = float(((error @ gram) * error).sum(dtype=torch.float64))
+    error[:, kept] -= new_weight.to(gram.dtype)
+    remaining = float(((error @ gram) * error).sum(dtype=torch.float64))
+    return (max(remaining, 0.0) / total) ** 0.5 if total > 0 else 0.0
+
+
+def _activate(z: Tensor, kind: str) -> Tensor:
+    if kind == "silu":
+        return functional.silu(z)
+    if kind in ("gelu", "gelu_tanh"):
+        return functional.gelu(z, approximate="tanh" if kind == "gelu_tanh" else "none")
+    value = functional.relu(z)
+    return value.square_() if kind == "relu2" else value
+
+
+def _activation_grad(z: Tensor, grad: Tensor, kind: str) -> Tensor:
+    if kind == "silu":
+        return torch.ops.aten.silu_backward(grad, z)
+    if kind in ("gelu", "gelu_tanh"):
+        return torch.ops.aten.gelu_backward(grad, z, approximate="tanh" if kind == "gelu_tanh" else "none")
+    if kind == "relu2":
+        return grad * z.clamp_min(0).mul_(2)
+    return grad * (z > 0)
+
+
+def _choose(op: str, impl: Impl, available: tuple[str, ...], tensor: Tensor) -> str:
+    """Who computes: the caller's choice, or the first that serves the device."""
+    if impl == "auto":
+        return "triton" if "triton" in available and tensor.is_cuda else "torch"
+    if impl not in available:
+        raise BackendError(f"Operation {op}: expected impl in {available} or 'auto', got {impl!r}.")
+    return impl
+
+
+@contextmanager
+def _sixteen_bit_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let float32 GEMMs on a CPU multiply in bfloat16 where the inputs are bfloat16 values anyway.
+
+    The products are then exact and the sums stay float32: the same result as a float32 GEMM up to summation order,
+    at the speed of the CPU's bfloat16 units.
+    """
+    if dtype != torch.bfloat16:
+        yield
+        return
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -1,0 +1,92 @@
+"""The specification: every operation of the engine in plain torch, in whatever dtype the caller passes (float64 in tests).
+
+Nothing in the optimised code imports this module; the tests compare every implementation with it.
+
+Shapes: T tokens, m units (width), n kept units, d hidden size. X (T, m) activations, G = XᵀX (m, m) Gram matrix,
+W (d, m) the down projection, S the kept units, P the removed ones.
+"""
+
+import torch
+from torch import Tensor
+
+
+def activation(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
+    """x = act(gate) ⊙ up (T, m), or x = act(gate) where there is no `up` (a plain MLP).
+
+    `kind`: "silu" z·σ(z) · "gelu" z·Φ(z) · "gelu_tanh" the tanh approximation of it (Hendrycks & Gimpel, 2016) ·
+    "relu" max(z, 0) · "relu2" max(z, 0)² (So et al., 2021, "Primer").
+    """
+    z = gate
+    if kind == "silu":
+        value = z * torch.sigmoid(z)
+    elif kind == "gelu":
+        value = z * 0.5 * (1 + torch.erf(z / 2**0.5))
+    elif kind == "gelu_tanh":
+        value = 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))
+    elif kind == "relu":
+        value = z.clamp_min(0)
+    elif kind == "relu2":
+        value = z.clamp_min(0) ** 2
+    else:
+        raise ValueError(f"unknown activation {kind!r}")
+    return value if up is None else value * up
+
+
+def activation_backward(
+    gate: Tensor, up: Tensor | None, grad_x: Tensor, kind: str
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of `activation` and the saliency sums of one pass over the tokens.
+
+    Args:
+        gate, up: (T, m) pre-activations, `up` None for a plain MLP.
+        grad_x: (T, m) g = ∂L/∂x.
+        kind: see `activation`.
+
+    Returns:
+        x (T, m), ∂L/∂gate (T, m), ∂L/∂up (T, m) or None, and sums (3, m): Σ_t|p|, Σ_t p², Σ_t p for p = x ⊙ g.
+    """
+    inputs = [t.detach().clone().requires_grad_() for t in (gate, up) if t is not None]
+    x = activation(inputs[0], inputs[1] if up is not None else None, kind)
+    grads = torch.autograd.grad(x, inputs, grad_x)
+    product = x.detach() * grad_x
+    sums = torch.stack([product.abs().sum(0), product.square().sum(0), product.sum(0)])
+    return x.detach(), grads[0], grads[1] if up is not None else None, sums
+
+
+def gram(x: Tensor) -> Tensor:
+    """G = XᵀX (m, m): an uncentred sum over tokens, not a covariance."""
+    return x.T @ x
+
+
+def ridge_solve(gram: Tensor, kept: Tensor, weight: Tensor, damping: float, *, to_zero: bool = False) -> Tensor:
+    """The refitted columns W' (d, n) of the kept units.
+
+    W' = argmin ‖X_S W'ᵀ − X Wᵀ‖² + μ‖W' − W₀‖², μ = damping · mean(diag G), W₀ = W_S (or 0 with `to_zero`).
+    Setting the gradient to zero gives (G_SS + μI) W'ᵀ = G_S: Wᵀ + μ W₀ᵀ. A unit whose activation is always zero
+    leaves a zero row and column in G; where μ = 0 the minimum-norm change is taken (pseudo-inverse).
+    """
+    cross = gram[kept] @ weight.T
+    system = gram[kept][:, kept].clone()
+    shift = damping * gram.diagonal().mean()
+    system.diagonal().add_(shift)
+    origin = torch.zeros_like(weight[:, kept]) if to_zero else weight[:, kept]
+    delta = torch.linalg.pinv(system, hermitian=True) @ (cross + shift * origin.T - system @ origin.T)
+    return origin + delta.T
+
+
+def residual(gram: Tensor, kept: Tensor, weight: Tensor, new_weight: Tensor) -> Tensor:
+    """‖X Wᵀ − X_S W'ᵀ‖_F / ‖X Wᵀ‖_F from the Gram matrix: with E = W − scatter(W'), ‖X Eᵀ‖² = tr(E G Eᵀ)."""
+    error = weight.clone()
+    error[:, kept] -= new_weight
+    total = ((weight @ gram) * weight).sum()
+    return torch.sqrt(((error @ gram) * error).sum() / total) if total > 0 else torch.zeros((), dtype=gram.dtype)
+
+
+def cross_entropy_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ −log softmax(logits)[target] over all tokens, and its gradient softmax(logits) − onehot(targets).
+
+    logits (..., V), targets (...) int64; the loss is a scalar, the gradient has the shape of the logits.
+    """
+    log_probability = torch.log_softmax(logits, -1)
+    onehot = torch.nn.functional.one_hot(targets, logits.shape[-1]).to(logits.dtype)
+    return -(log_probability * onehot).sum(), log_probability.exp() - onehot

@@ -1,0 +1,248 @@
+"""What a person sees: progress while it runs, the plan before, the table and the plot after; and the same as JSON."""
+
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from minisp.calibration import Calibration
+from minisp.planner import Plan
+from minisp.reconstruction import Reconstruction
+from minisp.stream import Stream
+from minisp.sweep import Progress as ProgressFunction
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: width before and after, and the relative residual of its output with and without refitting."""
+
+    layer: int
+    width: int
+    kept: int
+    residual: float
+    residual_sliced: float
+
+
+@dataclass(frozen=True)
+class MinifyReport:
+    """What `minify` did.
+
+    Attributes:
+        plan: what it set out to do; `plan.config` are the options.
+        layers: one line per layer.
+        kept: per layer (n,) int64, the units that stayed.
+        parameters: number of parameters after.
+        bytes: size of the written weights, or of the model in memory.
+        calibration: what the calibration consisted of; `calibration_fingerprint` is its SHA-256.
+        seconds: wall time by phase.
+        peak_rss: highest resident memory of this process so far, in bytes.
+        peak_device_memory: highest GPU memory allocated, in bytes; None without a GPU.
+        out: the folder written, or None.
+        load_line: the Python expression that loads the folder; None where nothing was written.
+        model: the model pruned in place, where one was passed or nothing was written.
+    """
+
+    plan: Plan
+    layers: tuple[LayerReport, ...]
+    kept: tuple[Tensor, ...] = field(repr=False)
+    parameters: int
+    bytes: int
+    calibration: tuple[str, ...]
+    calibration_fingerprint: str
+    seconds: dict[str, float]
+    peak_rss: int
+    peak_device_memory: int | None
+    out: Path | None
+    load_line: str | None
+    model: nn.Module | None = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; the kept indices and the model are left out."""
+        return {
+            "plan": plan_dict(self.plan),
+            "layers": [asdict(layer) for layer in self.layers],
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "calibration": list(self.calibration),
+            "calibration_fingerprint": self.calibration_fingerprint,
+            "seconds": self.seconds,
+            "peak_rss": self.peak_rss,
+            "peak_device_memory": self.peak_device_memory,
+            "out": str(self.out) if self.out else None,
+            "load_line": self.load_line,
+        }
+
+
+def make_report(
+    stream: Stream,
+    plan: Plan,
+    results: Sequence[Reconstruction],
+    calibration: Calibration,
+    seconds: dict[str, float],
+    out: Path | None,
+) -> MinifyReport:
+    """Gather the report of a run whose results, in layer order, are computed and will stand at `out`."""
+    layers = tuple(
+        LayerReport(r.layer, width, len(r.kept), r.residual, r.residual_sliced)
+        for r, width in zip(results, plan.widths, strict=True)
+    )
+    cut = plan.parameters_per_unit * sum(layer.width - layer.kept for layer in layers)
+    on_gpu = stream.device.type == "cuda"
+    return MinifyReport(
+        plan=plan,
+        layers=layers,
+        kept=tuple(r.kept for r in results),
+        parameters=plan.parameters - cut,
+        bytes=plan.bytes - cut * (plan.bytes // plan.parameters),
+        calibration=calibration.description,
+        calibration_fingerprint=calibration.fingerprint,
+        seconds=dict(seconds),
+        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_device_memory=torch.cuda.max_memory_allocated(stream.device) if on_gpu else None,
+        out=out,
+        load_line=load_line(out, [layer.kept for layer in layers]) if out is not None else None,
+        model=stream.model if stream.checkpoint is None else None,
+    )
+
+
+def load_line(folder: Path, widths: Sequence[int]) -> str:
+    """The Python expression that loads a result with transformers."""
+    trust = ", trust_remote_code=True" if len(set(widths)) > 1 else ""
+    return f'AutoModelForCausalLM.from_pretrained("{folder}"{trust})'
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """A plan as plain values for JSON."""
+    values = asdict(plan)
+    values["segments"] = [[segment.start, segment.stop] for segment in plan.segments]
+    values["widths"] = list(plan.widths)
+    return values
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan as a table for the terminal."""
+    config = plan.config
+    table = Table(title=f"Plan: {plan.model} ({plan.model_type})", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    low, high = min(plan.widths), max(plan.widths)
+    width = f"{low}" if low == high else f"{low} to {high}"
+    table.add_row("layers", f"{len(plan.widths)}, MLP width {width}")
+    table.add_row("keep", f"{config.keep:.0%}: at most {plan.kept_units:,} of {sum(plan.widths):,} units, "
+                  f"{config.widths} widths, multiples of {plan.alignment}")  # fmt: skip
+    table.add_row("parameters", f"{millions(plan.parameters)} → at most {millions(plan.parameters_after)}")
+    table.add_row("weights", f"{megabytes(plan.bytes)} → at most {megabytes(plan.bytes_after)}")
+    table.add_row("calibration", f"{config.num_windows} windows of {config.window} tokens ({plan.num_tokens:,})")
+    table.add_row("method", f"{config.saliency} saliency, " + (
+        f"ridge λ = {config.damping:g} on {config.inputs} inputs" if config.reconstruct else "slicing only"
+    ))  # fmt: skip
+    table.add_row("compute", f"{plan.device}, {plan.dtype}, {plan.batch} window(s) at once, "
+                  f"{len(plan.segments)} segment(s) of {len(plan.segments[0])} layer(s), {plan.flops / 1e12:.1f} TFLOP")  # fmt: skip
+    parts = ", ".join(f"{name} {megabytes(size)}" for name, size in plan.memory.items())
+    table.add_row("memory", f"about {megabytes(sum(plan.memory.values()))} beside the process: {parts}")
+    return table
+
+
+def report_table(report: MinifyReport) -> Table:
+    """The result as a table for the terminal."""
+    plan = report.plan
+    table = Table(title=f"Result: {plan.model}", title_justify="left")
+    for name in ("", "before", "after", "ratio"):
+        table.add_column(name, justify="left" if not name else "right")
+    kept, units = sum(layer.kept for layer in report.layers), sum(plan.widths)
+    rows = [("MLP units", units, kept, f"{units:,}", f"{kept:,}")]
+    rows.append(
+        ("parameters", plan.parameters, report.parameters, millions(plan.parameters), millions(report.parameters))
+    )
+    rows.append(("weights", plan.bytes, report.bytes, megabytes(plan.bytes), megabytes(report.bytes)))
+    for name, before, after, before_text, after_text in rows:
+        table.add_row(name, before_text, after_text, f"{after / before:.3f}")
+    cut = [layer for layer in report.layers if layer.kept < layer.width]
+    if cut:
+        sliced = sum(layer.residual_sliced for layer in cut) / len(cut)
+        refitted = sum(layer.residual for layer in cut) / len(cut)
+        table.add_row(
+            "mean layer residual", f"{sliced:.3f} sliced", f"{refitted:.3f} refitted", f"{refitted / sliced:.3f}"
+        )
+    return table
+
+
+def summary_lines(report: MinifyReport) -> list[str]:
+    """What the table has no room for: calibration, time, memory, and how to load the result."""
+    phases = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
+    lines = [f"calibration: {'; '.join(report.calibration)}", f"time: {phases}"]
+    lines.append(f"peak memory of the process: {megabytes(report.peak_rss)}")
+    if report.out is not None:
+        lines.append(f"written to {report.out}")
+        lines.append(f"load it with: {report.load_line}")
+    return lines
+
+
+def plot_layers(report: MinifyReport, path: Path) -> bool:
+    """Draw widths and residuals per layer into a PNG; False where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, layout="constrained")
+    index = [layer.layer for layer in report.layers]
+    top.bar(index, [layer.width for layer in report.layers], color="0.88", label="before")
+    top.bar(index, [layer.kept for layer in report.layers], color="tab:blue", label="kept")
+    top.set(ylabel="MLP width", title=f"{report.plan.model}: {report.plan.config.keep:.0%} of the MLP units kept")
+    top.legend(loc="lower right")
+    bottom.plot(index, [layer.residual_sliced for layer in report.layers], "o-", color="0.6", label="sliced")
+    bottom.plot(index, [layer.residual for layer in report.layers], "o-", color="tab:blue", label="refitted")
+    bottom.set(xlabel="layer", ylabel="relative residual")
+    bottom.set_ylim(bottom=0)
+    bottom.legend()
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+    return True
+
+
+@contextmanager
+def progress_bar(quiet: bool = False) -> Iterator[ProgressFunction]:
+    """A progress function that draws one bar per phase on standard error, where that is a terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    if quiet or not sys.stderr.isatty():
+        yield lambda phase, done, total: None
+        return
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(phase: str, done: int, total: int) -> None:
+            name, _, detail = phase.partition(", ")
+            if name not in tasks:
+                tasks[name] = progress.add_task(name, total=total)
+            progress.update(tasks[name], completed=done, total=total, description=f"{name} {detail}".strip())
+
+        yield show
+
+
+def millions(count: int) -> str:
+    """A count of parameters for people: 134.5M, 7.24B."""
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def megabytes(size: int) -> str:
+    """A size in bytes for people: 269 MB, 14.5 GB (decimal units)."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

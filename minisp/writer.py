@@ -1,0 +1,170 @@
+"""Writing a checkpoint folder: shards one tensor at a time, and a folder that appears only when it is complete.
+
+Shapes are known before the first tensor is computed, so each shard's header is written first and the tensors follow
+as they come: the memory needed is one tensor, whatever the size of the model.
+Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, JSON header, raw data).
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minisp.checkpoint import INDEX_NAME, SINGLE_NAME
+from minisp.errors import OutputError
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+ELEMENT_BYTES = {code: dtype.itemsize for dtype, code in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor that will be written: name, shape, element type as safetensors spells it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the raw data."""
+        size = ELEMENT_BYTES[self.dtype]
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+def check_output(out: str | Path, needed_bytes: int) -> Path:
+    """The output path, once it is sure that a folder of `needed_bytes` can be made there.
+
+    Raises:
+        OutputError: the path is a file or a folder with something in it, its parent cannot be written, or the disk
+            has less room than needed.
+    """
+    path = Path(out).expanduser().absolute()
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise OutputError(f"Output {path}: expected a new or empty folder, got one with content. Choose another path.")
+    parent = path.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"Output {path}: its parent folder cannot be made ({error.strerror}).") from error
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"Output {path}: expected a writable parent folder, got {parent}. Choose another path.")
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise OutputError(
+            f"Output {path}: expected {needed_bytes / 1e9:.2f} GB of free disk, got {free / 1e9:.2f} GB. "
+            "Free some space or choose another disk."
+        )
+    return path
+
+
+@contextmanager
+def output_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, `NAME.partial`, renamed to `out` when the block ends well and removed when it does not.
+
+    Raises:
+        OutputError: writing failed (disk full, permissions); nothing is left at `out`.
+    """
+    partial = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        for path in partial.iterdir():
+            _sync(path)
+        _sync(partial)
+        os.rename(partial, out)
+        _sync(out.parent)
+    except OSError as error:
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+        raise OutputError(
+            f"Output {out}: the checkpoint could not be written: {reason}. Nothing was left there; "
+            "free some space or choose another disk, and run again."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_tensors(
+    folder: Path, entries: list[Entry], tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write `tensors`, which come in the order of `entries`, as safetensors shards (and an index for more than one)."""
+    shards = _split(entries, max_shard_bytes)
+    names = [SINGLE_NAME] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+    ]  # fmt: skip
+    stream = iter(tensors)
+    for file, shard in zip(names, shards, strict=True):
+        with open(folder / file, "wb") as handle:
+            handle.write(_header(shard))
+            for entry in shard:
+                name, tensor = next(stream)
+                got = Entry(name, tuple(tensor.shape), DTYPES[tensor.dtype])
+                assert got == entry, f"expected {entry}, got {got}"
+                flat = tensor.detach().cpu().contiguous().reshape(-1)
+                handle.write(memoryview(flat.view(torch.uint8).numpy()))
+    if len(shards) > 1:
+        weight_map = {entry.name: file for file, shard in zip(names, shards, strict=True) for entry in shard}
+        total = sum(entry.num_bytes for entry in entries)
+        write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys, so that equal values give equal files."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _split(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.num_bytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.num_bytes
+    return shards
+
+
+def _header(entries: list[Entry]) -> bytes:
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        end = offset + entry.num_bytes
+        table[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    # Readers map the file: data that starts at a multiple of 8 bytes is aligned for every element type.
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
