@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from minisp import reference
@@ -68,9 +70,11 @@ def test_update_takes_any_strides(dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.kernel
-def test_addresses_beyond_int32(device: str) -> None:
-    # Five tokens 2²⁹ elements apart: the last lies 2³¹ elements in. Only the pages that hold tokens are touched.
-    num_tokens, width, stride = 5, 3, 2**29
+@pytest.mark.parametrize(("num_tokens", "stride"), [(5, 2**29), (65, 2**25)])
+def test_addresses_beyond_int32(num_tokens: int, stride: int, device: str) -> None:
+    # The last token lies 2³¹ elements in, within the first tile of tokens or in the second. Only the pages that hold
+    # tokens are touched.
+    width = 3
     storage = torch.empty((num_tokens - 1) * stride + width, dtype=torch.bfloat16, device=device)
     x = storage.as_strided((num_tokens, width), (stride, 1))
     x.copy_(torch.randn(num_tokens, width))
@@ -119,6 +123,26 @@ def test_every_tile_of_the_triangle_is_visited_once(device: str) -> None:
     gram = torch.zeros(width, width, device=device)
     kernel.gram_update_(gram, torch.ones(1, width, dtype=torch.bfloat16, device=device))
     assert torch.equal(gram, torch.ones_like(gram).tril())
+
+
+@triton.jit
+def triangle_kernel(p_index, p_row, p_col, TILE: tl.constexpr):
+    offsets = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    row, col = kernel._triangle(tl.load(p_index + offsets))
+    tl.store(p_row + offsets, row)
+    tl.store(p_col + offsets, col)
+
+
+@pytest.mark.kernel
+def test_the_triangular_index_is_exact(device: str) -> None:
+    # Around the start of every row, far beyond where 8i + 1 is exact in float32.
+    rows = torch.arange(1, 8193, dtype=torch.int32, device=device)
+    starts = rows * (rows + 1) // 2
+    index = torch.cat([starts - 1, starts])
+    row, col = torch.empty_like(index), torch.empty_like(index)
+    triangle_kernel[(index.numel() // 1024,)](index, row, col, TILE=1024)
+    assert torch.equal(row, torch.cat([rows - 1, rows]))
+    assert torch.equal(col, torch.cat([rows - 1, torch.zeros_like(rows)]))
 
 
 @pytest.mark.parametrize(
