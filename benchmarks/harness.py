@@ -1,0 +1,144 @@
+"""What every benchmark shares: the machine in words, one contender per child process, medians, a table, a JSON file."""
+
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class ChildRun:
+    """One finished child process: what it wrote, its wall seconds, its peak resident bytes, and how alone it was.
+
+    `disturbance` is the share of the machine's CPU time that other processes used meanwhile, in [0, 1] (NaN where
+    /proc/stat does not exist). Two-threaded matrix code slows down several times when it has to share its cores, so
+    a figure with more than a few per cent is no measurement.
+    """
+
+    output: dict[str, Any]
+    seconds: float
+    peak_rss: int
+    disturbance: float
+
+
+def machine() -> dict[str, Any]:
+    """CPU, cores, memory in bytes, GPU and driver if any, and the versions that matter."""
+    import transformers
+
+    description: dict[str, Any] = {
+        "cpu": _first_match("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "gpu": None,
+    }
+    if torch.cuda.is_available():
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        description["gpu"] = torch.cuda.get_device_name()
+        description["cuda"] = torch.version.cuda
+        description["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return description
+
+
+def machine_slug(description: dict[str, Any]) -> str:
+    """A short file-name part for a machine: its GPU, else its CPU and number of cores."""
+    words = description["gpu"] or f"{description['cpu']} {description['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", words.lower())).strip("-")
+
+
+def run_child(command: Sequence[str | Path], result: Path) -> ChildRun:
+    """Run `python command...`, which writes JSON to `result`; raise `SystemExit` with its stderr if it fails."""
+    errors = result.with_suffix(".stderr")
+    with errors.open("wb") as stream:
+        busy, start = _busy_seconds(), time.perf_counter()
+        arguments = [sys.executable, *map(str, command)]
+        child = os.posix_spawn(
+            sys.executable, arguments, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, stream.fileno(), 2)]
+        )
+        _, status, usage = os.wait4(child, 0)
+        seconds = time.perf_counter() - start
+    if status != 0:
+        raise SystemExit(f"{' '.join(arguments)} ended with wait status {status}:\n{errors.read_text('utf-8')[-4000:]}")
+    foreign = _busy_seconds() - busy - usage.ru_utime - usage.ru_stime
+    return ChildRun(
+        output=json.loads(result.read_text("utf-8")),
+        seconds=seconds,
+        peak_rss=usage.ru_maxrss * 1024,
+        disturbance=max(0.0, foreign) / (seconds * (os.cpu_count() or 1)),
+    )
+
+
+def own_peak_rss() -> int:
+    """Peak resident bytes of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def median_seconds(function: Callable[[], object], repeats: int = 7) -> float:
+    """Median wall seconds of `function()` after one warm-up call."""
+    function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def gemm_ceiling(dtype: torch.dtype, n: int = 2048) -> float:
+    """FLOP/s of one n×n×n matrix product on the CPU, 2n³ operations each."""
+    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+    return 2 * n**3 / median_seconds(lambda: a @ b)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A plain table; the first column is left-aligned, the others right."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def write_json(name: str, content: dict[str, Any]) -> Path:
+    """Write `content` with the machine's description to benchmarks/results/`name`.json."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n", "utf-8")
+    return path
+
+
+def _first_match(path: str, pattern: str) -> str:
+    try:
+        found = re.search(pattern, Path(path).read_text("utf-8"))
+    except OSError:
+        return ""
+    return found.group(1).strip() if found else ""
+
+
+def _busy_seconds() -> float:
+    """CPU seconds the whole machine has worked since boot: the first line of /proc/stat less idle and iowait."""
+    try:
+        ticks = [int(word) for word in Path("/proc/stat").read_text("utf-8").split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return float("nan")
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
