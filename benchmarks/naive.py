@@ -116,7 +116,9 @@ def minify_naive(
     calibrated = time.perf_counter()
     kept = rank(scores, keep)
     for mlp, gram, indices in zip(mlps(model), grams, kept, strict=True):
-        prune(mlp, gram, indices, damping)
+        # A layer that loses no unit needs no refit, which would only shrink it.
+        if len(indices) < len(gram):
+            prune(mlp, gram, indices, damping)
     return NaiveResult(model, kept, {"calibration": calibrated - start, "solve": time.perf_counter() - calibrated})
 
 
