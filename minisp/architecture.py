@@ -6,13 +6,16 @@ weights transposed (`Conv1D`); `weight_view` shows every weight as (out, in), so
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from minisp.errors import UnsupportedModelError
+
+CausalLM: TypeAlias = Any
+"""A transformers causal language model; its `config` and forward carry no static types."""
 
 WIDTHS_KEY = "minisp_widths"
 """Key in config.json that lists every layer's width where they differ."""
@@ -123,14 +126,14 @@ def activation_kind(config: Any, row: Architecture) -> str:
     return ACTIVATIONS[name]
 
 
-def decoder_layers(model: nn.Module, row: Architecture) -> nn.ModuleList:
+def decoder_layers(model: CausalLM, row: Architecture) -> nn.ModuleList:
     """The list of decoder layers of a causal language model."""
     layers = model.get_submodule(layers_path(model, row))
     assert isinstance(layers, nn.ModuleList)
     return layers
 
 
-def layers_path(model: Any, row: Architecture) -> str:
+def layers_path(model: CausalLM, row: Architecture) -> str:
     """Path of the decoder layers from the causal language model, such as `model.layers`."""
     return f"{model.base_model_prefix}.{row.layers}"
 
@@ -180,12 +183,12 @@ def unit_axes(layer: nn.Module, row: Architecture) -> dict[str, int]:
     return axes
 
 
-def layer_widths(model: nn.Module, row: Architecture) -> list[int]:
+def layer_widths(model: CausalLM, row: Architecture) -> list[int]:
     """The width m of every layer."""
     return [mlp_weights(layer, row).up.shape[0] for layer in decoder_layers(model, row)]
 
 
-def resize_(model: nn.Module, row: Architecture, widths: Sequence[int]) -> None:
+def resize_(model: CausalLM, row: Architecture, widths: Sequence[int]) -> None:
     """Give every layer its width, with uninitialised parameters on the device and in the dtype they had."""
     for layer, width in zip(decoder_layers(model, row), widths, strict=True):
         axes = unit_axes(layer, row)
@@ -207,7 +210,7 @@ def cut_(layer: nn.Module, row: Architecture, kept: Tensor, new_down: Tensor) ->
         replace_parameter_(layer, name, value)
 
 
-def record_widths_(model: Any, row: Architecture, widths: Sequence[int]) -> None:
+def record_widths_(model: CausalLM, row: Architecture, widths: Sequence[int]) -> None:
     """Write the widths into the model's config: one number where all are equal, the list where they differ."""
     setattr(model.config, row.width_key, max(widths))
     if len(set(widths)) > 1:

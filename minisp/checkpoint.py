@@ -175,9 +175,10 @@ def _check_index(folder: Path, tensors: dict[str, StoredTensor]) -> None:
 
 def _read_config(folder: Path) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(f"{folder}/config.json: transformers cannot read it: {error}") from error
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:

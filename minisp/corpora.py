@@ -198,7 +198,7 @@ def code_text(num_chars: int) -> str:
     text, _ = corpus.prefix(num_chars)
     if len(text) < num_chars:
         raise CalibrationError(
-            f"Expected {num_chars} characters of source code in {folder}, got {len(text)}. Ask for less, or read a file."
+            f"Expected {num_chars} characters of source code in {folder}, got {len(text)}. Ask for less or read a file."
         )
     return text
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minisp.architecture import cut_, record_widths_
+from minisp.architecture import CausalLM, cut_, record_widths_
 from minisp.calibration import Calibration, load_calibration, write_windows
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
@@ -107,17 +107,17 @@ def plan(model: str | Path | nn.Module, *, keep: float = 0.8, **options: Any) ->
     return _plan(model, None if isinstance(model, nn.Module) else Checkpoint.open(local_folder(model)), config)
 
 
-def _plan(model: str | Path | nn.Module, checkpoint: Checkpoint | None, config: MinifyConfig) -> Plan:
+def _plan(model: Any, checkpoint: Checkpoint | None, config: MinifyConfig) -> Plan:
     if checkpoint is not None:
         device = compute_device(config)
         name = checkpoint.folder.name
         return make_plan(
             name, skeleton(checkpoint), config, device, compute_dtype(config, device), checkpoint.num_bytes
         )
-    assert isinstance(model, nn.Module)
     parameter = next(model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return make_plan(type(model).__name__, model, config, parameter.device, parameter.dtype, size)
+    name = Path(getattr(model.config, "name_or_path", "")).name or type(model).__name__
+    return make_plan(name, model, config, parameter.device, parameter.dtype, size)
 
 
 def _open(model: Any, checkpoint: Checkpoint | None, config: MinifyConfig, *, in_memory: bool) -> Stream:
@@ -134,10 +134,10 @@ def _calibrate(stream: Stream, source: Any, tokenizer: Any, config: MinifyConfig
     """The calibration windows; where no source is given, the model is asked to write some of them itself."""
 
     def write(num_windows: int, window: int) -> Tensor:
-        model = stream.model
+        model: CausalLM = stream.model
         if stream.checkpoint is not None:
             model = load_model(stream.checkpoint, stream.device, stream.dtype)
-        return write_windows(
+        windows: Tensor = write_windows(
             model,
             tokenizer,
             num_windows=num_windows,
@@ -145,6 +145,7 @@ def _calibrate(stream: Stream, source: Any, tokenizer: Any, config: MinifyConfig
             seed=config.seed,
             on_progress=lambda done, total: progress("writing calibration text", done, total),
         )
+        return windows
 
     return load_calibration(
         source,
@@ -200,8 +201,8 @@ def _finish(
 
     def remembered() -> Iterator[Reconstruction]:
         for result in results:
-            yield result
             done.append(replace(result, down=None))
+            yield result
 
     if stream.checkpoint is not None:
         assert folder is not None

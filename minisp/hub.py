@@ -82,8 +82,8 @@ def convert_gguf(path: Path, folder: Path) -> Path:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         except Exception as error:
             raise CheckpointError(
-                f"{path}: transformers cannot read this GGUF file: {error}. It needs `pip install gguf`, a complete file, "
-                "and a family that transformers can dequantise."
+                f"{path}: transformers cannot read this GGUF file: {error}. It needs `pip install gguf`, a complete "
+                "file, and a family that transformers can dequantise."
             ) from error
         # transformers refuses to save a model that remembers having been quantised; these weights no longer are.
         for attribute in ("hf_quantizer", "quantization_method"):

@@ -31,7 +31,8 @@ class WatchedMlp:
     def forward(self, hidden: Tensor) -> Tensor:
         """y (…, d) for h (…, d). With gradients on, the statistics are fed by the backward; without, by this call."""
         if torch.is_grad_enabled():
-            return _WatchedFunction.apply(hidden, self)
+            leaving: Tensor = _WatchedFunction.apply(hidden, self)
+            return leaving
         flat = hidden.reshape(-1, hidden.shape[-1])
         gate, up = self.project(flat)
         x = ops.activation(gate, up, self.kind)
@@ -65,10 +66,9 @@ class _WatchedFunction(torch.autograd.Function):
         grad_x = grad_y.reshape(-1, grad_y.shape[-1]) @ mlp.weights.down
         x, sums = ops.activation_backward_(gate, up, grad_x, mlp.kind)
         mlp.statistics.update_(x, sums)
-        if up is None:
-            grad_hidden = gate @ mlp.weights.up
-        else:
-            grad_hidden = torch.addmm(gate @ mlp.weights.gate, up, mlp.weights.up)
+        grad_hidden = gate @ (mlp.weights.up if up is None else mlp.weights.gate)
+        if up is not None:
+            grad_hidden = torch.addmm(grad_hidden, up, mlp.weights.up)
         return grad_hidden.view_as(grad_y), None
 
 

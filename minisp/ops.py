@@ -9,7 +9,7 @@ Shapes: T tokens, m units, n kept units, d hidden size.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -194,13 +194,16 @@ def _activate(z: Tensor, kind: str) -> Tensor:
 
 
 def _activation_grad(z: Tensor, grad: Tensor, kind: str) -> Tensor:
+    result: Tensor
     if kind == "silu":
-        return torch.ops.aten.silu_backward(grad, z)
-    if kind in ("gelu", "gelu_tanh"):
-        return torch.ops.aten.gelu_backward(grad, z, approximate="tanh" if kind == "gelu_tanh" else "none")
-    if kind == "relu2":
-        return grad * z.clamp_min(0).mul_(2)
-    return grad * (z > 0)
+        result = torch.ops.aten.silu_backward(grad, z)
+    elif kind in ("gelu", "gelu_tanh"):
+        result = torch.ops.aten.gelu_backward(grad, z, approximate="tanh" if kind == "gelu_tanh" else "none")
+    elif kind == "relu2":
+        result = grad * z.clamp_min(0).mul_(2)
+    else:
+        result = grad * (z > 0)
+    return result
 
 
 def _choose(op: str, impl: Impl, available: tuple[str, ...], tensor: Tensor) -> str:
@@ -222,7 +225,7 @@ def _sixteen_bit_products(dtype: torch.dtype) -> Iterator[None]:
     if dtype != torch.bfloat16:
         yield
         return
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:

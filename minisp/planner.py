@@ -5,9 +5,8 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
-from minisp.architecture import architecture_of, decoder_layers, layer_widths, unit_axes
+from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths, unit_axes
 from minisp.config import MinifyConfig
 from minisp.errors import CalibrationError, ConfigError
 from minisp.selection import default_alignment, uniform_widths
@@ -64,7 +63,7 @@ class Plan:
 
 
 def make_plan(
-    name: str, model: nn.Module, config: MinifyConfig, device: torch.device, dtype: torch.dtype, stored_bytes: int
+    name: str, model: CausalLM, config: MinifyConfig, device: torch.device, dtype: torch.dtype, stored_bytes: int
 ) -> Plan:
     """Plan a run on a model whose weights may be on the meta device.
 
@@ -165,15 +164,13 @@ def _kept_units(widths: list[int], config: MinifyConfig, alignment: int) -> int:
 
 
 def _choose_segment(
-    model: nn.Module, config: MinifyConfig, batch: int, device: torch.device, dtype: torch.dtype
+    model: CausalLM, config: MinifyConfig, batch: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[int, dict[str, int]]:
     """The most layers at once that fit the memory share, and the memory by purpose with that many."""
     row = architecture_of(model.config)
     num_layers = len(decoder_layers(model, row))
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     for count in range(1, num_layers + 1):
         segment = config.segment or -(-num_layers // count)
         memory = _memory(model, config, batch, segment, dtype)
@@ -182,7 +179,7 @@ def _choose_segment(
     return min(segment, num_layers), memory
 
 
-def _memory(model: nn.Module, config: MinifyConfig, batch: int, segment: int, dtype: torch.dtype) -> dict[str, int]:
+def _memory(model: CausalLM, config: MinifyConfig, batch: int, segment: int, dtype: torch.dtype) -> dict[str, int]:
     row = architecture_of(model.config)
     layers = decoder_layers(model, row)
     width, hidden = max(layer_widths(model, row)), model.config.hidden_size
@@ -203,7 +200,7 @@ def _memory(model: nn.Module, config: MinifyConfig, batch: int, segment: int, dt
     }
 
 
-def _flops(model: nn.Module, config: MinifyConfig, num_segments: int) -> float:
+def _flops(model: CausalLM, config: MinifyConfig, num_segments: int) -> float:
     row = architecture_of(model.config)
     layers, widths = decoder_layers(model, row), layer_widths(model, row)
     tokens = config.num_windows * config.window

@@ -1,4 +1,4 @@
-"""The specification: every operation of the engine in plain torch, in whatever dtype the caller passes (float64 in tests).
+"""The specification: every operation of the engine in plain torch, in whatever dtype is passed (float64 in tests).
 
 Nothing in the optimised code imports this module; the tests compare every implementation with it.
 
@@ -79,7 +79,9 @@ def residual(gram: Tensor, kept: Tensor, weight: Tensor, new_weight: Tensor) -> 
     error = weight.clone()
     error[:, kept] -= new_weight
     total = ((weight @ gram) * weight).sum()
-    return torch.sqrt(((error @ gram) * error).sum() / total) if total > 0 else torch.zeros((), dtype=gram.dtype)
+    if total <= 0:
+        return torch.zeros((), dtype=gram.dtype)
+    return torch.sqrt(((error @ gram) * error).sum() / total)
 
 
 def cross_entropy_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,7 @@ def make_report(
     )
 
 
-def load_line(folder: Path, widths: Sequence[int]) -> str:
+def load_line(folder: str | Path, widths: Sequence[int]) -> str:
     """The Python expression that loads a result with transformers."""
     trust = ", trust_remote_code=True" if len(set(widths)) > 1 else ""
     return f'AutoModelForCausalLM.from_pretrained("{folder}"{trust})'
@@ -137,16 +137,16 @@ def plan_table(plan: Plan) -> Table:
     low, high = min(plan.widths), max(plan.widths)
     width = f"{low}" if low == high else f"{low} to {high}"
     table.add_row("layers", f"{len(plan.widths)}, MLP width {width}")
-    table.add_row("keep", f"{config.keep:.0%}: at most {plan.kept_units:,} of {sum(plan.widths):,} units, "
-                  f"{config.widths} widths, multiples of {plan.alignment}")  # fmt: skip
+    units = f"at most {plan.kept_units:,} of {sum(plan.widths):,} units"
+    table.add_row("keep", f"{config.keep:.0%}: {units}, {config.widths} widths, multiples of {plan.alignment}")
     table.add_row("parameters", f"{millions(plan.parameters)} → at most {millions(plan.parameters_after)}")
     table.add_row("weights", f"{megabytes(plan.bytes)} → at most {megabytes(plan.bytes_after)}")
     table.add_row("calibration", f"{config.num_windows} windows of {config.window} tokens ({plan.num_tokens:,})")
-    table.add_row("method", f"{config.saliency} saliency, " + (
-        f"ridge λ = {config.damping:g} on {config.inputs} inputs" if config.reconstruct else "slicing only"
-    ))  # fmt: skip
-    table.add_row("compute", f"{plan.device}, {plan.dtype}, {plan.batch} window(s) at once, "
-                  f"{len(plan.segments)} segment(s) of {len(plan.segments[0])} layer(s), {plan.flops / 1e12:.1f} TFLOP")  # fmt: skip
+    refit = f"ridge λ = {config.damping:g} on {config.inputs} inputs" if config.reconstruct else "slicing only"
+    table.add_row("method", f"{config.saliency} saliency, {refit}")
+    held = f"{len(plan.segments)} segment(s) of {len(plan.segments[0])} layer(s)"
+    where = f"{plan.device}, {plan.dtype}, {plan.batch} window(s) at once"
+    table.add_row("compute", f"{where}, {held}, {plan.flops / 1e12:.1f} TFLOP")
     parts = ", ".join(f"{name} {megabytes(size)}" for name, size in plan.memory.items())
     table.add_row("memory", f"about {megabytes(sum(plan.memory.values()))} beside the process: {parts}")
     return table

@@ -8,7 +8,7 @@ Shapes: B windows, L tokens per window, T = B·L, d hidden size, m units, V voca
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from minisp import ops
 from minisp.architecture import (
     WIDTHS_KEY,
     Architecture,
+    CausalLM,
     architecture_of,
     decoder_layers,
     layers_path,
@@ -30,7 +31,7 @@ from minisp.architecture import (
     unit_axes,
 )
 from minisp.checkpoint import Checkpoint
-from minisp.errors import CheckpointError, UnsupportedModelError
+from minisp.errors import CheckpointError
 
 # Logits of one chunk of tokens: 16-bit logits and their gradient stay within this many bytes.
 LOGIT_BYTES = 48 * 2**20
@@ -54,7 +55,7 @@ class Stream:
         checkpoint: where the weights come from; None when the model was in memory to begin with.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, checkpoint: Checkpoint | None):
+    def __init__(self, model: CausalLM, device: torch.device, dtype: torch.dtype, checkpoint: Checkpoint | None):
         self.model = model
         self.row: Architecture = architecture_of(model.config)
         self.device = device
@@ -83,7 +84,7 @@ class Stream:
         return stream
 
     @classmethod
-    def from_module(cls, model: nn.Module) -> "Stream":
+    def from_module(cls, model: CausalLM) -> "Stream":
         """A model in memory, computed where and in the type that it has; nothing is ever released."""
         parameter = next(model.parameters())
         if parameter.is_meta:
@@ -134,19 +135,17 @@ class Stream:
                 raise _EnoughError
             return hidden
 
-        with self._stubs(record):
-            try:
-                self.model(input_ids=ids.to(self.device), use_cache=False)
-            except _EnoughError:
-                pass
+        with self._stubs(record), suppress(_EnoughError):
+            self.model(input_ids=ids.to(self.device), use_cache=False)
         self._calls[tuple(ids.shape)] = calls
         return entering[0]
 
     def run_layer(self, index: int, hidden: Tensor, calls: Sequence[LayerCall]) -> Tensor:
         """The hidden state (B, L, d) after layer `index`, which must be held."""
         call = calls[index]
-        result = self.layers[index](hidden, *call.args, **call.kwargs)
-        return result[0] if isinstance(result, tuple) else result
+        result: Any = self.layers[index](hidden, *call.args, **call.kwargs)
+        leaving: Tensor = result[0] if isinstance(result, tuple) else result
+        return leaving
 
     def loss_gradient(self, hidden: Tensor, ids: Tensor) -> tuple[float, Tensor]:
         """Loss and its gradient at the last layer's output.
@@ -206,7 +205,8 @@ class _Stub(nn.Module):
         self.__dict__.update(_index=index, _layer=layer, _function=function)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self._function(self._index, hidden, *args, **kwargs)
+        leaving: Tensor = self._function(self._index, hidden, *args, **kwargs)
+        return leaving
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_layer"], name)
@@ -216,7 +216,7 @@ class _EnoughError(Exception):
     """Raised by the last stub: the rest of the forward is not wanted."""
 
 
-def skeleton(checkpoint: Checkpoint) -> nn.Module:
+def skeleton(checkpoint: Checkpoint) -> CausalLM:
     """The transformers model of a checkpoint with every parameter on the meta device, frozen, in evaluation mode.
 
     Raises:
@@ -238,18 +238,18 @@ def skeleton(checkpoint: Checkpoint) -> nn.Module:
             or not all(isinstance(w, int) and w > 0 for w in widths)
         ):
             raise CheckpointError(
-                f"{checkpoint.folder}/config.json: expected {WIDTHS_KEY} to list {count} positive widths, got {widths!r}."
+                f"{checkpoint.folder}/config.json: expected {WIDTHS_KEY} to list {count} positive widths, "
+                f"got {widths!r}."
             )
         resize_(model, row, widths)
+    model.tie_weights()
     model.requires_grad_(False)
     model.eval()
-    if not hasattr(model, "base_model_prefix"):
-        raise UnsupportedModelError(f"{checkpoint.folder}: expected a transformers causal language model.")
     stored_names(checkpoint, model, [name for name, _ in model.named_parameters()])
     return model
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
+def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> CausalLM:
     """The whole model in memory, read without running any code of the checkpoint; per-layer widths included."""
     stream = Stream.from_checkpoint(checkpoint, device, dtype)
     path = layers_path(stream.model, stream.row)
@@ -258,7 +258,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: CausalLM) -> Iterator[None]:
     """Within the block: evaluation mode and no parameter wants a gradient; both as before afterwards."""
     training = {module: module.training for module in model.modules()}
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -273,7 +273,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(name in wanted)
 
 
-def stored_names(checkpoint: Checkpoint, model: Any, names: Iterable[str]) -> dict[str, list[str]]:
+def stored_names(checkpoint: Checkpoint, model: CausalLM, names: Iterable[str]) -> dict[str, list[str]]:
     """Stored name → tensor names that it serves; the second name of a tied weight is left to `tie_weights`.
 
     Raises:

