@@ -210,8 +210,8 @@ def _part(source: Any, weight: float, tokenizer: Any) -> _Part:
 def _text_part(corpus: Corpus, weight: float, tokenizer: Any) -> _Part:
     if tokenizer is None:
         raise CalibrationError(
-            f"Expected a tokenizer to read {corpus.label}, got None. Pass the tokenizer, or an integer tensor of tokens "
-            f"instead of text."
+            f"Expected a tokenizer to read {corpus.label}, got None. Pass the tokenizer, or an integer tensor of "
+            f"tokens instead of text."
         )
     return _Part(corpus.label, weight, text_windows(corpus.prefix, corpus.label, tokenizer))
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minisp.errors import CalibrationError, CheckpointError, ConfigError, NumericalError
+from minisp.windows import evaluating
 
 # Float32 logits of one chunk of tokens stay within this many bytes.
 LOGIT_BYTES = 64 * 2**20
@@ -102,7 +103,7 @@ def perplexity(
     ids = tokens.to(next(model.parameters()).device, torch.int64)
     total, scored = 0.0, 0
     began = time.perf_counter()
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for done, start in enumerate(starts, start=1):
             first = 1 if start == 0 else max(window - stride, 1)
             loss = _window_loss(model, ids[start : start + window], first)
@@ -143,7 +144,7 @@ def _logit_chunks(model: nn.Module, ids: Tensor, first: int, last: int) -> Itera
     """
     vocab_size = _text_config(model).vocab_size
     rows = max(LOGIT_BYTES // (4 * vocab_size), 1)
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
+    decoder: Any = getattr(model, "get_decoder", lambda: None)()
     caught: list[Any] = []
     if decoder is not None and decoder is not model and _keeps_logits(model):
         handle = decoder.register_forward_hook(lambda module, args, output: caught.append(output))
@@ -188,7 +189,7 @@ def throughput(
     generator = torch.Generator().manual_seed(seed)
     vocab_size = _text_config(model).vocab_size
     prompt = torch.randint(vocab_size, (batch, prompt_tokens), generator=generator).to(parameter.device)
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         _time_generation(model, prompt, min(new_tokens, 4))
         times = [_time_generation(model, prompt, new_tokens) for _ in range(repeats)]
     return Throughput(
@@ -276,26 +277,14 @@ def _keeps_logits(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, in eval mode; every module gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
 def _returning(module: nn.Module, output: Any) -> Iterator[None]:
     """For a while, calling the module returns `output`."""
     own = module.__dict__.get("forward")
-    module.forward = lambda *args, **kwargs: output  # type: ignore[method-assign]
+    module.forward = lambda *args, **kwargs: output
     try:
         yield
     finally:
         if own is None:
             del module.forward
         else:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own

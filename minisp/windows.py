@@ -134,7 +134,7 @@ def write_windows(
     uniform = torch.rand(num_windows, window - 1, generator=generator)
     parts = list(zip(start.split(batch), uniform.split(batch), strict=True))
     written = []
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for index, (starts, draws) in enumerate(parts):
             steps = _sample(model, starts, draws, temperature)
             tokens = [next(steps)]
@@ -189,7 +189,7 @@ def _ordinary_tokens(model: nn.Module, tokenizer: Any) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout, in eval mode; every module gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
