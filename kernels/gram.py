@@ -120,7 +120,7 @@ def config(width: int, dtype: torch.dtype, *, unit_stride: bool = True) -> dict[
 
 
 def _num_tiles(width: int, tile: int) -> int:
-    rows = triton.cdiv(width, tile)
+    rows = -(-width // tile)
     return rows * (rows + 1) // 2
 
 
