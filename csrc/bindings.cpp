@@ -4,6 +4,8 @@
 
 #include "build_info.h"
 #include "device.h"
+#include "elementwise.h"
+#include "gram.h"
 
 namespace py = pybind11;
 
@@ -21,6 +23,41 @@ py::dict build_info_dict() {
   return result;
 }
 
+// Addresses come from Tensor.data_ptr(); minisp/native.py, the only caller, has checked what lies behind them.
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void bind_cpu_kernels(py::module_& module) {
+  using minisp::Activation;
+  using minisp::Matrix;
+  const py::call_guard<py::gil_scoped_release> released;
+  module.def(
+      "activation_backward",
+      [](uintptr_t gate, uintptr_t up, uintptr_t grad_x, uintptr_t sums, int64_t rows, int64_t columns, bool is_bf16,
+         int kind, int threads) {
+        minisp::activation_backward(at<void>(gate), at<void>(up), at<void>(grad_x), at<float>(sums),
+                                    Matrix{rows, columns, is_bf16}, static_cast<Activation>(kind), threads);
+      },
+      released, "Gradients in place and saliency sums; see csrc/elementwise.h.");
+  module.def(
+      "cross_entropy",
+      [](uintptr_t logits, uintptr_t targets, uintptr_t gradient, int64_t rows, int64_t columns, bool is_bf16,
+         int threads) {
+        return minisp::cross_entropy(at<void>(logits), at<int64_t>(targets), at<void>(gradient),
+                                     Matrix{rows, columns, is_bf16}, threads);
+      },
+      released, "Summed negative log likelihood and its gradient; see csrc/elementwise.h.");
+  module.def("gram_available", &minisp::gram_available, "Whether this processor has what gram_update needs.");
+  module.def(
+      "gram_update",
+      [](uintptr_t gram, uintptr_t x, int64_t num_tokens, int64_t width, int threads) {
+        minisp::gram_update(at<float>(gram), at<uint16_t>(x), num_tokens, width, threads);
+      },
+      released, "gram += X^T X on the lower triangle; see csrc/gram.h.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -29,4 +66,5 @@ PYBIND11_MODULE(_C, module) {
              "Version, compiler, C++ standard, CUDA architectures, and the processor's instruction sets.");
   module.def("cuda_device_count", &minisp::cuda_device_count,
              "CUDA devices that can be used now; 0 without a driver or in a CPU-only build. Never raises.");
+  bind_cpu_kernels(module);
 }

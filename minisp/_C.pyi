@@ -13,3 +13,13 @@ def build_info() -> BuildInfo:
 
 def cuda_device_count() -> int:
     """CUDA devices that can be used now; 0 without a driver or in a CPU-only build. Never raises."""
+
+# Addresses are those of contiguous CPU tensors; `minisp.native` is the only caller and checks them.
+def activation_backward(
+    gate: int, up: int, grad_x: int, sums: int, rows: int, columns: int, is_bf16: bool, kind: int, threads: int
+) -> None: ...
+def cross_entropy(
+    logits: int, targets: int, gradient: int, rows: int, columns: int, is_bf16: bool, threads: int
+) -> float: ...
+def gram_available() -> bool: ...
+def gram_update(gram: int, x: int, num_tokens: int, width: int, threads: int) -> None: ...

@@ -160,7 +160,8 @@ def _logit_chunks(model: nn.Module, ids: Tensor, first: int, last: int) -> Itera
     for start in range(first, last, rows):
         chunk = replace(caught[0], last_hidden_state=hidden[:, start : min(start + rows, last)])
         with _returning(decoder, chunk):
-            yield start, model(input_ids=ids[None], use_cache=False).logits[0]
+            logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        yield start, logits
 
 
 def throughput(

@@ -1,10 +1,11 @@
 """The seam: one function per mathematical operation; `impl` says who computes it.
 
-`minisp.reference` is the specification of each operation and holds the formulas. Implementations here: "torch",
-plain tensor code tuned for its memory traffic, on every device; "triton", kernels of `minisp.kernels`, on GPUs.
-"auto" takes the best that serves the tensor's device. A name given explicitly is obeyed or refused, never replaced.
+`minisp.reference` is the specification of each operation and holds the formulas. Implementations: "torch", plain
+tensor code tuned for its memory traffic, on every device; "native", the C++ kernels of `minisp._C`, on CPUs; "triton",
+the kernels of `minisp.kernels`, on GPUs. "auto" takes the best that serves the tensors. A name given explicitly is
+obeyed or refused, never replaced.
 
-Shapes: T tokens, m units, n kept units, d hidden size.
+Shapes: T tokens, m units, n kept units, d hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from minisp import native
 from minisp.errors import BackendError, NumericalError
 
-Impl = Literal["auto", "torch", "triton"]
+Impl = Literal["auto", "torch", "native", "triton"]
 
 # Rows of T handled at once by the element-wise passes: their float32 copies of (rows, m) stay in a core's cache.
 ROWS = 128
@@ -45,9 +47,10 @@ def activation_backward_(
         x (T, m), stored in `grad_x`, and sums (3, m) float32: Σ|p|, Σp², Σp over the tokens, p = x ⊙ grad_x.
 
     Raises:
-        BackendError: `impl` cannot serve this operation.
+        BackendError: `impl` cannot serve these tensors.
     """
-    _choose("activation_backward_", impl, ("torch",), gate)
+    if _choose("activation_backward_", impl, native=native.serves(gate, up, grad_x, kind=kind)) == "native":
+        return grad_x, native.activation_backward_(gate, up, grad_x, kind)
     sums = torch.zeros(3, gate.shape[1], dtype=torch.float32, device=gate.device)
     for start in range(0, gate.shape[0], ROWS):
         rows = slice(start, start + ROWS)
@@ -76,12 +79,16 @@ def gram_update_(gram: Tensor, x: Tensor, *, impl: Impl = "auto") -> None:
         x: (T, m) bfloat16, float16 or float32. Products of 16-bit inputs are exact in float32, sums are float32.
 
     Raises:
-        BackendError: `impl` cannot serve this operation or device.
+        BackendError: `impl` cannot serve these tensors.
     """
-    if _choose("gram_update_", impl, ("torch", "triton"), x) == "triton":
+    chosen = _choose("gram_update_", impl, native=native.serves_gram(x), triton=x.is_cuda)
+    if chosen == "triton":
         from minisp.kernels import gram as kernel
 
         kernel.gram_update_(gram, x)
+        return
+    if chosen == "native":
+        native.gram_update_(gram, x)
         return
     with _sixteen_bit_products(x.dtype):
         x = x.float()
@@ -100,7 +107,7 @@ def mirror_(gram: Tensor) -> Tensor:
     return gram
 
 
-def cross_entropy_gradient(logits: Tensor, targets: Tensor) -> tuple[float, Tensor]:
+def cross_entropy_gradient(logits: Tensor, targets: Tensor, *, impl: Impl = "auto") -> tuple[float, Tensor]:
     """Summed negative log likelihood (nats) and its gradient; see `reference.cross_entropy_gradient`.
 
     Rows go through float32 a few at a time: beside the result, no copy of the logits exists.
@@ -111,13 +118,19 @@ def cross_entropy_gradient(logits: Tensor, targets: Tensor) -> tuple[float, Tens
 
     Returns:
         The loss, and softmax(logits) − onehot(targets) in the shape and dtype of `logits`.
+
+    Raises:
+        BackendError: `impl` cannot serve these tensors.
     """
     rows, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1)
+    if _choose("cross_entropy_gradient", impl, native=native.serves(rows)) == "native":
+        loss, gradient = native.cross_entropy_gradient(rows, wanted)
+        return loss, gradient.view_as(logits)
     gradient = torch.empty_like(rows)
     loss = 0.0
     step = max(1, CROSS_ENTROPY_ELEMENTS // rows.shape[1])
     for start in range(0, rows.shape[0], step):
-        chunk, target = rows[start : start + step].float(), wanted[start : start + step]
+        chunk, target = rows[start : start + step].to(torch.float32, copy=True), wanted[start : start + step]
         log_sum = chunk.logsumexp(-1, keepdim=True)
         loss += float((log_sum - chunk.gather(1, target)).sum(dtype=torch.float64))
         probability = chunk.sub_(log_sum).exp_()
@@ -144,7 +157,7 @@ def ridge_solve(
     Raises:
         NumericalError: G holds values that are not finite, or the damped system is not positive definite.
     """
-    _choose("ridge_solve", impl, ("torch",), gram)
+    _choose("ridge_solve", impl)
     weight = weight.to(gram.dtype)
     original = weight[:, kept]
     if len(kept) == gram.shape[0] and not to_zero:
@@ -206,12 +219,18 @@ def _activation_grad(z: Tensor, grad: Tensor, kind: str) -> Tensor:
     return result
 
 
-def _choose(op: str, impl: Impl, available: tuple[str, ...], tensor: Tensor) -> str:
-    """Who computes: the caller's choice, or the first that serves the device."""
+def _choose(op: str, impl: Impl, *, native: bool = False, triton: bool = False) -> Impl:
+    """Who computes: the caller's choice where it can serve, or the best of those that can."""
+    able: list[Impl] = ["torch"]
+    able += ["native"] if native else []
+    able += ["triton"] if triton else []
     if impl == "auto":
-        return "triton" if "triton" in available and tensor.is_cuda else "torch"
-    if impl not in available:
-        raise BackendError(f"Operation {op}: expected impl in {available} or 'auto', got {impl!r}.")
+        return able[-1]
+    if impl not in able:
+        raise BackendError(
+            f"Operation {op}: expected an implementation that serves these tensors ({', '.join(able)}), got {impl!r}. "
+            "Pass impl='auto', build the extension, or move the tensors."
+        )
     return impl
 
 

@@ -1,0 +1,197 @@
+#include "elementwise.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "clones.h"
+#include "parallel.h"
+
+namespace minisp {
+
+namespace {
+
+using bf16 = uint16_t;
+
+constexpr int64_t kColumns = 256;  // columns per step: the sums of one step stay in the first-level cache
+
+MINISP_INLINE float load(float value) { return value; }
+
+MINISP_INLINE float load(bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
+MINISP_INLINE void store(float value, float* place) { *place = value; }
+
+// Round to nearest even; NaN stays NaN.
+MINISP_INLINE void store(float value, bf16* place) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  *place = static_cast<bf16>(value == value ? rounded : 0x7fc0u);
+}
+
+// e^x with a relative error of about 2^-22: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial in r (Cody & Waite, 1980),
+// times 2^n. Below -87 the result is 0 up to the smallest normal number; above 88 it saturates.
+MINISP_INLINE float exponential(float x) {
+  const float clamped = std::min(std::max(x, -87.0f), 88.0f);
+  const float n = __builtin_rintf(clamped * 1.44269504f);
+  const float r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
+  float p = 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, 4);
+  return p * scale;
+}
+
+struct Value {
+  float value, slope;  // act(z), act'(z)
+};
+
+template <Activation kind>
+MINISP_INLINE Value activate(float z) {
+  if constexpr (kind == Activation::silu) {
+    const float sigmoid = 1.0f / (1.0f + exponential(-z));
+    return {z * sigmoid, sigmoid * (1.0f + z * (1.0f - sigmoid))};
+  } else if constexpr (kind == Activation::gelu_tanh) {
+    // 0.5 (1 + tanh u) = sigmoid(2u), u = sqrt(2/pi) (z + 0.044715 z^3).
+    const float u = 0.7978845608f * (z + 0.044715f * z * z * z);
+    const float sigmoid = 1.0f / (1.0f + exponential(-2.0f * u));
+    const float inner = 2.0f * 0.7978845608f * (1.0f + 3.0f * 0.044715f * z * z);
+    return {z * sigmoid, sigmoid + z * sigmoid * (1.0f - sigmoid) * inner};
+  } else if constexpr (kind == Activation::relu) {
+    return {z > 0.0f ? z : 0.0f, z > 0.0f ? 1.0f : 0.0f};
+  } else {
+    const float positive = z > 0.0f ? z : 0.0f;
+    return {positive * positive, 2.0f * positive};
+  }
+}
+
+// Columns [first, first + count) of all rows, count <= kColumns.
+template <typename T, Activation kind>
+MINISP_INLINE void backward_columns(T* gate, T* up, T* grad_x, float* sums, Matrix shape, int64_t first,
+                                    int64_t count) {
+  float absolute[kColumns] = {}, squared[kColumns] = {}, total[kColumns] = {};
+  for (int64_t row = 0; row < shape.rows; ++row) {
+    T* __restrict z = gate + row * shape.columns + first;
+    T* __restrict g = grad_x + row * shape.columns + first;
+    T* __restrict u = up == nullptr ? nullptr : up + row * shape.columns + first;
+    for (int64_t j = 0; j < count; ++j) {
+      const Value a = activate<kind>(load(z[j]));
+      const float gradient = load(g[j]);
+      const float factor = u == nullptr ? 1.0f : load(u[j]);
+      const float x = a.value * factor;
+      const float product = x * gradient;
+      absolute[j] += std::fabs(product);
+      squared[j] += product * product;
+      total[j] += product;
+      if (u != nullptr) store(a.value * gradient, u + j);
+      store(gradient * factor * a.slope, z + j);
+      store(x, g + j);
+    }
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    sums[first + j] += absolute[j];
+    sums[shape.columns + first + j] += squared[j];
+    sums[2 * shape.columns + first + j] += total[j];
+  }
+}
+
+// `-inf` logits are allowed: they are words that cannot come.
+template <typename T>
+MINISP_INLINE double cross_entropy_row(const T* logits, int64_t target, T* gradient, int64_t size) {
+  constexpr int64_t kLanes = 16;
+  float largest[kLanes], sum[kLanes] = {};
+  std::fill(largest, largest + kLanes, -INFINITY);
+  const int64_t whole = size / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) largest[lane] = std::max(largest[lane], load(logits[i + lane]));
+  float top = *std::max_element(largest, largest + kLanes);
+  for (int64_t i = whole; i < size; ++i) top = std::max(top, load(logits[i]));
+  double total = 0.0;
+  // Sixteen running sums over a stretch, then a double: the sum of a long row loses nothing.
+  constexpr int64_t kStretch = 4096;
+  for (int64_t start = 0; start < whole; start += kStretch) {
+    const int64_t stop = std::min(start + kStretch, whole);
+    std::fill(sum, sum + kLanes, 0.0f);
+    for (int64_t i = start; i < stop; i += kLanes)
+      for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] += exponential(load(logits[i + lane]) - top);
+    for (int64_t lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  }
+  for (int64_t i = whole; i < size; ++i) total += exponential(load(logits[i]) - top);
+  const float log_sum = top + static_cast<float>(std::log(total));
+  const float wanted = load(logits[target]);
+  const float shift = log_sum;
+  for (int64_t i = 0; i < size; ++i) store(exponential(load(logits[i]) - shift), gradient + i);
+  store(exponential(wanted - shift) - 1.0f, gradient + target);
+  return static_cast<double>(log_sum) - static_cast<double>(wanted);
+}
+
+// One exported body per storage type. The switches stand here and not in a template taking a function, because only
+// what is inlined into a clone is compiled for that clone's processor level.
+#define MINISP_SWITCH(kind, call)                                                \
+  switch (kind) {                                                                \
+    case Activation::silu: { constexpr auto k = Activation::silu; call; break; } \
+    case Activation::gelu_tanh: { constexpr auto k = Activation::gelu_tanh; call; break; } \
+    case Activation::relu: { constexpr auto k = Activation::relu; call; break; } \
+    case Activation::relu2: { constexpr auto k = Activation::relu2; call; break; } \
+  }
+
+#define MINISP_BODIES(T, name)                                                                                     \
+  MINISP_CLONES void backward_##name(T* gate, T* up, T* grad_x, float* sums, Matrix shape, Activation kind,         \
+                                     int64_t first, int64_t count) {                                               \
+    MINISP_SWITCH(kind, (backward_columns<T, k>(gate, up, grad_x, sums, shape, first, count)))                     \
+  }                                                                                                                \
+  MINISP_CLONES double loss_##name(const T* logits, int64_t target, T* gradient, int64_t size) {                   \
+    return cross_entropy_row<T>(logits, target, gradient, size);                                                   \
+  }
+
+MINISP_BODIES(bf16, bf16)
+MINISP_BODIES(float, float)
+
+}  // namespace
+
+void activation_backward(void* gate, void* up, void* grad_x, float* sums, Matrix shape, Activation kind,
+                         int num_threads) {
+  // Threads share columns out, not rows: every sum is then one thread's, in the order of the tokens.
+  parallel_for(shape.columns, kColumns, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += kColumns) {
+      const int64_t count = std::min(kColumns, end - first);
+      if (shape.is_bf16) {
+        backward_bf16(static_cast<bf16*>(gate), static_cast<bf16*>(up), static_cast<bf16*>(grad_x), sums, shape, kind,
+                      first, count);
+      } else {
+        backward_float(static_cast<float*>(gate), static_cast<float*>(up), static_cast<float*>(grad_x), sums, shape,
+                       kind, first, count);
+      }
+    }
+  });
+}
+
+double cross_entropy(const void* logits, const int64_t* targets, void* gradient, Matrix shape, int num_threads) {
+  std::vector<double> loss(shape.rows);
+  parallel_for(shape.rows, 1, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t offset = row * shape.columns;
+      loss[row] = shape.is_bf16 ? loss_bf16(static_cast<const bf16*>(logits) + offset, targets[row],
+                                            static_cast<bf16*>(gradient) + offset, shape.columns)
+                                : loss_float(static_cast<const float*>(logits) + offset, targets[row],
+                                             static_cast<float*>(gradient) + offset, shape.columns);
+    }
+  });
+  double sum = 0.0;
+  for (const double value : loss) sum += value;
+  return sum;
+}
+
+}  // namespace minisp

@@ -1,0 +1,28 @@
+// The element-wise passes of the saliency sweep on a CPU, each one pass over memory; formulas in minisp/reference.py.
+//
+// All matrices are contiguous and row-major. `is_bf16` says whether elements are bfloat16 or float32; arithmetic is
+// float32 either way, with one rounding at the end. Results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+namespace minisp {
+
+enum class Activation { silu = 0, gelu_tanh = 1, relu = 2, relu2 = 3 };
+
+struct Matrix {
+  int64_t rows;     // T tokens
+  int64_t columns;  // m units, or V words
+  bool is_bf16;
+};
+
+// In place: gate <- dL/dgate, up <- dL/dup (may be null), grad_x <- x. Adds to sums (3, m): |p|, p^2, p, summed over
+// the tokens, with p = x * grad_x.
+void activation_backward(void* gate, void* up, void* grad_x, float* sums, Matrix shape, Activation kind,
+                         int num_threads);
+
+// gradient <- softmax(logits) - onehot(targets), which may be the logits' own memory; returns the summed negative log
+// likelihood in nats.
+double cross_entropy(const void* logits, const int64_t* targets, void* gradient, Matrix shape, int num_threads);
+
+}  // namespace minisp

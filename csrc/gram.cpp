@@ -1,0 +1,158 @@
+#include "gram.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "clones.h"
+#include "parallel.h"
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && (__GNUC__ >= 11 || defined(__clang__))
+#define MINISP_AMX 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace minisp {
+
+#ifdef MINISP_AMX
+
+namespace {
+
+constexpr int64_t kEdge = 16;    // rows of a tile, and float32 columns of one
+constexpr int64_t kBlock = 32;   // edge of the block of G that one thread keeps in four tiles
+constexpr int64_t kTokens = 32;  // tokens of one tile product
+constexpr int64_t kTile = kEdge * kTokens;  // elements of a bfloat16 tile, 1 KB
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// A tile product is C += A B with A (16 units, 32 tokens) row by row and B (32 tokens, 16 units) with tokens in pairs.
+// Seen as 32-bit pairs of tokens, B is the transpose of A. One tile of X is stored in both orders; units or tokens
+// beyond the edge are zero.
+MINISP_CLONES void pack(const uint16_t* x, int64_t num_tokens, int64_t width, int64_t unit, int64_t token, uint16_t* a, uint16_t* b) {
+  const int64_t tokens = std::min(kTokens, num_tokens - token);
+  const int64_t units = std::min(kEdge, width - unit);
+  if (tokens < kTokens || units < kEdge) {
+    std::memset(b, 0, sizeof(uint16_t) * kTile);
+  }
+  uint32_t* pairs = reinterpret_cast<uint32_t*>(b);
+  uint32_t* rows = reinterpret_cast<uint32_t*>(a);
+  if (tokens == kTokens && units == kEdge) {
+    for (int64_t k = 0; k < kTokens / 2; ++k) {
+      const uint16_t* even = x + (token + 2 * k) * width + unit;
+      const uint16_t* odd = even + width;
+      for (int64_t u = 0; u < kEdge; ++u) pairs[k * kEdge + u] = even[u] | static_cast<uint32_t>(odd[u]) << 16;
+    }
+  } else {
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t u = 0; u < units; ++u) b[(t / 2 * kEdge + u) * 2 + t % 2] = x[(token + t) * width + unit + u];
+  }
+  for (int64_t u = 0; u < kEdge; ++u)
+    for (int64_t k = 0; k < kTokens / 2; ++k) rows[u * kEdge + k] = pairs[k * kEdge + u];
+}
+
+// One 32 x 32 block of G: rows from the packed A tiles of two strips of units, columns from the B tiles of two others.
+__attribute__((target("amx-tile,amx-bf16"))) void block_product(float* out, const uint16_t* a0, const uint16_t* a1,
+                                                                const uint16_t* b0, const uint16_t* b1,
+                                                                int64_t steps) {
+  constexpr int64_t kStride = kBlock * sizeof(float);
+  _tile_loadd(0, out, kStride);
+  _tile_loadd(1, out + kEdge, kStride);
+  _tile_loadd(2, out + kEdge * kBlock, kStride);
+  _tile_loadd(3, out + kEdge * kBlock + kEdge, kStride);
+  for (int64_t step = 0; step < steps; ++step) {
+    _tile_loadd(4, a0 + step * kTile, 64);
+    _tile_loadd(6, b0 + step * kTile, 64);
+    _tile_loadd(5, a1 + step * kTile, 64);
+    _tile_loadd(7, b1 + step * kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, out, kStride);
+  _tile_stored(1, out + kEdge, kStride);
+  _tile_stored(2, out + kEdge * kBlock, kStride);
+  _tile_stored(3, out + kEdge * kBlock + kEdge, kStride);
+}
+
+__attribute__((target("amx-tile"))) void configure_tiles() {
+  // Static: gcc's intrinsic tells the optimiser of the first 8 bytes alone, and stores into a local would be dropped.
+  static constexpr TileConfig kConfig;
+  _tile_loadconfig(&kConfig);
+}
+
+__attribute__((target("amx-tile"))) void release_tiles() { _tile_release(); }
+
+// Adds the product for block (i, j) into G, through a dense copy of the block so that edges need no special case.
+void update_block(float* gram, int64_t width, int64_t i, int64_t j, const uint16_t* a, const uint16_t* b,
+                  int64_t steps) {
+  alignas(64) float block[kBlock * kBlock];
+  const int64_t rows = std::min(kBlock, width - i * kBlock), columns = std::min(kBlock, width - j * kBlock);
+  float* corner = gram + i * kBlock * width + j * kBlock;
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(block + r * kBlock, corner + r * width, columns * sizeof(float));
+  const int64_t strip = steps * kTile;
+  block_product(block, a + 2 * i * strip, a + (2 * i + 1) * strip, b + 2 * j * strip, b + (2 * j + 1) * strip, steps);
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(corner + r * width, block + r * kBlock, columns * sizeof(float));
+}
+
+}  // namespace
+
+bool gram_available() {
+  // Linux grants the tile registers' large state on request (Documentation/arch/x86/xstate.rst in the kernel).
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool available = [] {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile") &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return available;
+}
+
+void gram_update(float* gram, const uint16_t* x, int64_t num_tokens, int64_t width, int num_threads) {
+  const int64_t blocks = (width + kBlock - 1) / kBlock, strips = 2 * blocks;
+  const int64_t steps = (num_tokens + kTokens - 1) / kTokens;
+  const int64_t elements = strips * steps * kTile;
+  const std::unique_ptr<uint32_t[]> packed(new uint32_t[elements]);
+  uint16_t* const a = reinterpret_cast<uint16_t*>(packed.get());
+  uint16_t* const b = a + elements;
+  parallel_for(strips, 1, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip)
+      for (int64_t step = 0; step < steps; ++step) {
+        const int64_t offset = (strip * steps + step) * kTile;
+        pack(x, num_tokens, width, std::min(strip * kEdge, width), step * kTokens, a + offset, b + offset);
+      }
+  });
+  // Block (i, j), j <= i, is number i (i + 1) / 2 + j: equal parts of the triangle for every thread.
+  parallel_for(blocks * (blocks + 1) / 2, 1, num_threads, [&](int64_t begin, int64_t end) {
+    configure_tiles();
+    int64_t i = 0;
+    while ((i + 1) * (i + 2) / 2 <= begin) ++i;
+    for (int64_t number = begin, j = begin - i * (i + 1) / 2; number < end; ++number) {
+      update_block(gram, width, i, j, a, b, steps);
+      if (++j > i) {
+        ++i;
+        j = 0;
+      }
+    }
+    release_tiles();
+  });
+}
+
+#else
+
+bool gram_available() { return false; }
+
+void gram_update(float*, const uint16_t*, int64_t, int64_t, int) {}
+
+#endif
+
+}  // namespace minisp
