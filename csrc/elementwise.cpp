@@ -54,6 +54,16 @@ MINISP_INLINE float exponential(float x) {
   return p * scale;
 }
 
+struct Sigmoid {
+  float value, complement;  // sigma(v), 1 - sigma(v) without cancellation
+};
+
+MINISP_INLINE Sigmoid sigmoid(float v) {
+  const float e = exponential(-v);
+  const float value = 1.0f / (1.0f + e);
+  return {value, e * value};
+}
+
 struct Value {
   float value, slope;  // act(z), act'(z)
 };
@@ -61,14 +71,14 @@ struct Value {
 template <Activation kind>
 MINISP_INLINE Value activate(float z) {
   if constexpr (kind == Activation::silu) {
-    const float sigmoid = 1.0f / (1.0f + exponential(-z));
-    return {z * sigmoid, sigmoid * (1.0f + z * (1.0f - sigmoid))};
+    const Sigmoid s = sigmoid(z);
+    return {z * s.value, s.value * (1.0f + z * s.complement)};
   } else if constexpr (kind == Activation::gelu_tanh) {
     // 0.5 (1 + tanh u) = sigmoid(2u), u = sqrt(2/pi) (z + 0.044715 z^3).
     const float u = 0.7978845608f * (z + 0.044715f * z * z * z);
-    const float sigmoid = 1.0f / (1.0f + exponential(-2.0f * u));
+    const Sigmoid s = sigmoid(2.0f * u);
     const float inner = 2.0f * 0.7978845608f * (1.0f + 3.0f * 0.044715f * z * z);
-    return {z * sigmoid, sigmoid + z * sigmoid * (1.0f - sigmoid) * inner};
+    return {z * s.value, s.value + z * s.value * s.complement * inner};
   } else if constexpr (kind == Activation::relu) {
     return {z > 0.0f ? z : 0.0f, z > 0.0f ? 1.0f : 0.0f};
   } else {
@@ -129,12 +139,12 @@ MINISP_INLINE double cross_entropy_row(const T* logits, int64_t target, T* gradi
     for (int64_t lane = 0; lane < kLanes; ++lane) total += sum[lane];
   }
   for (int64_t i = whole; i < size; ++i) total += exponential(load(logits[i]) - top);
-  const float log_sum = top + static_cast<float>(std::log(total));
+  // Dividing by the sum, and not subtracting its logarithm from the logits, which would round at their magnitude.
+  const float scale = static_cast<float>(1.0 / total);
   const float wanted = load(logits[target]);
-  const float shift = log_sum;
-  for (int64_t i = 0; i < size; ++i) store(exponential(load(logits[i]) - shift), gradient + i);
-  store(exponential(wanted - shift) - 1.0f, gradient + target);
-  return static_cast<double>(log_sum) - static_cast<double>(wanted);
+  for (int64_t i = 0; i < size; ++i) store(exponential(load(logits[i]) - top) * scale, gradient + i);
+  store(exponential(wanted - top) * scale - 1.0f, gradient + target);
+  return static_cast<double>(top) - static_cast<double>(wanted) + std::log(total);
 }
 
 // One exported body per storage type. The switches stand here and not in a template taking a function, because only

@@ -109,8 +109,13 @@ def architecture_of(config: Any) -> Architecture:
         if config.model_type in row.model_types:
             activation_kind(config, row)
             return row
-    raise UnsupportedModelError(
-        f"Model family: expected one of {', '.join(known_model_types())}, got {config.model_type!r}. "
+    raise unknown_family(config.model_type)
+
+
+def unknown_family(model_type: str) -> UnsupportedModelError:
+    """The error to raise for a family that has no row."""
+    return UnsupportedModelError(
+        f"Model family: expected one of {', '.join(known_model_types())}, got {model_type!r}. "
         "Pass a model of a known family, or add a row to minisp/architecture.py."
     )
 

@@ -14,12 +14,29 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+from minisp.architecture import unknown_family
 from minisp.errors import CheckpointError, UnsupportedModelError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+
+FLOATING = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+DTYPES = FLOATING | {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""The element types that are read and written, as safetensors spells them; parameters are floating-point ones."""
 
 
 @dataclass(frozen=True)
@@ -53,26 +70,28 @@ class Checkpoint:
 
         Raises:
             CheckpointError: no folder, no config, pickled weights, a bad index, a missing or truncated shard.
-            UnsupportedModelError: quantised weights.
+            UnsupportedModelError: quantised weights or other unusual element types, or a family that transformers does not know.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"Checkpoint: expected a folder, got {folder}. Check the path.")
         raw_config = _read_json(folder / "config.json")
-        if "model_type" not in raw_config:
+        if not isinstance(raw_config.get("model_type"), str):
             raise CheckpointError(
-                f"{folder}/config.json: expected a key model_type, got none. Not a transformers config."
+                f"{folder}/config.json: expected a key model_type with the family's name, got "
+                f"{raw_config.get('model_type')!r}. Not a transformers config."
             )
-        if raw_config.get("quantization_config"):
+        if quantization := raw_config.get("quantization_config"):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise UnsupportedModelError(
-                f"{folder}: expected plain floating-point weights, got quantised ones "
-                f"({raw_config['quantization_config'].get('quant_method')}). Dequantise the checkpoint first."
+                f"{folder}: expected plain floating-point weights, got quantised ones ({method}). "
+                "Dequantise the checkpoint first."
             )
         tensors: dict[str, StoredTensor] = {}
         for file in _shards(folder):
             tensors.update(_read_header(folder, file))
         _check_index(folder, tensors)
-        return cls(folder, _read_config(folder), raw_config, tensors)
+        return cls(folder, _read_config(folder, raw_config["model_type"]), raw_config, tensors)
 
     @property
     def num_bytes(self) -> int:
@@ -152,7 +171,7 @@ def _read_header(folder: Path, file: str) -> dict[str, StoredTensor]:
     try:
         with safe_open(folder / file, framework="pt") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            return {
+            tensors = {
                 name: StoredTensor(file, tuple(piece.get_shape()), piece.get_dtype()) for name, piece in slices.items()
             }
     except (SafetensorError, OSError) as error:
@@ -160,6 +179,13 @@ def _read_header(folder: Path, file: str) -> dict[str, StoredTensor]:
             f"{folder}/{file}: expected a complete safetensors file, got {error}. It is truncated or damaged: "
             "download it again."
         ) from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            raise UnsupportedModelError(
+                f"{folder}/{file}: tensor {name}: expected an element type among {', '.join(DTYPES.values())}, got "
+                f"{tensor.dtype}. Convert the checkpoint to plain floating-point weights first."
+            )
+    return tensors
 
 
 def _check_index(folder: Path, tensors: dict[str, StoredTensor]) -> None:
@@ -173,11 +199,15 @@ def _check_index(folder: Path, tensors: dict[str, StoredTensor]) -> None:
             )
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def _read_config(folder: Path, model_type: str) -> PretrainedConfig:
+    if model_type not in CONFIG_MAPPING:
+        raise unknown_family(model_type)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(f"{folder}/config.json: transformers cannot read it: {error}") from error
+    # A checkpoint does not choose what runs: this key may name a repository of kernels, which transformers would fetch.
+    config._attn_implementation = None
     return config
 
 
@@ -188,7 +218,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path.parent}: expected {path.name}, found none. Not a transformers checkpoint."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected valid JSON, got {error}. The file is damaged.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}. The file is damaged.")

@@ -96,14 +96,16 @@ def open_file(path: str | os.PathLike[str]) -> Corpus:
         CalibrationError: at once if the path is not a readable file; while reading if the bytes are not UTF-8 or a
             JSONL line has neither field.
     """
-    file = Path(path)
-    if file.is_dir():
-        raise CalibrationError(f"Expected a text file, got the folder {file}. Name a .txt or .jsonl file inside it.")
-    if not file.is_file():
+    # os.path takes any string, also one that is too long or too strange for a path.
+    if os.path.isdir(path):
+        raise CalibrationError(f"Expected a text file, got the folder {path}. Name a .txt or .jsonl file inside it.")
+    if not os.path.isfile(path):
+        name = os.fspath(path)
         raise CalibrationError(
-            f"Expected a text file, got {str(path)!r}, which does not exist. Check the path; text itself is passed as "
-            f"a list of strings, a hub data set as {HUB_PREFIX}NAME."
+            f"Expected a text file, got {name[:80]!r}{'...' if len(name) > 80 else ''}, which is none. Check the path; "
+            f"text itself is passed as a list of strings, a hub data set as {HUB_PREFIX}NAME."
         )
+    file = Path(path)
     if file.suffix.lower() == ".jsonl":
         return Corpus(file.name, join_documents(_jsonl_documents(file)))
     return Corpus(file.name, _file_pieces(file))
@@ -159,7 +161,7 @@ def parse_source(text: str) -> tuple[str, float]:
         head, weight = text, 1.0
     else:
         weight = float(tail)
-    if not head.strip() or head == HUB_PREFIX.rstrip(":"):
+    if not head.strip() or head in (HUB_PREFIX, HUB_PREFIX.rstrip(":")):
         raise CalibrationError(f"Expected PATH, PATH:WEIGHT or {HUB_PREFIX}NAME, got {text!r}. Name a text source.")
     if not 0 < weight < float("inf"):
         raise CalibrationError(f"Expected a finite weight above 0 after the last colon, got {text!r}.")
@@ -240,7 +242,7 @@ def _jsonl_documents(file: Path) -> Iterator[str]:
 def _json_document(line: str, where: str) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # beside bad syntax: numbers too long, brackets too deep
         raise CalibrationError(f"Expected one JSON object per line, got {error} in {where}.") from error
     return _row_text(row, where)
 

@@ -21,6 +21,7 @@ from minisp.architecture import CausalLM, cut_, record_widths_
 from minisp.calibration import Calibration, load_calibration, write_windows
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
+from minisp.errors import OutputError, UnsupportedModelError
 from minisp.export.folder import describe, export_checkpoint, export_module
 from minisp.hub import load_tokenizer, local_folder
 from minisp.planner import Plan, compute_device, compute_dtype, make_plan
@@ -114,6 +115,11 @@ def _plan(model: Any, checkpoint: Checkpoint | None, config: MinifyConfig) -> Pl
         return make_plan(
             name, skeleton(checkpoint), config, device, compute_dtype(config, device), checkpoint.num_bytes
         )
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        raise UnsupportedModelError(
+            f"Model: expected a transformers causal language model, got {type(model).__name__} without a language "
+            "head. Load it with AutoModelForCausalLM."
+        )
     parameter = next(model.parameters())
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     name = Path(getattr(model.config, "name_or_path", "")).name or type(model).__name__
@@ -153,6 +159,7 @@ def _calibrate(stream: Stream, source: Any, tokenizer: Any, config: MinifyConfig
         num_windows=config.num_windows,
         window=config.window,
         vocab_size=stream.model.config.vocab_size,
+        max_positions=getattr(stream.model.config, "max_position_embeddings", None),
         writer=write,
     )
 
@@ -222,7 +229,11 @@ def _scratch_folder(target: Path | None) -> Iterator[Path | None]:
     if target is None:
         yield None
         return
-    with TemporaryDirectory(prefix=f".{target.name}.scratch-", dir=target.parent) as name:
+    try:
+        folder = TemporaryDirectory(prefix=f".{target.name}.scratch-", dir=target.parent)
+    except OSError as error:
+        raise OutputError(f"Output {target}: no scratch folder can be made beside it ({error}).") from error
+    with folder as name:
         yield Path(name)
 
 

@@ -131,9 +131,11 @@ def cross_entropy_gradient(logits: Tensor, targets: Tensor, *, impl: Impl = "aut
     step = max(1, CROSS_ENTROPY_ELEMENTS // rows.shape[1])
     for start in range(0, rows.shape[0], step):
         chunk, target = rows[start : start + step].to(torch.float32, copy=True), wanted[start : start + step]
-        log_sum = chunk.logsumexp(-1, keepdim=True)
-        loss += float((log_sum - chunk.gather(1, target)).sum(dtype=torch.float64))
-        probability = chunk.sub_(log_sum).exp_()
+        chunk -= chunk.amax(-1, keepdim=True)
+        score = chunk.gather(1, target)
+        total = chunk.exp_().sum(-1, keepdim=True)
+        loss += float((total.log() - score).sum(dtype=torch.float64))
+        probability = chunk.div_(total)
         probability.scatter_add_(1, target, probability.new_full((1, 1), -1.0).expand(target.shape))
         gradient[start : start + step] = probability
     return loss, gradient.view_as(logits)

@@ -9,7 +9,7 @@ import torch
 from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths, unit_axes
 from minisp.config import MinifyConfig
 from minisp.errors import CalibrationError, ConfigError
-from minisp.selection import default_alignment, uniform_widths
+from minisp.selection import allocate_widths, default_alignment, uniform_widths
 from minisp.stream import LOGIT_BYTES
 
 # Share of the free memory that a run may plan with; the rest is for the allocator and the other processes.
@@ -125,9 +125,16 @@ def compute_device(config: MinifyConfig) -> torch.device:
         raise ConfigError(
             f"Option device: expected a torch device such as cpu or cuda:0, got {config.device!r}."
         ) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    try:
+        # The meta device takes part in everything and computes nothing.
+        usable = device.type != "meta" and torch.empty(1, device=device).is_floating_point()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        usable = False
+    if not usable:
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise ConfigError(
-            f"Option device: expected a device of this machine, got {config.device!r}, but torch sees no GPU."
+            f"Option device: expected a device of this machine, got {config.device!r}, but torch can compute only on "
+            f"the CPU and {found} GPUs here. Pass one of these, or auto."
         )
     return device
 
@@ -160,6 +167,10 @@ def _kept_units(widths: list[int], config: MinifyConfig, alignment: int) -> int:
         )
     if config.widths == "uniform":
         return sum(uniform_widths(widths, config.keep, alignment=alignment))
+    # Whatever the saliency will be: refused now rather than after the sweep where no widths fit the budget.
+    allocate_widths(
+        [torch.zeros(width) for width in widths], config.keep, alignment=alignment, min_keep=config.min_keep
+    )
     return int(config.keep * sum(widths) + 1e-9)
 
 

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minisp.errors import OutputError
 from minisp.statistics import LayerStatistics
 
 
@@ -21,7 +23,11 @@ class Scratch:
         self._memory: dict[int, LayerStatistics] = {}
 
     def put(self, layer: int, statistics: LayerStatistics) -> None:
-        """Keep a layer's statistics; on disk, the caller's record loses its Gram matrix to free the memory."""
+        """Keep a layer's statistics; on disk, the caller's record loses its Gram matrix to free the memory.
+
+        Raises:
+            OutputError: the disk is full.
+        """
         if self.folder is None:
             self._memory[layer] = statistics
             return
@@ -31,7 +37,14 @@ class Scratch:
         }
         if statistics.gram is not None:
             tensors["gram"] = statistics.gram.cpu()
-        save_file(tensors, self._path(layer))
+        try:
+            save_file(tensors, self._path(layer))
+        except (SafetensorError, OSError) as error:
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            raise OutputError(
+                f"Statistics of layer {layer}: expected room for {size / 1e6:.1f} MB in the scratch folder beside the "
+                f"output, got: {error}. Free some space or choose another disk; nothing was left there."
+            ) from error
         statistics.gram = None
 
     def take(self, layer: int, device: torch.device) -> LayerStatistics:

@@ -24,13 +24,14 @@ from minisp.architecture import (
     CausalLM,
     architecture_of,
     decoder_layers,
+    layer_widths,
     layers_path,
     mlp_weights,
     replace_parameter_,
     resize_,
     unit_axes,
 )
-from minisp.checkpoint import Checkpoint
+from minisp.checkpoint import FLOATING, Checkpoint
 from minisp.errors import CheckpointError
 
 # Logits of one chunk of tokens: 16-bit logits and their gradient stay within this many bytes.
@@ -225,21 +226,22 @@ def skeleton(checkpoint: Checkpoint) -> CausalLM:
     """
     row = architecture_of(checkpoint.config)
     widths = checkpoint.raw_config.get(WIDTHS_KEY)
+    where = f"{checkpoint.folder}/config.json"
     try:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=False)
     except Exception as error:
-        raise CheckpointError(f"{checkpoint.folder}/config.json: transformers cannot build it: {error}") from error
+        raise CheckpointError(f"{where}: transformers cannot build it: {error}") from error
+    count = len(decoder_layers(model, row))
+    next_layer = (f"{row.layers}.{count}.", f"{layers_path(model, row)}.{count}.")
+    if count == 0 or any(name.startswith(next_layer) for name in checkpoint.tensors):
+        raise CheckpointError(f"{where}: expected every stored layer, one at least, got {count}. Correct the number.")
     if widths is not None:
-        count = len(decoder_layers(model, row))
-        if (
-            not isinstance(widths, list)
-            or len(widths) != count
-            or not all(isinstance(w, int) and w > 0 for w in widths)
-        ):
+        full = layer_widths(model, row)
+        if not isinstance(widths, list) or len(widths) != count or not all(w in range(1, full[0] + 1) for w in widths):
             raise CheckpointError(
-                f"{checkpoint.folder}/config.json: expected {WIDTHS_KEY} to list {count} positive widths, "
-                f"got {widths!r}."
+                f"{where}: expected {WIDTHS_KEY} to list {count} widths from 1 to {full[0]}, got {widths!r}. "
+                "It was written with the weights: restore it from there."
             )
         resize_(model, row, widths)
     model.tie_weights()
@@ -286,10 +288,12 @@ def stored_names(checkpoint: Checkpoint, model: CausalLM, names: Iterable[str]) 
             continue
         stored = checkpoint.stored_name(name, model.base_model_prefix)
         shape = tuple(model.get_parameter(name).shape)
-        if checkpoint.tensors[stored].shape != shape:
+        place = checkpoint.tensors[stored]
+        if place.shape != shape or place.dtype not in FLOATING.values():
             raise CheckpointError(
-                f"{checkpoint.folder}: tensor {stored}: expected shape {shape} from config.json, got "
-                f"{checkpoint.tensors[stored].shape}. The config and the weights belong to different models."
+                f"{checkpoint.folder}: tensor {stored}: expected floating-point values of shape {shape}, which follows "
+                f"from config.json, got {place.dtype} {place.shape}. The config and the weights belong to different "
+                "models."
             )
         wanted.setdefault(stored, []).append(name)
     return wanted

@@ -18,23 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisp.checkpoint import INDEX_NAME, SINGLE_NAME
+from minisp.checkpoint import DTYPES, INDEX_NAME, SINGLE_NAME
 from minisp.errors import OutputError
 
 MAX_SHARD_BYTES = 5 * 10**9
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 ELEMENT_BYTES = {code: dtype.itemsize for dtype, code in DTYPES.items()}
 
 
@@ -63,13 +51,14 @@ def check_output(out: str | Path, needed_bytes: int) -> Path:
             has less room than needed.
     """
     path = Path(out).expanduser().absolute()
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise OutputError(f"Output {path}: expected a new or empty folder, got one with content. Choose another path.")
     parent = path.parent
     try:
+        found = _found_at(path)
         parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"Output {path}: its parent folder cannot be made ({error.strerror}).") from error
+    except (OSError, ValueError) as error:
+        raise OutputError(f"Output {path}: no folder can be made there ({error}). Choose another path.") from error
+    if found is not None:
+        raise OutputError(f"Output {path}: expected a new or empty folder, got {found}. Choose another path.")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"Output {path}: expected a writable parent folder, got {parent}. Choose another path.")
     free = shutil.disk_usage(parent).free
@@ -136,6 +125,19 @@ def write_tensors(
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys, so that equal values give equal files."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _found_at(path: Path) -> str | None:
+    """What stands in the way of a folder at `path`; None where a folder can be renamed to it."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return None
+    if path.is_symlink():
+        return "a symbolic link"
+    if path.is_dir():
+        return "one with content" if any(path.iterdir()) else None
+    return "a file"
 
 
 def _split(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:

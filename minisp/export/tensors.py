@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from minisp.architecture import Architecture, decoder_layers, layers_path, unit_axes
-from minisp.checkpoint import Checkpoint
+from minisp.checkpoint import DTYPES, Checkpoint
 from minisp.reconstruction import Reconstruction
-from minisp.writer import DTYPES, Entry
+from minisp.writer import Entry
 
 
 @dataclass(frozen=True)

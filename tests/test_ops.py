@@ -1,0 +1,232 @@
+"""Every implementation of every operation against the reference in float64, by one rule.
+
+The rule: |ours − fp64| ≤ |eager in the same dtype − fp64| + eps·√terms, in the largest element, relative to the largest.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from minisp import native, ops, reference
+from minisp.errors import BackendError, NumericalError
+
+DTYPES = (torch.float32, torch.bfloat16)
+KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+HAS_EXTENSION = native.serves(torch.zeros(1, 1))
+IMPLS = ("torch", pytest.param("native", marks=pytest.mark.skipif(not HAS_EXTENSION, reason="extension not built")))
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    return float((value.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
+
+
+def check(value: Tensor, eager: Tensor, exact: Tensor, terms: int = 1) -> None:
+    assert torch.isfinite(value).all()
+    bound = error(eager, exact) + torch.finfo(value.dtype).eps * terms**0.5
+    assert error(value, exact) <= bound
+
+
+def inputs(dtype: torch.dtype, plain: bool, tokens: int = 133, width: int = 67) -> tuple[Tensor, Tensor | None, Tensor]:
+    gate, up, grad = (torch.randn(tokens, width).mul_(3).to(dtype) for _ in range(3))
+    return gate, None if plain else up, grad
+
+
+def as_double(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activation(dtype: torch.dtype, kind: str, plain: bool) -> None:
+    gate, up, _ = inputs(dtype, plain)
+    exact = reference.activation(*as_double(gate, up), kind)
+    check(ops.activation(gate, up, kind), reference.activation(gate, up, kind), exact)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activation_backward(dtype: torch.dtype, kind: str, plain: bool, impl: ops.Impl) -> None:
+    if impl == "native" and kind == "gelu":
+        pytest.skip("exact GELU has no native version")
+    gate, up, grad = inputs(dtype, plain)
+    exact = reference.activation_backward(*as_double(gate, up, grad), kind)
+    eager = reference.activation_backward(gate, up, grad, kind)
+    x, sums = ops.activation_backward_(gate, up, grad, kind, impl=impl)
+    assert x is grad, "x is stored in place of its gradient"
+    check(x, eager[0], exact[0])
+    check(gate, eager[1], exact[1])
+    if up is not None:
+        check(up, eager[2], exact[2])
+    for ours, theirs, true in zip(sums, eager[3].float(), exact[3], strict=True):
+        check(ours, theirs, true, terms=gate.shape[0])
+
+
+def test_native_gradients_are_those_of_autograd_at_the_extremes() -> None:
+    gate = torch.tensor([[-200.0, -88.5, -20.0, 0.0, 20.0, 88.5, 200.0]])
+    up, grad = torch.ones_like(gate), torch.ones_like(gate)
+    for impl in ("torch", "native") if HAS_EXTENSION else ("torch",):
+        z, u, g = gate.clone(), up.clone(), grad.clone()
+        ops.activation_backward_(z, u, g, "silu", impl=impl)
+        torch.testing.assert_close(z, torch.tensor([[0.0, 0, 0, 0.5, 1, 1, 1]]), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.skipif(not HAS_EXTENSION, reason="extension not built")
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            gate, up, grad = inputs(torch.bfloat16, False, tokens=97, width=600)
+            _, sums = ops.activation_backward_(gate, up, grad, "silu", impl="native")
+            gram = torch.zeros(600, 600)
+            ops.gram_update_(gram, grad)
+            results.append((gate, up, grad, sums, gram.tril()))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (31, 33), (64, 64), (100, 130), (257, 70), (40, 1100)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gram(dtype: torch.dtype, shape: tuple[int, int], impl: ops.Impl) -> None:
+    x = torch.randn(shape).to(dtype)
+    if impl == "native" and not native.serves_gram(x):
+        pytest.skip("needs bfloat16 and a processor with matrix tiles")
+    gram = torch.zeros(shape[1], shape[1])
+    # What lies above the diagonal tiles before `mirror_` must not matter.
+    gram[:1, 1100:] = float("nan")
+    for part in x.split(50) if shape[0] else [x]:
+        ops.gram_update_(gram, part.contiguous(), impl=impl)
+    ops.mirror_(gram)
+    exact = reference.gram(x.double())
+    assert torch.equal(gram, gram.T)
+    if shape[0]:
+        check(gram, x.float().T @ x.float(), exact, terms=shape[0])
+    else:
+        assert not gram.any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("vocabulary", [1, 5, 16, 5003])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy_gradient(dtype: torch.dtype, vocabulary: int, impl: ops.Impl) -> None:
+    logits = (torch.randn(3, 7, vocabulary) * 8).to(dtype)
+    targets = torch.randint(vocabulary, (3, 7))
+    untouched = logits.clone()
+    exact_loss, exact = reference.cross_entropy_gradient(logits.double(), targets)
+    _, eager = reference.cross_entropy_gradient(logits, targets)
+    loss, gradient = ops.cross_entropy_gradient(logits, targets, impl=impl)
+    assert torch.equal(logits, untouched)
+    assert loss == pytest.approx(float(exact_loss), rel=1e-5, abs=1e-4)
+    if vocabulary > 1:
+        check(gradient, eager, exact, terms=vocabulary)
+    else:
+        assert gradient.abs().max() < 1e-6
+
+
+def gram_and_weight(width: int = 40, tokens: int = 300, hidden: int = 7) -> tuple[Tensor, Tensor]:
+    mixing = torch.randn(width, width, dtype=torch.float64) * torch.logspace(0, -2, width, dtype=torch.float64)
+    x = torch.randn(tokens, width, dtype=torch.float64) @ mixing
+    return x.T @ x, torch.randn(hidden, width, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("to_zero", [False, True])
+@pytest.mark.parametrize("damping", [1e-4, 1e-2, 1.0])
+def test_ridge_solve(damping: float, to_zero: bool) -> None:
+    gram, weight = gram_and_weight()
+    kept = torch.tensor([0, 3, 4, 9, 17, 30, 39])
+    exact = reference.ridge_solve(gram, kept, weight, damping, to_zero=to_zero)
+    ours = ops.ridge_solve(gram, kept, weight, damping, to_zero=to_zero)
+    assert error(ours, exact) < 1e-8
+    single = ops.ridge_solve(gram.float(), kept, weight.float(), damping, to_zero=to_zero)
+    assert error(single, exact) < 1e-3
+
+
+def test_ridge_solve_minimises_what_it_says() -> None:
+    gram, weight = gram_and_weight()
+    kept = torch.arange(0, 40, 3)
+    shift = 0.05 * gram.diagonal().mean()
+
+    def objective(new: Tensor) -> Tensor:
+        difference = weight.clone()
+        difference[:, kept] -= new
+        return ((difference @ gram) * difference).sum() + shift * (new - weight[:, kept]).square().sum()
+
+    solved = ops.ridge_solve(gram, kept, weight, 0.05)
+    best = objective(solved)
+    for _ in range(20):
+        assert objective(solved + 1e-3 * torch.randn_like(solved)) > best
+    assert objective(weight[:, kept]) > best
+
+
+def test_dead_units_are_free() -> None:
+    gram, weight = gram_and_weight()
+    dead = torch.tensor([2, 8])
+    gram[dead] = 0
+    gram[:, dead] = 0
+    living = torch.tensor([i for i in range(40) if i not in dead])
+    # Removing only dead units changes nothing, to the last bit.
+    assert torch.equal(ops.ridge_solve(gram, living, weight, 1e-2), weight[:, living])
+    # A dead unit that stays keeps its weights, even without damping.
+    kept = torch.tensor([0, 2, 5, 8])
+    solved = ops.ridge_solve(gram, kept, weight, 0.0)
+    assert torch.equal(solved[:, [1, 3]], weight[:, dead])
+    assert error(solved, reference.ridge_solve(gram, kept, weight, 0.0)) < 1e-8
+
+
+def test_of_two_equal_units_one_goes_exactly() -> None:
+    gram, weight = gram_and_weight()
+    gram[7], weight = gram[3], weight
+    gram[:, 7] = gram[:, 3]
+    kept = torch.tensor([i for i in range(40) if i != 7])
+    solved = ops.ridge_solve(gram, kept, weight, 1e-12)
+    assert ops.residual(gram, kept, weight, solved) < 1e-5
+    assert ops.residual(gram, kept, weight, weight[:, kept]) > 0.05
+
+
+def test_keeping_everything_is_the_identity() -> None:
+    gram, weight = gram_and_weight()
+    assert torch.equal(ops.ridge_solve(gram, torch.arange(40), weight, 1e-2), weight)
+
+
+def test_residual() -> None:
+    gram, weight = gram_and_weight()
+    kept = torch.arange(0, 40, 2)
+    new = weight[:, kept] * 1.1
+    assert ops.residual(gram, kept, weight, new) == pytest.approx(float(reference.residual(gram, kept, weight, new)))
+    assert ops.residual(torch.zeros(40, 40), kept, weight, new) == 0.0
+
+
+def test_ridge_solve_names_what_is_wrong() -> None:
+    gram, weight = gram_and_weight()
+    kept = torch.arange(10)
+    broken = gram.clone()
+    broken[4, 4] = float("nan")
+    with pytest.raises(NumericalError, match="1 non-finite"):
+        ops.ridge_solve(broken, kept, weight, 1e-2)
+    indefinite = gram - 2 * torch.diag(gram.diagonal())
+    with pytest.raises(NumericalError, match=r"positive definite.*pivot at unit \d+ of 10"):
+        ops.ridge_solve(indefinite, kept, weight, 1e-2)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ops.gram_update_(torch.zeros(4, 4), torch.zeros(2, 4), impl="triton"),
+        lambda: ops.gram_update_(torch.zeros(4, 4), torch.zeros(2, 4), impl="native"),
+        lambda: ops.activation_backward_(*(torch.zeros(2, 4) for _ in range(3)), "silu", impl="triton"),
+        lambda: ops.ridge_solve(torch.eye(4), torch.arange(2), torch.ones(1, 4), 0.1, impl="native"),
+    ],
+)
+def test_an_explicit_impl_is_obeyed_or_refused(call: Callable[[], object]) -> None:
+    with pytest.raises(BackendError, match="expected an implementation that serves these tensors"):
+        call()
