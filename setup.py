@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 SOURCES = Path("csrc")
 # 90a and not 90: Hopper's matrix instructions exist only in the architecture-specific target.
 CUDA_ARCHS = ("80", "90a", "100", "120")
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
+CXX_FLAGS = "-std=c++17 -O3 -pthread -fPIC -fvisibility=hidden -Wall -Wextra"
 
 RULES = """\
 ninja_required_version = 1.5
@@ -63,19 +63,20 @@ def ninja_file(output: Path, version: str) -> str:
     includes = [SOURCES.resolve(), pybind11.get_include(), sysconfig.get_path("include")]
     flags = [shlex.quote(f"-I{path}") for path in includes] + [f'-DMINISP_VERSION=\\"{version}\\"']
     flags.append(f'-DMINISP_CUDA_ARCHS=\\"{",".join("sm_" + arch for arch in archs)}\\"')
-    shared = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
     sources = sorted(SOURCES.resolve().glob("*.cpp"))
+    linker = f"{cxx} -pthread " + ("-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared")
+    gencode = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
     if nvcc:
+        linker = f"{nvcc} -ccbin {cxx} {gencode} -Xcompiler -pthread -shared -cudart static"
         flags.append("-DMINISP_WITH_CUDA")
         sources += sorted(SOURCES.resolve().glob("*.cu"))
-    gencode = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
     rules = RULES.format(
         cxx=cxx,
         cxx_flags=CXX_FLAGS,
         flags=" ".join(flags),
         nvcc=nvcc,
         gencode=gencode,
-        linker=f"{nvcc} -ccbin {cxx} {gencode} -shared -cudart static" if nvcc else f"{cxx} {shared}",
+        linker=linker,
     )
     objects = [source.name + ".o" for source in sources]
     lines = [

@@ -15,12 +15,13 @@ LEVELS = (
     ("cli",),
     ("demo",),
     ("fast",),
-    ("export",),
+    ("export", "measure"),
     ("evaluate", "report"),
     ("planner", "sweep"),
     ("mlp", "scratch", "stream", "writer"),
     ("calibration", "checkpoint", "demo_model", "hub", "reconstruction", "selection", "statistics"),
-    ("architecture", "corpora", "ops"),
+    ("architecture", "corpora", "ops", "windows"),
+    ("native",),
     ("_C", "config", "errors", "kernels", "minisp", "reference"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
