@@ -70,7 +70,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: no folder, no config, pickled weights, a bad index, a missing or truncated shard.
-            UnsupportedModelError: quantised weights or other unusual element types, or a family that transformers does not know.
+            UnsupportedModelError: quantised weights, unusual element types, or a family unknown to transformers.
         """
         folder = Path(folder)
         if not folder.is_dir():

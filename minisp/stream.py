@@ -235,10 +235,10 @@ def skeleton(checkpoint: Checkpoint) -> CausalLM:
     count = len(decoder_layers(model, row))
     next_layer = (f"{row.layers}.{count}.", f"{layers_path(model, row)}.{count}.")
     if count == 0 or any(name.startswith(next_layer) for name in checkpoint.tensors):
-        raise CheckpointError(f"{where}: expected every stored layer, one at least, got {count}. Correct the number.")
+        raise CheckpointError(f"{where}: expected as many layers as are stored, at least one, got {count}. Correct it.")
     if widths is not None:
         full = layer_widths(model, row)
-        if not isinstance(widths, list) or len(widths) != count or not all(w in range(1, full[0] + 1) for w in widths):
+        if not isinstance(widths, list) or [type(w) is int and 0 < w <= full[0] for w in widths] != [True] * count:
             raise CheckpointError(
                 f"{where}: expected {WIDTHS_KEY} to list {count} widths from 1 to {full[0]}, got {widths!r}. "
                 "It was written with the weights: restore it from there."
