@@ -1,0 +1,276 @@
+"""Calibration windows: every kind of source, mixtures, the default, and every refusal."""
+
+from collections import Counter
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minisp.calibration import (
+    Calibration,
+    apportion,
+    documentation_text,
+    interleave,
+    load_calibration,
+)
+from minisp.errors import CalibrationError
+
+BOS = 0
+VOCAB = 128
+
+
+class Letters:
+    """One token per character, after one BOS."""
+
+    def __call__(self, text: str, verbose: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [BOS, *ids(text)]}
+
+
+@pytest.fixture
+def letters() -> Letters:
+    return Letters()
+
+
+def ids(text: str) -> list[int]:
+    return [ord(c) % VOCAB for c in text]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def source_of(calibration: Calibration, letter: str) -> list[bool]:
+    return [bool((row == ord(letter)).any()) for row in calibration.windows]
+
+
+# One source
+
+
+def test_a_text_file_is_read_from_its_start_in_consecutive_windows(tmp_path: Path, letters: Letters) -> None:
+    text = "the quick brown fox jumps over it"
+    loaded = load_calibration(write(tmp_path / "wiki.txt", text), letters, num_windows=3, window=10)
+    assert loaded.windows.dtype == torch.int64
+    assert loaded.windows.flatten().tolist() == [BOS, *ids(text)][:30]
+    assert loaded.description == ("3 windows of 10 tokens from wiki.txt",)
+    assert loaded.num_tokens == 30
+
+
+def test_documents_are_joined_and_a_generator_is_read_no_further_than_needed(letters: Letters) -> None:
+    pulled = 0
+
+    def documents() -> Iterator[str]:
+        nonlocal pulled
+        while True:
+            pulled += 1
+            yield "abcde"
+
+    loaded = load_calibration(documents(), letters, num_windows=2, window=8)
+    assert loaded.windows.flatten().tolist() == [BOS, *ids("abcde\n\nabcde\n\nabcde")][:16]
+    assert 3 <= pulled < 100
+    as_list = load_calibration(["abcde"] * 20, letters, num_windows=2, window=8)
+    assert torch.equal(as_list.windows, loaded.windows)
+
+
+def test_flat_tokens_are_cut_and_rows_are_taken_as_they_are(letters: Letters) -> None:
+    flat = torch.arange(25, dtype=torch.int32)
+    with pytest.warns(UserWarning, match="holds 3 windows"):
+        loaded = load_calibration(flat, None, num_windows=8, window=8, vocab_size=25)
+    assert loaded.windows.dtype == torch.int64
+    assert torch.equal(loaded.windows, torch.arange(24).view(3, 8))
+    assert "not the 8 asked for" in loaded.description[1]
+    rows = load_calibration(torch.arange(24).view(3, 8), None, num_windows=2, window=512)
+    assert torch.equal(rows.windows, torch.arange(16).view(2, 8))
+    flat.zero_()
+    assert torch.equal(loaded.windows, torch.arange(24).view(3, 8))
+
+
+def test_the_fingerprint_tells_tokens_and_shape_apart() -> None:
+    tokens = torch.arange(24)
+
+    def fingerprint(windows: Tensor) -> str:
+        return Calibration(windows, ()).fingerprint
+
+    strided = torch.stack([tokens, tokens], dim=1)[:, 0].view(3, 8)
+    assert fingerprint(tokens.view(3, 8)) == fingerprint(strided)
+    assert fingerprint(tokens.view(3, 8)) == fingerprint(tokens.clone().view(3, 8))
+    assert fingerprint(tokens.view(3, 8)) != fingerprint(tokens.view(4, 6))
+    assert fingerprint(tokens.view(3, 8)) != fingerprint((tokens + (tokens == 7)).view(3, 8))
+    assert len(fingerprint(tokens.view(3, 8))) == 64
+
+
+# Mixtures
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8), st.integers(1, 500))
+def test_shares_add_up_and_stay_within_one_of_their_due(weights: list[float], total: int) -> None:
+    counts = apportion(weights, total)
+    assert sum(counts) == total
+    due = [Fraction(w) * total / sum(map(Fraction, weights)) for w in weights]
+    assert all(abs(count - share) < 1 for count, share in zip(counts, due, strict=True))
+
+
+def test_shares_go_by_largest_remainder_and_ties_to_the_earlier() -> None:
+    assert apportion([0.47, 0.16, 0.37], 10) == [5, 1, 4]
+    assert apportion([1, 1, 1], 8) == [3, 3, 2]
+    assert apportion([0.1, 0.1, 0.1], 4) == [2, 1, 1]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5))
+def test_every_prefix_of_a_mixture_is_mixed(sizes: list[int]) -> None:
+    groups = [torch.stack([torch.tensor([g, k]) for k in range(size)]) for g, size in enumerate(sizes)]
+    mixed = interleave(groups)
+    assert len(mixed) == sum(sizes)
+    for g, size in enumerate(sizes):
+        assert mixed[mixed[:, 0] == g][:, 1].tolist() == list(range(size))
+        for length in range(1, len(mixed) + 1):
+            drawn = int((mixed[:length, 0] == g).sum())
+            assert abs(drawn - size * length / len(mixed)) <= len(sizes) / 2 + 0.5
+
+
+def test_a_weighted_mixture_shares_and_interleaves(tmp_path: Path, letters: Letters) -> None:
+    a, b = write(tmp_path / "a.txt", "a" * 500), write(tmp_path / "b.txt", "b" * 500)
+    mixture = {str(a): 3.0, b: 1}
+    loaded = load_calibration(mixture, letters, num_windows=8, window=10)
+    assert loaded.description == ("6 windows of 10 tokens from a.txt", "2 windows of 10 tokens from b.txt")
+    of_b = source_of(loaded, "b")
+    assert Counter(of_b[:4]) == Counter(of_b[4:]) == Counter({False: 3, True: 1})
+    again = load_calibration(list(mixture.items()), letters, num_windows=8, window=10)
+    assert again.fingerprint == loaded.fingerprint
+
+
+def test_documents_and_tokens_may_be_parts_of_a_mixture(letters: Letters) -> None:
+    mixture = [(["a" * 50], 1), (torch.full((50,), ord("b")), 1), (torch.full((4, 10), ord("c")), 2)]
+    loaded = load_calibration(mixture, letters, num_windows=8, window=10)
+    assert [sum(source_of(loaded, letter)) for letter in "abc"] == [2, 2, 4]
+
+
+def test_a_list_of_files_is_a_mixture_in_equal_shares(tmp_path: Path, letters: Letters) -> None:
+    files = [str(write(tmp_path / f"{letter}.txt", letter * 500)) for letter in "abc"]
+    loaded = load_calibration(files, letters, num_windows=7, window=10)
+    assert [sum(source_of(loaded, letter)) for letter in "abc"] == [3, 2, 2]
+
+
+def test_a_part_too_light_for_one_window_is_announced(letters: Letters) -> None:
+    loaded = load_calibration([(["a" * 500], 1.0), (["b" * 500], 0.01)], letters, num_windows=4, window=10)
+    assert not any(source_of(loaded, "b"))
+    assert "weight is too small" in loaded.description[1]
+
+
+def test_a_part_that_runs_short_is_announced_and_does_not_stop_the_others(letters: Letters) -> None:
+    with pytest.warns(UserWarning, match="holds 1 window of 10 tokens, not the 4 asked for"):
+        loaded = load_calibration([(["a" * 500], 1), (["b" * 15], 1)], letters, num_windows=8, window=10)
+    assert len(loaded.windows) == 5
+
+
+# The default
+
+
+def test_the_default_is_half_written_by_the_model_and_half_documentation(letters: Letters) -> None:
+    asked = []
+
+    def writer(num_windows: int, window: int) -> Tensor:
+        asked.append((num_windows, window))
+        return torch.full((num_windows, window), 1)
+
+    loaded = load_calibration(None, letters, num_windows=8, window=16, writer=writer)
+    assert asked == [(4, 16)]
+    documentation = load_calibration([documentation_text("even")], letters, num_windows=4, window=16)
+    assert loaded.windows[0::2].eq(1).all()
+    assert torch.equal(loaded.windows[1::2], documentation.windows)
+    assert loaded.description == (
+        "4 windows of 16 tokens from text that the model wrote itself",
+        "4 windows of 16 tokens from the documentation that comes with Python",
+    )
+
+
+def test_the_default_makes_do_with_what_there_is(letters: Letters) -> None:
+    alone = load_calibration(None, letters, num_windows=3, window=16)
+    assert alone.description == ("3 windows of 16 tokens from the documentation that comes with Python",)
+    written = load_calibration(
+        None, None, num_windows=3, window=16, writer=lambda n, length: torch.ones(n, length).int()
+    )
+    assert written.windows.tolist() == [[1] * 16] * 3
+
+
+# Refusals
+
+
+def test_too_little_text_names_its_source(tmp_path: Path, letters: Letters) -> None:
+    short, empty = write(tmp_path / "short.txt", "abc"), write(tmp_path / "empty.txt", "\n")
+    with pytest.raises(CalibrationError, match=r"512 tokens from short.txt, got 4 tokens"):
+        load_calibration(short, letters)
+    with pytest.raises(CalibrationError, match=r"from empty.txt, got no text at all"):
+        load_calibration([(short, 1.0), (empty, 1.0)], letters, window=2, num_windows=2)
+    with pytest.raises(CalibrationError, match="list of strings"):
+        load_calibration("a text, not a path", letters)
+
+
+def test_a_list_of_files_and_something_else_is_ambiguous(tmp_path: Path, letters: Letters) -> None:
+    file = str(write(tmp_path / "a.txt", "a" * 100))
+    with pytest.raises(CalibrationError, match=r"nowhere.txt.*no existing file"):
+        load_calibration([file, "nowhere.txt"], letters)
+    with pytest.raises(CalibrationError, match="pair"):
+        load_calibration([(file, 1.0), file], letters)
+
+
+@pytest.mark.parametrize("source", [[], {}, 3, b"bytes", [1, 2, 3], ["text", 3]])
+def test_sources_of_no_known_kind(letters: Letters, source: Any) -> None:
+    with pytest.raises(CalibrationError, match="Expected"):
+        load_calibration(source, letters)
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf"), True, None])
+def test_weights_are_finite_and_positive(letters: Letters, weight: Any) -> None:
+    with pytest.raises(CalibrationError, match="finite weight above 0"):
+        load_calibration([(["a" * 100], 1.0), (["b" * 100], weight)], letters)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.rand(600), "integer"),
+        (torch.ones(600, dtype=torch.bool), "integer"),
+        (torch.zeros(2, 3, 4, dtype=torch.int64), r"\(2, 3, 4\)"),
+        (torch.arange(600), r"\[0, 128\).*511"),
+        (torch.zeros(600, dtype=torch.int64) - 1, "got -1"),
+        (torch.zeros(5, dtype=torch.int64), "got 5 tokens"),
+        (torch.zeros(0, 8, dtype=torch.int64), "got 0 tokens"),
+    ],
+)
+def test_tokens_that_do_not_fit(tokens: Tensor, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        load_calibration(tokens, None, vocab_size=VOCAB, num_windows=1)
+
+
+def test_a_tokenizer_of_another_model(letters: Letters) -> None:
+    with pytest.raises(CalibrationError, match="tokenizer that belongs to the model"):
+        load_calibration(["zzzz" * 100], letters, num_windows=1, window=8, vocab_size=100)
+
+
+def test_rows_of_another_length_in_a_mixture(letters: Letters) -> None:
+    with pytest.raises(CalibrationError, match=r"\(N, 16\).*\(4, 10\)"):
+        load_calibration({torch.zeros(4, 10, dtype=torch.int64): 1.0}, letters, window=16)
+
+
+def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
+    for source in (None, ["text"], write(tmp_path / "a.txt", "text")):
+        with pytest.raises(CalibrationError, match=r"tokenizer.*integer tensor"):
+            load_calibration(source, None)
+
+
+def test_windows_the_model_cannot_take(letters: Letters) -> None:
+    with pytest.raises(CalibrationError, match=r"at most 64 tokens.*window=65"):
+        load_calibration(["a" * 1000], letters, window=65, max_positions=64)
+    with pytest.raises(CalibrationError, match=r"at most 64 tokens.*window=80"):
+        load_calibration(torch.zeros(2, 80, dtype=torch.int64), None, max_positions=64)
+    with pytest.raises(CalibrationError, match="at least 2 tokens"):
+        load_calibration(["a" * 1000], letters, window=1)
+    with pytest.raises(CalibrationError, match="at least 1 calibration window"):
+        load_calibration(["a" * 1000], letters, num_windows=0)
