@@ -205,7 +205,10 @@ def _read_config(folder: Path, model_type: str) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise CheckpointError(f"{folder}/config.json: transformers cannot read it: {error}") from error
+        raise CheckpointError(
+            f"{folder}/config.json: expected what transformers can read, got: {one_line(error)} Correct it, or "
+            "download it again."
+        ) from error
     # A checkpoint does not choose what runs: this key may name a repository of kernels, which transformers would fetch.
     config._attn_implementation = None
     return config
@@ -223,6 +226,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}. The file is damaged.")
     return value
+
+
+def one_line(error: Exception) -> str:
+    """Another library's message without line breaks and without the C++ frames that torch appends to some."""
+    return " ".join(str(error).split("\nException raised from")[0].split()).rstrip(".") + "."
 
 
 def _check_finite(tensor: Tensor, where: str) -> None:

@@ -171,11 +171,16 @@ def _errors() -> Iterator[None]:
             yield
         except MinispError as error:
             console.print(f"[bold red]{type(error).__name__}[/]", highlight=False)
-            console.print(str(error), markup=False, highlight=False)
+            console.print(_printable(str(error)), markup=False, highlight=False)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
             console.print("Interrupted: nothing was left at the output path.")
             raise typer.Exit(130) from None
+
+
+def _printable(text: str) -> str:
+    """Control characters written out: a message quotes names from files that may be hostile to a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

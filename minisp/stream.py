@@ -31,7 +31,7 @@ from minisp.architecture import (
     resize_,
     unit_axes,
 )
-from minisp.checkpoint import FLOATING, Checkpoint
+from minisp.checkpoint import FLOATING, Checkpoint, one_line
 from minisp.errors import CheckpointError
 
 # Logits of one chunk of tokens: 16-bit logits and their gradient stay within this many bytes.
@@ -231,7 +231,7 @@ def skeleton(checkpoint: Checkpoint) -> CausalLM:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=False)
     except Exception as error:
-        raise CheckpointError(f"{where}: transformers cannot build it: {error}") from error
+        raise CheckpointError(f"{where}: expected a buildable model, got: {one_line(error)} Correct it.") from error
     count = len(decoder_layers(model, row))
     next_layer = (f"{row.layers}.{count}.", f"{layers_path(model, row)}.{count}.")
     if count == 0 or any(name.startswith(next_layer) for name in checkpoint.tensors):
