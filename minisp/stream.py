@@ -227,15 +227,16 @@ def skeleton(checkpoint: Checkpoint) -> CausalLM:
     row = architecture_of(checkpoint.config)
     widths = checkpoint.raw_config.get(WIDTHS_KEY)
     where = f"{checkpoint.folder}/config.json"
+    # Before the model is built: a billion layers would be built for hours.
+    count = checkpoint.config.num_hidden_layers
+    more = f".{row.layers}.{count}."
+    if not 0 < count <= len(checkpoint.tensors) or any(more in f".{name}" for name in checkpoint.tensors):
+        raise CheckpointError(f"{where}: expected as many layers as are stored, at least one, got {count}. Correct it.")
     try:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(f"{where}: expected a buildable model, got: {one_line(error)} Correct it.") from error
-    count = len(decoder_layers(model, row))
-    next_layer = (f"{row.layers}.{count}.", f"{layers_path(model, row)}.{count}.")
-    if count == 0 or any(name.startswith(next_layer) for name in checkpoint.tensors):
-        raise CheckpointError(f"{where}: expected as many layers as are stored, at least one, got {count}. Correct it.")
     if widths is not None:
         full = layer_widths(model, row)
         if not isinstance(widths, list) or [type(w) is int and 0 < w <= full[0] for w in widths] != [True] * count:
