@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,9 @@ def output_folder(out: Path) -> Iterator[Path]:
             _sync(path)
         _sync(partial)
         os.rename(partial, out)
-        _sync(out.parent)
+        # The folder stands and its files are durable; not every file system can promise as much for its name.
+        with suppress(OSError):
+            _sync(out.parent)
     except OSError as error:
         reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
         raise OutputError(
