@@ -66,18 +66,17 @@ def machine_slug(description: dict[str, Any]) -> str:
 
 
 def run_child(command: Sequence[str | Path], result: Path) -> ChildRun:
-    """Run `python command...`, which writes JSON to `result`; raise `SystemExit` with its stderr if it fails."""
-    errors = result.with_suffix(".stderr")
-    with errors.open("wb") as stream:
+    """Run `python command...`, which writes JSON to `result`; raise `SystemExit` with what it printed if it fails."""
+    log = result.with_suffix(".log")
+    with log.open("wb") as stream:
         busy, start = _busy_seconds(), time.perf_counter()
         arguments = [sys.executable, *map(str, command)]
-        child = os.posix_spawn(
-            sys.executable, arguments, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, stream.fileno(), 2)]
-        )
+        redirect = [(os.POSIX_SPAWN_DUP2, stream.fileno(), target) for target in (1, 2)]
+        child = os.posix_spawn(sys.executable, arguments, os.environ, file_actions=redirect)
         _, status, usage = os.wait4(child, 0)
         seconds = time.perf_counter() - start
     if status != 0:
-        raise SystemExit(f"{' '.join(arguments)} ended with wait status {status}:\n{errors.read_text('utf-8')[-4000:]}")
+        raise SystemExit(f"{' '.join(arguments)} ended with wait status {status}:\n{log.read_text('utf-8')[-4000:]}")
     foreign = _busy_seconds() - busy - usage.ru_utime - usage.ru_stime
     return ChildRun(
         output=json.loads(result.read_text("utf-8")),
