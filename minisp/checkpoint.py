@@ -142,7 +142,7 @@ def _shards(folder: Path) -> list[str]:
     """Names of the weight files, from the index where there is one."""
     if (folder / INDEX_NAME).is_file():
         weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        if not (isinstance(weight_map, dict) and weight_map and all(isinstance(v, str) for v in weight_map.values())):
             raise CheckpointError(
                 f"{folder}/{INDEX_NAME}: expected weight_map from tensor to file name. Fix the index."
             )
