@@ -117,9 +117,9 @@ MINISP_INLINE void backward_columns(T* gate, T* up, T* grad_x, float* sums, Matr
   }
 }
 
-// `-inf` logits are allowed: they are words that cannot come.
+// `-inf` logits are allowed: they are words that cannot come. `buffer` holds one row of exponentials, in cache.
 template <typename T>
-MINISP_INLINE double cross_entropy_row(const T* logits, int64_t target, T* gradient, int64_t size) {
+MINISP_INLINE double cross_entropy_row(const T* logits, int64_t target, T* gradient, float* buffer, int64_t size) {
   constexpr int64_t kLanes = 16;
   float largest[kLanes], sum[kLanes] = {};
   std::fill(largest, largest + kLanes, -INFINITY);
@@ -135,14 +135,18 @@ MINISP_INLINE double cross_entropy_row(const T* logits, int64_t target, T* gradi
     const int64_t stop = std::min(start + kStretch, whole);
     std::fill(sum, sum + kLanes, 0.0f);
     for (int64_t i = start; i < stop; i += kLanes)
-      for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] += exponential(load(logits[i + lane]) - top);
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const float e = exponential(load(logits[i + lane]) - top);
+        buffer[i + lane] = e;
+        sum[lane] += e;
+      }
     for (int64_t lane = 0; lane < kLanes; ++lane) total += sum[lane];
   }
-  for (int64_t i = whole; i < size; ++i) total += exponential(load(logits[i]) - top);
+  for (int64_t i = whole; i < size; ++i) total += buffer[i] = exponential(load(logits[i]) - top);
   // Dividing by the sum, and not subtracting its logarithm from the logits, which would round at their magnitude.
   const float scale = static_cast<float>(1.0 / total);
   const float wanted = load(logits[target]);
-  for (int64_t i = 0; i < size; ++i) store(exponential(load(logits[i]) - top) * scale, gradient + i);
+  for (int64_t i = 0; i < size; ++i) store(buffer[i] * scale, gradient + i);
   store(exponential(wanted - top) * scale - 1.0f, gradient + target);
   return static_cast<double>(top) - static_cast<double>(wanted) + std::log(total);
 }
@@ -162,8 +166,8 @@ MINISP_INLINE double cross_entropy_row(const T* logits, int64_t target, T* gradi
                                      int64_t first, int64_t count) {                                               \
     MINISP_SWITCH(kind, (backward_columns<T, k>(gate, up, grad_x, sums, shape, first, count)))                     \
   }                                                                                                                \
-  MINISP_CLONES double loss_##name(const T* logits, int64_t target, T* gradient, int64_t size) {                   \
-    return cross_entropy_row<T>(logits, target, gradient, size);                                                   \
+  MINISP_CLONES double loss_##name(const T* logits, int64_t target, T* gradient, float* buffer, int64_t size) {     \
+    return cross_entropy_row<T>(logits, target, gradient, buffer, size);                                           \
   }
 
 MINISP_BODIES(bf16, bf16)
@@ -191,12 +195,13 @@ void activation_backward(void* gate, void* up, void* grad_x, float* sums, Matrix
 double cross_entropy(const void* logits, const int64_t* targets, void* gradient, Matrix shape, int num_threads) {
   std::vector<double> loss(shape.rows);
   parallel_for(shape.rows, 1, num_threads, [&](int64_t begin, int64_t end) {
+    std::vector<float> buffer(shape.columns);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t offset = row * shape.columns;
       loss[row] = shape.is_bf16 ? loss_bf16(static_cast<const bf16*>(logits) + offset, targets[row],
-                                            static_cast<bf16*>(gradient) + offset, shape.columns)
+                                            static_cast<bf16*>(gradient) + offset, buffer.data(), shape.columns)
                                 : loss_float(static_cast<const float*>(logits) + offset, targets[row],
-                                             static_cast<float*>(gradient) + offset, shape.columns);
+                                             static_cast<float*>(gradient) + offset, buffer.data(), shape.columns);
     }
   });
   double sum = 0.0;

@@ -14,7 +14,7 @@ from minisp.stream import LOGIT_BYTES
 
 # Share of the free memory that a run may plan with; the rest is for the allocator and the other processes.
 MEMORY_SHARE = 0.5
-TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 8192}
+TOKENS_PER_BATCH = {"cpu": 512, "cuda": 8192}
 
 
 @dataclass(frozen=True)
