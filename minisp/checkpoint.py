@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from minisp.architecture import unknown_family
-from minisp.errors import CheckpointError, UnsupportedModelError
+from minisp.errors import CheckpointError, UnsupportedModelError, one_line
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -226,11 +226,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}. The file is damaged.")
     return value
-
-
-def one_line(error: Exception) -> str:
-    """Another library's message without line breaks and without the C++ frames that torch appends to some."""
-    return " ".join(str(error).split("\nException raised from")[0].split()).rstrip(".") + "."
 
 
 def _check_finite(tensor: Tensor, where: str) -> None:

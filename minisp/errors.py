@@ -51,3 +51,8 @@ class BackendError(MinispError):
     """An implementation was asked for by name and cannot serve the request (it is never silently replaced)."""
 
     exit_code = 9
+
+
+def one_line(error: Exception) -> str:
+    """Another library's message as a sentence to quote: no line breaks, no C++ frames such as torch appends."""
+    return " ".join(str(error).split("\nException raised from")[0].split()).rstrip(".") + "."

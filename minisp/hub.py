@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minisp.errors import CalibrationError, CheckpointError
+from minisp.errors import CalibrationError, CheckpointError, one_line
 
 # What a download needs: weights that cannot run code, configuration, tokenizer.
 PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -55,7 +55,7 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise CalibrationError(
-            f"{folder}: transformers cannot load its tokenizer: {error}. Pass tokens instead."
+            f"{folder}: transformers cannot load its tokenizer: {one_line(error)} Pass tokens instead."
         ) from error
 
 
@@ -82,8 +82,8 @@ def convert_gguf(path: Path, folder: Path) -> Path:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         except Exception as error:
             raise CheckpointError(
-                f"{path}: transformers cannot read this GGUF file: {error}. It needs `pip install gguf`, a complete "
-                "file, and a family that transformers can dequantise."
+                f"{path}: transformers cannot read this GGUF file: {one_line(error)} It needs `pip install gguf`, a "
+                "complete file, and a family that transformers can dequantise."
             ) from error
         # transformers refuses to save a model that remembers having been quantised; these weights no longer are.
         for attribute in ("hf_quantizer", "quantization_method"):

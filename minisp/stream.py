@@ -31,8 +31,8 @@ from minisp.architecture import (
     resize_,
     unit_axes,
 )
-from minisp.checkpoint import FLOATING, Checkpoint, one_line
-from minisp.errors import CheckpointError
+from minisp.checkpoint import FLOATING, Checkpoint
+from minisp.errors import CheckpointError, one_line
 
 # Logits of one chunk of tokens: 16-bit logits and their gradient stay within this many bytes.
 LOGIT_BYTES = 48 * 2**20
