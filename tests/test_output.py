@@ -1,0 +1,215 @@
+"""Whatever happens while a result is written, nothing stands at the output path but a complete checkpoint."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import minisp
+from minisp import fast
+from minisp.checkpoint import Checkpoint
+from minisp.cli import app
+from minisp.errors import CheckpointError, OutputError
+from tests import faults
+from tests.damage import assert_refused
+from tests.models import save_checkpoint, tiny_model
+
+PLAIN = {"window": 32, "num_windows": 4, "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("source") / "model", tiny_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def clean(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, bytes]]:
+    """The steps of an undisturbed run, and the files that it writes."""
+    out = tmp_path_factory.mktemp("clean") / "out"
+    names = faults.run(source, out, lambda number, name: None)
+    return names, contents(out)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("a sentence of no consequence. " * 20)
+    return path
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Path:
+    path = tmp_path / "there"
+    path.mkdir()
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def full_disk(name: str) -> Exception:
+    """What a full disk looks like at a step: the safetensors package has an exception of its own."""
+    if name == "statistics":
+        return SafetensorError("I/O error: No space left on device (os error 28)")
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link", "dangling link", "device"])
+def test_an_output_path_that_is_taken_is_refused_and_left_alone(
+    kind: str, source: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    if kind == "folder":
+        out.mkdir()
+        (out / "precious").write_text("data")
+    elif kind == "file":
+        out.write_text("data")
+    elif kind == "device":
+        out = Path("/dev/null")
+    else:
+        out.symlink_to(tmp_path / ("empty" if kind == "link" else "missing"))
+    got = {"folder": "one with content", "file": "a file", "device": "a file"}.get(kind, "a symbolic link")
+    before = {path: path.lstat() for path in tmp_path.rglob("*")}
+    with pytest.raises(OutputError, match=f"expected a new or empty folder, got {got}. Choose another path"):
+        fast.minify(source, out=out, calibration=text, **PLAIN)
+    command = ["minify", str(source), "--out", str(out), "-c", str(text), "--window", "32"]
+    assert CliRunner().invoke(app, command).exit_code == OutputError.exit_code
+    assert {path: path.lstat().st_mtime for path in tmp_path.rglob("*")} == {p: s.st_mtime for p, s in before.items()}
+
+
+@pytest.mark.parametrize("name", ["file/out", "x" * 300, "x" * 250, "nul\0byte"])
+def test_an_output_path_that_cannot_be_made_is_refused(name: str, source: Path, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("data")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(OutputError, match=r"no (scratch )?folder can be made"):
+        fast.minify(source, out=tmp_path / name, calibration=text, **PLAIN)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_parent_that_cannot_be_written_is_refused(
+    source: Path, text: Path, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whoever runs the tests may be allowed to write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert_refused(source, text, OutputError, r"expected a writable parent folder, got .*Choose another", there)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_the_sweep(
+    source: Path, text: Path, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    monkeypatch.setattr(fast, "saliency_sweep", None)
+    assert_refused(source, text, OutputError, r"expected .* of free disk, got .*Free some space", there)
+
+
+def test_an_empty_folder_is_filled_and_an_old_partial_one_replaced(
+    source: Path, there: Path, clean: tuple[list[str], dict[str, bytes]]
+) -> None:
+    (there / "out").mkdir()
+    (there / "out.partial").mkdir()
+    (there / "out.partial" / "model.safetensors").write_text("from a run that was killed")
+    faults.run(source, there / "out", lambda number, name: None)
+    assert contents(there / "out") == clean[1]
+    assert list(there.iterdir()) == [there / "out"]
+
+
+def test_a_disk_that_fills_up_at_any_step_leaves_nothing(
+    source: Path, there: Path, clean: tuple[list[str], dict[str, bytes]]
+) -> None:
+    names, _ = clean
+    assert {"scratch folder", "statistics", "output folder", "shard", "tensor", "text", "copy", "rename"} <= set(names)
+    # The last step makes the name of the finished folder durable; there is nothing to undo there.
+    for deadly in faults.first_and_last(names)[:-1]:
+
+        def strike(number: int, name: str, deadly: int = deadly) -> None:
+            if number == deadly:
+                raise full_disk(name)
+
+        with pytest.raises(OutputError, match=r"the disk is full|No space left") as caught:
+            faults.run(source, there / "out", strike)
+        assert "space" in str(caught.value) and list(there.iterdir()) == [], names[deadly]
+    faults.run(source, there / "out", lambda number, name: None)
+
+
+def test_a_module_in_memory_leaves_nothing_on_a_full_disk(there: Path) -> None:
+    def strike(number: int, name: str) -> None:
+        if name == "tensor":
+            raise full_disk(name)
+
+    with faults.steps(strike), pytest.raises(OutputError, match="the disk is full"):
+        fast.minify(tiny_model("llama"), out=there / "out", calibration=faults.WINDOWS, window=32, num_windows=4)
+    assert list(there.iterdir()) == []
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Within the block, the operating system itself refuses to let any file of this process grow beyond `size`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(("size", "where"), [(6_000, "Statistics of layer 2"), (20_000, "could not be written")])
+def test_real_writes_that_fail_leave_nothing(size: int, where: str, source: Path, there: Path) -> None:
+    # Gram matrices of 48 × 48 float32 exceed the first limit, the weights the second.
+    with largest_file(size), pytest.raises(OutputError, match=rf"{where}.*File too large"):
+        fast.minify(source, out=there / "out", calibration=faults.WINDOWS, **PLAIN)
+    assert list(there.iterdir()) == []
+
+
+@pytest.mark.parametrize("phase", ["saliency", "reconstruction"])
+def test_an_interrupted_run_leaves_nothing(phase: str, source: Path, there: Path) -> None:
+    def interrupt(name: str, done: int, total: int) -> None:
+        if name.startswith(phase):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fast.minify(source, out=there / "out", calibration=faults.WINDOWS, progress=interrupt, **PLAIN)
+    assert list(there.iterdir()) == []
+
+
+def test_a_killed_run_leaves_nothing_that_loads_and_can_be_repeated(
+    source: Path, tmp_path: Path, clean: tuple[list[str], dict[str, bytes]]
+) -> None:
+    names, files = clean
+    program = f"import runpy; runpy.run_path({faults.__file__!r}, run_name='__main__')"
+    environment = os.environ | {"PYTHONPATH": str(Path(minisp.__file__).parents[1])}
+    command = [sys.executable, "-c", program, str(source), str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["steps"] == names
+    assert result["killed"] == faults.first_and_last(names)
+
+    for step in result["killed"]:
+        out = tmp_path / str(step) / "out"
+        if step > names.index("rename"):
+            assert contents(out) == files
+            continue
+        assert not out.exists(), names[step]
+        with pytest.raises(CheckpointError):
+            Checkpoint.open(out)
+        with pytest.raises(OSError, match="out"):
+            AutoModelForCausalLM.from_pretrained(out)
+    again = tmp_path / str(names.index("rename")) / "out"
+    assert again.with_name("out.partial").is_dir()
+    faults.run(source, again, lambda number, name: None)
+    assert contents(again) == files
+    assert not again.with_name("out.partial").exists()
