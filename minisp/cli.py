@@ -131,6 +131,7 @@ def demo(
     keep: Annotated[float, typer.Option(help="Fraction of the MLP units to keep, in (0, 1].")] = 0.8,
     out: Annotated[Path, typer.Option(help="Folder to write; new or empty.")] = Path("minisp-demo"),
     widths: Annotated[Widths, typer.Option(help="per-layer or uniform.")] = "per-layer",
+    windows: Annotated[int, typer.Option(min=1, help="Calibration windows of 512 tokens; more is better.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -141,7 +142,7 @@ def demo(
 
     with _errors(), report.progress_bar(quiet) as progress:
         console = Console(stderr=True, quiet=quiet)
-        result = run_demo(out, MinifyConfig.from_options(keep=keep, widths=widths, seed=seed), console, progress)
+        result = run_demo(out, MinifyConfig.from_options(keep=keep, widths=widths, seed=seed, num_windows=windows), console, progress)
     _show(result.as_dict(), as_json, quiet, result.table(), result.lines())
 
 

@@ -26,7 +26,7 @@ from minisp.report import MinifyReport, plan_table, summary_lines
 from minisp.stream import load_model
 from minisp.sweep import Progress
 
-PROTOCOL = Protocol(window=1024, max_windows=10)
+PROTOCOL = Protocol(window=1024, max_windows=8)
 CODE_CHARACTERS = 60_000
 
 

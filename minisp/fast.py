@@ -22,6 +22,7 @@ from minisp.calibration import Calibration, load_calibration, write_windows
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
 from minisp.errors import OutputError, UnsupportedModelError
+from minisp.evaluate import checkpoint_bytes
 from minisp.export.folder import describe, export_checkpoint, export_module
 from minisp.hub import load_tokenizer, local_folder
 from minisp.planner import Plan, compute_device, compute_dtype, make_plan
@@ -66,6 +67,9 @@ def minify(
     Raises:
         MinispError: one of its subclasses, see `minisp.errors`; nothing is then left at `out`.
     """
+    if isinstance(calibration, Tensor) and calibration.dim() == 2:
+        # Ready-made windows bring their own number and length.
+        options = {"num_windows": max(1, calibration.shape[0]), "window": max(1, calibration.shape[1]), **options}
     config = MinifyConfig.from_options(keep=keep, **options)
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
@@ -94,6 +98,7 @@ def minify(
             layers = _finish(stream, kept, results, folder)
         report = make_report(stream, made_plan, layers, text, seconds, target)
         if folder is not None:
+            report = replace(report, bytes=checkpoint_bytes(folder))
             describe(folder, report, checkpoint, tokenizer)
     return report
 
