@@ -142,7 +142,9 @@ def demo(
 
     with _errors(), report.progress_bar(quiet) as progress:
         console = Console(stderr=True, quiet=quiet)
-        result = run_demo(out, MinifyConfig.from_options(keep=keep, widths=widths, seed=seed, num_windows=windows), console, progress)
+        result = run_demo(
+            out, MinifyConfig.from_options(keep=keep, widths=widths, seed=seed, num_windows=windows), console, progress
+        )
     _show(result.as_dict(), as_json, quiet, result.table(), result.lines())
 
 

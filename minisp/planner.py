@@ -148,6 +148,11 @@ def compute_dtype(config: MinifyConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
+def fits_in_memory(num_bytes: int) -> bool:
+    """Whether so many bytes fit the share of the free host memory that a run may use."""
+    return num_bytes <= MEMORY_SHARE * psutil.virtual_memory().available
+
+
 def check_window(model_config: Any, window: int) -> None:
     """Raise `CalibrationError` where windows are longer than the model's positions."""
     positions = getattr(model_config, "max_position_embeddings", None)

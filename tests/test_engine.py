@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.models import HIDDEN, LAYERS, MODEL_TYPES, POSITIONS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +15,7 @@ from minisp.config import MinifyConfig
 from minisp.statistics import LayerStatistics
 from minisp.stream import Stream, frozen, load_model
 from minisp.sweep import saliency_sweep
+from tests.models import HIDDEN, LAYERS, MODEL_TYPES, POSITIONS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
 WINDOW = 16

@@ -185,7 +185,7 @@ def test_dead_units_are_free() -> None:
 
 def test_of_two_equal_units_one_goes_exactly() -> None:
     gram, weight = gram_and_weight()
-    gram[7], weight = gram[3], weight
+    gram[7] = gram[3]
     gram[:, 7] = gram[:, 3]
     kept = torch.tensor([i for i in range(40) if i != 7])
     solved = ops.ridge_solve(gram, kept, weight, 1e-12)
