@@ -23,18 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import naive
 import torch
 
 HERE = Path(__file__).parent
 EVALUATION_WINDOWS, EVALUATION_WINDOW = 20, 1024
 # What minify() does before it minifies; the opponent's figure has no loading and no tokenising in it either.
 NOT_MINIFYING = ("loading", "calibration text")
-PAPER = {"saliency": "taylor", "shrink_to": "zero", "alignment": 1, "min_keep": 0.0, "damping": 1e-2}
+PAPER = {"saliency": "taylor", "shrink_to": "zero", "alignment": 1, "min_keep": 0.0, "damping": naive.DAMPING}
 
 
 @dataclass
 class Contender:
-    """One row: how it is started, what its first, untimed run gave, and the runs that were timed."""
+    """One row: how it is started, what its first run gave, and time and memory of all runs."""
 
     name: str
     options: dict[str, Any]
@@ -43,6 +44,13 @@ class Contender:
     minify_seconds: list[float] = field(default_factory=list)
     runs: list[harness.ChildRun] = field(default_factory=list)
     phases: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, run: harness.ChildRun) -> None:
+        """Count a run: the seconds of its minification, and the peak memory of its process."""
+        phases = run.output["seconds"]
+        self.runs.append(run)
+        self.phases.append(phases)
+        self.minify_seconds.append(sum(s for phase, s in phases.items() if phase not in NOT_MINIFYING))
 
     def summary(self) -> dict[str, Any]:
         """Plain values for the result file."""
@@ -53,7 +61,6 @@ class Contender:
             "widths": [len(indices) for indices in self.kept],
             "minify_seconds": self.minify_seconds,
             "phases": self.phases,
-            "process_seconds": [run.seconds for run in self.runs],
             "peak_rss_bytes": [run.peak_rss for run in self.runs],
             "disturbance": [run.disturbance for run in self.runs],
         }
@@ -85,8 +92,6 @@ def evaluate_folder(folder: str | Path, args: argparse.Namespace) -> float:
 
 def child_minify(args: argparse.Namespace) -> dict[str, Any]:
     """In the child: minisp on the same tokens as the opponent."""
-    import naive
-
     from minisp.fast import minify
 
     windows = naive.read_windows(args.model, args.calibration, args.windows, args.window)
@@ -97,7 +102,6 @@ def child_minify(args: argparse.Namespace) -> dict[str, Any]:
 
 def child_evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """In the child: perplexity of the checkpoint in a folder."""
-    import naive
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(args.evaluate, dtype=torch.bfloat16, trust_remote_code=True)
@@ -133,17 +137,16 @@ def floor(args: argparse.Namespace) -> dict[str, float]:
 
 def print_floor(f: dict[str, float]) -> None:
     """The floor and the ratios it predicts."""
-    naive, ours = f["naive_bfloat16_seconds"], f["ours_seconds"]
-    segmented = f["ours_segmented_seconds"]
+    base, ours, segmented = f["naive_bfloat16_seconds"], f["ours_seconds"], f["ours_segmented_seconds"]
     rows = [
-        ("naive bfloat16", f["naive_gflop_per_token"], naive, 1.0),
-        ("naive float32", f["naive_gflop_per_token"], f["naive_float32_seconds"], naive / f["naive_float32_seconds"]),
-        ("ours, one segment", f["ours_gflop_per_token"], ours, naive / ours),
+        ("naive bfloat16", f["naive_gflop_per_token"], base, 1.0),
+        ("naive float32", f["naive_gflop_per_token"], f["naive_float32_seconds"], base / f["naive_float32_seconds"]),
+        ("ours, one segment", f["ours_gflop_per_token"], ours, base / ours),
         (
             "ours, many segments",
             f["ours_gflop_per_token"] + f["second_forward_gflop_per_token"],
             segmented,
-            naive / segmented,
+            base / segmented,
         ),
     ]
     title = f"Floor (GEMM: {f['bfloat16_flops'] / 1e9:.0f} GFLOP/s bfloat16, {f['float32_flops'] / 1e9:.0f} float32)"
@@ -175,9 +178,6 @@ def print_speed(contenders: list[Contender]) -> None:
     def peak(c: Contender) -> float:
         return statistics.median(run.peak_rss for run in c.runs)
 
-    def process(c: Contender) -> float:
-        return statistics.median(run.seconds for run in c.runs)
-
     base, rows = contenders[0], []
     for c in contenders:
         seconds = statistics.median(c.minify_seconds)
@@ -186,22 +186,20 @@ def print_speed(contenders: list[Contender]) -> None:
                 c.name,
                 f"{seconds:.1f} ({min(c.minify_seconds):.1f}–{max(c.minify_seconds):.1f})",
                 f"×{statistics.median(base.minify_seconds) / seconds:.2f}",
-                f"{process(c):.1f}",
-                f"×{process(base) / process(c):.2f}",
                 f"{peak(c) / 2**20:.0f}",
                 f"{peak(c) / peak(base):.2f}",
                 f"{max(run.disturbance for run in c.runs):.0%}",
             )
         )
-    columns = ["", "minify s", "faster", "process s", "faster", "peak MiB", "of first", "disturbed up to"]
+    columns = ["", "minify s", "faster", "peak MiB", "of first", "disturbed up to"]
     harness.print_table(f"Speed and memory, {len(base.runs)} interleaved runs", columns, rows)
 
 
 def make_contenders(batch: int) -> list[Contender]:
     """The opponent in both dtypes, minisp with the paper's recipe, and minisp as it comes."""
     return [
-        Contender("naive bfloat16", {"dtype": "bfloat16", "batch": batch}),
-        Contender("naive float32", {"dtype": "float32", "batch": batch}),
+        Contender("naive bfloat16", {"dtype": "bfloat16", "batch": batch, "damping": naive.DAMPING}),
+        Contender("naive float32", {"dtype": "float32", "batch": batch, "damping": naive.DAMPING}),
         Contender("ours, paper's recipe", {**PAPER, "dtype": "bfloat16"}),
         Contender("ours", {"dtype": "bfloat16"}),
     ]
@@ -214,18 +212,14 @@ def compare(args: argparse.Namespace) -> None:
     contenders = make_contenders(args.batch)
     dense = evaluate_folder(args.model, args)
     for contender in contenders:
-        output = run_contender(contender, args, evaluate=True).output
-        contender.perplexity, contender.kept = output["perplexity"], output["kept"]
+        run = run_contender(contender, args, evaluate=True)
+        contender.perplexity, contender.kept = run.output["perplexity"], run.output["kept"]
+        contender.add(run)
     print_correctness(contenders, dense)
-    for repeat in range(args.repeats):
+    for repeat in range(1, args.repeats):
         for contender in contenders if repeat % 2 == 0 else reversed(contenders):
-            run = run_contender(contender, args, evaluate=False)
-            phases = run.output["seconds"]
-            contender.runs.append(run)
-            contender.phases.append(phases)
-            contender.minify_seconds.append(sum(s for phase, s in phases.items() if phase not in NOT_MINIFYING))
-    if args.repeats:
-        print_speed(contenders)
+            contender.add(run_contender(contender, args, evaluate=False))
+    print_speed(contenders)
     settings = {key: getattr(args, key) for key in ("keep", "windows", "window", "batch", "repeats")}
     content = {
         "settings": {**settings, "model": Path(args.model).name, "calibration": args.calibration.name},
@@ -248,7 +242,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4, help="windows per batch of the opponent")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each; 0 for quality alone")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each; the first is evaluated")
     parser.add_argument("--label", help="appended to the result file's name")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--evaluate", help=argparse.SUPPRESS)

@@ -21,6 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+# λ relative to mean(diag G). It shrinks to zero, so more than the solve needs costs quality: on SmolLM2-135M at 80 %
+# kept, perplexity was ×1.329, 1.274, 1.264, 1.264 of dense for 1e-2, 1e-3, 1e-4, 1e-5 (128 windows of 512 tokens).
+DAMPING = 1e-4
+
 
 @dataclass
 class NaiveResult:
@@ -107,7 +111,7 @@ def prune(mlp: Any, gram: Tensor, kept: Tensor, damping: float) -> None:
 
 
 def minify_naive(
-    model: PreTrainedModel, windows: Tensor, keep: float, *, batch_size: int = 4, damping: float = 1e-2
+    model: PreTrainedModel, windows: Tensor, keep: float, *, batch_size: int = 4, damping: float = DAMPING
 ) -> NaiveResult:
     """Prune `model` in place in its own dtype, calibrated on `windows` (num_windows, window) int64."""
     model.eval()
@@ -149,7 +153,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--damping", type=float, default=1e-2)
+    parser.add_argument("--damping", type=float, default=DAMPING)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--eval", type=Path, help="evaluation text: 20 windows of 1024 tokens from its start")
     parser.add_argument("--save", type=Path, help="folder for the pruned weights")

@@ -105,7 +105,7 @@ def evaluate(
     text: Annotated[Path, typer.Option(help="Text file to predict, from its start.", show_default=False)],
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; default: the window.")] = None,
-    max_windows: Annotated[int | None, typer.Option(min=1, help="Windows at most; default: all of the text.")] = 20,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Windows at most, from the start of the text.")] = 20,
     speed: Annotated[bool, typer.Option(help="Measure tokens per second too.")] = True,
     dtype: Annotated[str, typer.Option(help="Compute type: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",

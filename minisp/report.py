@@ -201,7 +201,7 @@ def plot_layers(report: MinifyReport, path: Path) -> bool:
     top.bar(index, [layer.width for layer in report.layers], color="0.88", label="before")
     top.bar(index, [layer.kept for layer in report.layers], color="tab:blue", label="kept")
     top.set(ylabel="MLP width", title=f"{report.plan.model}: {report.plan.config.keep:.0%} of the MLP units kept")
-    top.legend(loc="lower right")
+    top.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     bottom.plot(index, [layer.residual_sliced for layer in report.layers], "o-", color="0.6", label="sliced")
     bottom.plot(index, [layer.residual for layer in report.layers], "o-", color="tab:blue", label="refitted")
     bottom.set(xlabel="layer", ylabel="relative residual")

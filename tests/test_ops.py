@@ -1,6 +1,6 @@
 """Every implementation of every operation against the reference in float64, by one rule.
 
-The rule: |ours − fp64| ≤ |eager in the same dtype − fp64| + eps·√terms, in the largest element, relative to the largest.
+The rule: |ours − fp64| ≤ |eager in the same dtype − fp64| + eps·√terms, in the largest element and relative to it.
 """
 
 from collections.abc import Callable
