@@ -1,0 +1,247 @@
+"""The command line: what it prints where, which exit code it returns, and that it does the whole job."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+import torch
+import typer
+from click import unstyle
+from click.testing import Result
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import minisp
+from minisp import errors, fast
+from minisp.cli import app
+from minisp.config import MinifyConfig
+from minisp.report import plan_dict
+from tests.models import WIDTH, save_checkpoint, tiny_model
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+SMALL = ("--window", "32", "--num-windows", "8", "--dtype", "float32")
+CHOICES = {field.name: get_args(field.type) for field in fields(MinifyConfig) if get_origin(field.type) is Literal}
+
+
+def run(*arguments: object) -> Result:
+    # A terminal wide enough that no line is broken.
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "2000"})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "tiny-llama", tiny_model("llama"))
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> tuple[Path, Path]:
+    """Two texts of 640 tokens each, which is 20 windows of 32."""
+    prose, digits = tmp_path / "prose.txt", tmp_path / "digits.txt"
+    prose.write_text(("a sentence of no consequence, then another one. " * 14)[:640])
+    digits.write_text(("3.14159 26535 89793 + 2.71828 = " * 20)[:640])
+    return prose, digits
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_every_option_and_an_example(name: str) -> None:
+    result = run(name, "--help")
+    assert result.exit_code == 0
+    # Where the environment asks for colours, they would stand inside the flags.
+    shown = unstyle(result.stdout)
+    assert f"Example: minisp {name} " in shown
+    for parameter in COMMANDS[name].params:
+        assert parameter.help, parameter.name
+        # Help shows mathematical signs and quotes as they are, so the beginning of every text can be looked for.
+        assert parameter.help.split(";")[0].split("[")[0].strip() in shown
+        for flag in parameter.opts if parameter.param_type_name == "option" else ():
+            assert flag in shown
+
+
+def test_the_main_help_lists_commands_and_exit_codes() -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    assert set(COMMANDS) == {"minify", "plan", "eval", "demo"}
+    assert all(name in result.stdout for name in COMMANDS)
+    codes = {int(code) for code in re.findall(r"(\d+) [a-z]", result.stdout.split("Exit codes:")[1])}
+    raised = {error.exit_code for error in vars(errors).values() if isinstance(error, type)}
+    assert codes == raised | {0, 1, 2, 130}
+
+
+@pytest.mark.parametrize("name", ["minify", "plan"])
+def test_every_field_of_the_config_is_an_option_with_its_default(name: str) -> None:
+    defaults = {parameter.name: parameter.default for parameter in COMMANDS[name].params}
+    assert {field.name: defaults[field.name] for field in fields(MinifyConfig)} == MinifyConfig().as_dict()
+
+
+def test_plan_prints_a_table_or_json_or_nothing(model: Path) -> None:
+    before = sorted(model.parent.iterdir())
+    table = run("plan", model, "--keep", "0.5", *SMALL)
+    assert table.exit_code == 0 and table.stderr == ""
+    assert re.search(r"tiny-llama \(llama\).*at most 72 of 144 units.*8 windows of 32 tokens", table.stdout, re.DOTALL)
+
+    as_json = run("plan", model, "--keep", "0.5", *SMALL, "--json")
+    assert as_json.exit_code == 0 and as_json.stderr == ""
+    planned = fast.plan(model, keep=0.5, window=32, num_windows=8, dtype="float32")
+    assert json.loads(as_json.stdout) == json.loads(json.dumps(plan_dict(planned)))
+
+    assert run("plan", model, *SMALL, "--quiet").output == ""
+    assert run("plan", model, "--keep", "0.5", *SMALL, "--quiet", "--json").stdout == as_json.stdout
+    assert sorted(model.parent.iterdir()) == before
+
+
+def test_minify_does_the_whole_job(model: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "smaller"
+    sources = [part for text in texts for part in ("-c", f"{text}:0.5")]
+    result = run("minify", model, "--keep", "0.7", "--out", out, *sources, *SMALL)
+    assert result.exit_code == 0
+    assert "Plan: tiny-llama (llama)" in result.stderr
+    for expected in ("Result: tiny-llama", "4 windows of 32 tokens from prose.txt", f"written to {out}"):
+        assert expected in result.stdout
+    line = re.search(r"load it with: (.*)", result.stdout)
+    assert line is not None
+    loaded = eval(line[1], {"AutoModelForCausalLM": AutoModelForCausalLM})
+    widths = [layer.mlp.up_proj.weight.shape[0] for layer in loaded.model.layers]
+    assert 0.6 * 3 * WIDTH < sum(widths) <= 0.7 * 3 * WIDTH and len(set(widths)) > 1
+    assert torch.isfinite(loaded(torch.arange(32)[None]).logits).all()
+
+    again = run("minify", model, "--keep", "0.7", "--out", tmp_path / "again", *sources, *SMALL, "--json")
+    assert again.exit_code == 0
+    report = json.loads(again.stdout)
+    assert report["calibration"] == [f"4 windows of 32 tokens from {text.name}" for text in texts]
+    assert [layer["kept"] for layer in report["layers"]] == widths
+    assert report["plan"]["config"]["keep"] == 0.7
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+
+
+def test_minify_weighs_its_sources_and_uniform_widths_need_no_code(
+    model: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "uniform"
+    sources = ("-c", f"{texts[0]}:3", "-c", texts[1])
+    result = run("minify", model, "--out", out, *sources, *SMALL, "--widths", "uniform", "--json")
+    report = json.loads(result.stdout)
+    assert report["calibration"] == [
+        "6 windows of 32 tokens from prose.txt",
+        "2 windows of 32 tokens from digits.txt",
+    ]
+    assert "trust_remote_code" not in report["load_line"]
+    assert AutoModelForCausalLM.from_pretrained(out).config.intermediate_size == 36
+
+
+def test_quiet_leaves_only_notes(model: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    quiet = run("minify", model, "--out", tmp_path / "a", "-c", texts[0], *SMALL, "--quiet")
+    assert quiet.exit_code == 0 and quiet.output == ""
+    flags = ("--window", "32", "--num-windows", "30", "--dtype", "float32", "--quiet")
+    short = run("minify", model, "--out", tmp_path / "b", "-c", texts[0], *flags)
+    assert short.exit_code == 0 and short.stdout == ""
+    assert short.stderr.startswith("note: prose.txt holds 20 windows of 32 tokens, not the 30 asked for")
+
+
+def test_eval_states_protocol_and_result(model: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    flags = ("--text", texts[0], "--window", "32", "--max-windows", "3", "--no-speed", "--dtype", "float32")
+    table = run("eval", model, *flags)
+    assert table.exit_code == 0
+    assert "perplexity, prose.txt" in table.stdout
+    assert "the first 3 windows at most of 32 tokens" in table.stdout
+
+    found = json.loads(run("eval", model, *flags, "--json").stdout)
+    measured = found["perplexity"]["prose.txt"]
+    assert (measured["num_windows"], measured["num_tokens"], measured["window"]) == (3, 3 * 31, 32)
+    assert f"{measured['value']:.2f}" in table.stdout
+    assert found["bytes"] == (model / "model.safetensors").stat().st_size
+    assert found["parameters"] == tiny_model("llama").num_parameters()
+    assert found["throughput"] is None
+
+    out = tmp_path / "smaller"
+    assert run("minify", model, "--keep", "0.7", "--out", out, "-c", texts[0], *SMALL, "--quiet").exit_code == 0
+    smaller = json.loads(run("eval", out, *flags, "--json").stdout)
+    assert smaller["parameters"] < found["parameters"] and smaller["bytes"] < found["bytes"]
+    assert smaller["perplexity"]["prose.txt"]["value"] != measured["value"]
+
+
+@pytest.mark.parametrize("name", ["minify", "plan"])
+@pytest.mark.parametrize("option", CHOICES)
+def test_a_choice_outside_its_list_is_wrong_usage(name: str, option: str, model: Path) -> None:
+    flag = "--" + option.replace("_", "-")
+    required = ("--out", model.parent / "out") if name == "minify" else ()
+    result = run(name, model, *required, flag, "magic")
+    assert result.exit_code == 2 and result.stdout == ""
+    assert flag in result.stderr
+    assert all(choice in result.stderr for choice in CHOICES[option])
+
+
+WRONG_USAGE: dict[str, tuple[str, ...]] = {
+    "no command": (),
+    "unknown command": ("shrink",),
+    "no model": ("plan",),
+    "no output": ("minify", "MODEL"),
+    "unknown option": ("plan", "MODEL", "--kepe", "0.5"),
+    "not a number": ("plan", "MODEL", "--keep", "half"),
+    "not a whole number": ("plan", "MODEL", "--window", "3.5"),
+    "eval without text": ("eval", "MODEL"),
+    "eval of one-token windows": ("eval", "MODEL", "--text", "x.txt", "--window", "1"),
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG_USAGE.values(), ids=WRONG_USAGE)
+def test_wrong_usage_has_exit_code_2(arguments: tuple[str, ...]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+FAILURES: dict[str, tuple[tuple[str, ...], int, str]] = {
+    "option": (("plan", "MODEL", "--keep", "2"), 3, r"keep: expected a number in \(0, 1\], got 2"),
+    "option of demo": (("demo", "--keep", "2"), 3, r"keep: expected a number in \(0, 1\], got 2"),
+    "option of eval": (("eval", "MODEL", "--text", "TEXT", "--dtype", "int8"), 3, r"expected one of auto, .*'int8'"),
+    "no such folder": (("plan", "./missing"), 5, r"expected a checkpoint folder.*Check the path"),
+    "no such model": (("plan", "nobody/nothing"), 5, r"the hub did not provide it"),
+    "eval of no folder": (("eval", "./missing", "--text", "TEXT"), 5, r"expected a checkpoint folder"),
+    "no such text": (("minify", "MODEL", "--out", "OUT", "-c", "missing.txt", *SMALL), 6, r"Expected a text file"),
+    "weight zero": (("minify", "MODEL", "--out", "OUT", "-c", "TEXT:0", *SMALL), 6, r"finite weight above 0"),
+    "eval of no text": (("eval", "MODEL", "--text", "missing.txt"), 6, r"Expected a text file"),
+    "eval beyond positions": (("eval", "MODEL", "--text", "TEXT", "--window", "65"), 6, r"windows of 2 to 64 tokens"),
+    "taken output": (("minify", "MODEL", "--out", "MODEL", "-c", "TEXT", *SMALL), 8, r"got one with content"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "says"), FAILURES.values(), ids=FAILURES)
+@pytest.mark.parametrize("flags", [(), ("--json",), ("--quiet",)], ids=["plain", "json", "quiet"])
+def test_a_failure_has_its_exit_code_and_prints_no_result(
+    arguments: tuple[str, ...], code: int, says: str, flags: tuple[str, ...], model: Path, texts: tuple[Path, Path]
+) -> None:
+    names = {"MODEL": model, "TEXT": texts[0], "TEXT:0": f"{texts[0]}:0", "OUT": texts[0].with_name("out")}
+    result = run(*(names.get(argument, argument) for argument in arguments), *flags)
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert re.search(says, result.stderr) and "Traceback" not in result.stderr
+    assert not names["OUT"].exists()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt, 130), (RuntimeError, 1)])
+def test_interrupts_and_bugs_have_codes_of_their_own(
+    raised: type[BaseException], code: int, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(fast, "plan", fail)
+    assert run("plan", model).exit_code == code
+
+
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(minisp.__file__).parents[1]), "COLUMNS": "2000"}
+
+    def process(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "minisp", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    helped = process("--help")
+    assert (helped.returncode, helped.stderr) == (0, "") and "minify" in helped.stdout
+    failed = process("plan", "./missing")
+    assert (failed.returncode, failed.stdout) == (5, "")
+    assert "CheckpointError" in failed.stderr and "Traceback" not in failed.stderr
