@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from minisp.errors import CalibrationError, ConfigError, NumericalError
 
@@ -151,12 +152,44 @@ def _sample(model: nn.Module, start: Tensor, uniform: Tensor, temperature: float
     device = next(model.parameters()).device
     token, uniform = start.to(device), uniform.to(device)
     yield token
-    cache = None
+    cache = _fixed_cache(model, uniform.shape[1])
     for step in range(uniform.shape[1]):
         output = model(input_ids=token[:, None], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
         token = _draw_token(output.logits[:, -1].float().div_(temperature), uniform[:, step])
         yield token
+
+
+def _fixed_cache(model: nn.Module, num_tokens: int) -> DynamicCache:
+    """The model's own kind of KV cache, whose full-attention layers are allocated once, for `num_tokens`."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_FixedLayer(num_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class _FixedLayer(DynamicLayer):
+    """Keys and values (B, heads, tokens so far, head size) as views of tensors with room for all tokens.
+
+    The ordinary layer concatenates, which copies and reallocates the whole cache for every token: at 256 tokens a third
+    of the time of a step on a CPU.
+    """
+
+    def __init__(self, num_tokens: int):
+        super().__init__()
+        self.num_tokens = num_tokens
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.all_keys, self.all_values = (
+                states.new_empty(*states.shape[:2], self.num_tokens, states.shape[3])
+                for states in (key_states, value_states)
+            )
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        self.all_keys[:, :, start:end] = key_states
+        self.all_values[:, :, start:end] = value_states
+        self.keys, self.values = self.all_keys[:, :, :end], self.all_values[:, :, :end]
+        return self.keys, self.values
 
 
 def _draw_token(logits: Tensor, uniform: Tensor) -> Tensor:
