@@ -161,7 +161,8 @@ def _sample(model: nn.Module, start: Tensor, uniform: Tensor, temperature: float
 
 def _fixed_cache(model: nn.Module, num_tokens: int) -> DynamicCache:
     """The model's own kind of KV cache, whose full-attention layers are allocated once, for `num_tokens`."""
-    cache = DynamicCache(config=model.config)
+    config: Any = model.config
+    cache = DynamicCache(config=config)
     cache.layers = [_FixedLayer(num_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 

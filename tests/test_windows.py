@@ -7,7 +7,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from minisp.errors import ConfigError, NumericalError
 from minisp.windows import text_windows, write_windows
@@ -151,11 +151,28 @@ def test_sampling_follows_the_model_s_distribution(model: LlamaForCausalLM) -> N
     assert ((observed - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-3).all()
 
 
-def test_low_temperature_continues_greedily_through_the_cache(model: LlamaForCausalLM) -> None:
-    written = write_windows(model, None, num_windows=3, window=10, seed=0, temperature=1e-4)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt2"])
+def test_every_step_sees_all_that_was_written_before(family: str) -> None:
+    """Positions, sliding windows and the cache: the logits of the steps are those of one forward over the result."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    extra: dict[str, dict[str, Any]] = {
+        "gemma2": {"intermediate_size": 16, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4},
+        "opt": {"ffn_dim": 16, "word_embed_proj_dim": 16},
+    }
+    other = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape, **extra.get(family, {}))).eval()
+    for parameter in other.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(10)
+    steps: list[Tensor] = []
+    handle = other.register_forward_hook(lambda module, args, output: steps.append(output.logits[:, -1].clone()))
+    written = write_windows(other, None, num_windows=3, window=14, seed=0)
+    handle.remove()
     with torch.no_grad():
-        logits = model(written).logits
-    assert torch.equal(written[:, 1:], logits[:, :-1].argmax(dim=-1))
+        logits = other(written, use_cache=False).logits[:, :-1]
+    torch.testing.assert_close(torch.stack(steps, dim=1), logits, rtol=1e-4, atol=1e-4)
+    assert len(set(written.flatten().tolist())) > 10
 
 
 def test_an_end_of_text_token_ends_nothing(model: LlamaForCausalLM) -> None:
