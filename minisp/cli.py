@@ -131,7 +131,7 @@ def demo(
     keep: Annotated[float, typer.Option(help="Fraction of the MLP units to keep, in (0, 1].")] = 0.8,
     out: Annotated[Path, typer.Option(help="Folder to write; new or empty.")] = Path("minisp-demo"),
     widths: Annotated[Widths, typer.Option(help="per-layer or uniform.")] = "per-layer",
-    windows: Annotated[int, typer.Option(min=1, help="Calibration windows of 512 tokens; more is better.")] = 32,
+    windows: Annotated[int, typer.Option(min=1, help="Calibration windows of 512 tokens; more is better.")] = 24,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     as_json: Json = False,
     quiet: Quiet = False,
