@@ -150,7 +150,7 @@ def compute_dtype(config: MinifyConfig, device: torch.device) -> torch.dtype:
 
 def fits_in_memory(num_bytes: int) -> bool:
     """Whether so many bytes fit the share of the free host memory that a run may use."""
-    return num_bytes <= MEMORY_SHARE * psutil.virtual_memory().available
+    return bool(num_bytes <= MEMORY_SHARE * psutil.virtual_memory().available)
 
 
 def check_window(model_config: Any, window: int) -> None:

@@ -70,7 +70,7 @@ def ridge_solve(gram: Tensor, kept: Tensor, weight: Tensor, damping: float, *, t
     shift = damping * gram.diagonal().mean()
     system.diagonal().add_(shift)
     origin = torch.zeros_like(weight[:, kept]) if to_zero else weight[:, kept]
-    delta = torch.linalg.pinv(system, hermitian=True) @ (cross + shift * origin.T - system @ origin.T)
+    delta: Tensor = torch.linalg.pinv(system, hermitian=True) @ (cross + shift * origin.T - system @ origin.T)
     return origin + delta.T
 
 
@@ -79,9 +79,8 @@ def residual(gram: Tensor, kept: Tensor, weight: Tensor, new_weight: Tensor) -> 
     error = weight.clone()
     error[:, kept] -= new_weight
     total = ((weight @ gram) * weight).sum()
-    if total <= 0:
-        return torch.zeros((), dtype=gram.dtype)
-    return torch.sqrt(((error @ gram) * error).sum() / total)
+    ratio: Tensor = ((error @ gram) * error).sum() / total if total > 0 else torch.zeros_like(total)
+    return ratio.sqrt()
 
 
 def cross_entropy_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
