@@ -2,10 +2,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <tuple>
+
+#include "attention.h"
 #include "build_info.h"
 #include "device.h"
 #include "elementwise.h"
 #include "gram.h"
+#include "tiles.h"
 
 namespace py = pybind11;
 
@@ -29,6 +34,42 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// A (batch, heads, tokens, dim) tensor: its address and the strides of its first three dimensions, in elements.
+using Strided = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+minisp::Heads heads(const Strided& tensor) {
+  return {at<minisp::bf16>(std::get<0>(tensor)), std::get<1>(tensor), std::get<2>(tensor), std::get<3>(tensor)};
+}
+
+// batch, heads, kv_heads, tokens, dim, scale.
+using ShapeTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, float>;
+
+minisp::AttentionShape attention_shape(const ShapeTuple& shape) {
+  const auto [batch, heads, kv_heads, tokens, dim, scale] = shape;
+  return {batch, heads, kv_heads, tokens, dim, scale};
+}
+
+void bind_attention(py::module_& module) {
+  const py::call_guard<py::gil_scoped_release> released;
+  module.def(
+      "attention_forward",
+      [](Strided query, Strided key, Strided value, Strided out, uintptr_t logsumexp, ShapeTuple shape, int threads) {
+        minisp::attention_forward(heads(query), heads(key), heads(value), heads(out), at<float>(logsumexp),
+                                  attention_shape(shape), threads);
+      },
+      released, "Causal attention and the log-sum-exp of its scores; see csrc/attention.h.");
+  module.def(
+      "attention_backward",
+      [](std::array<Strided, 5> read, uintptr_t logsumexp, std::array<Strided, 3> written, ShapeTuple shape,
+         int threads) {
+        const minisp::AttentionRecord record{heads(read[0]), heads(read[1]), heads(read[2]),
+                                             heads(read[3]), heads(read[4]), at<float>(logsumexp)};
+        minisp::attention_backward(record, heads(written[0]), heads(written[1]), heads(written[2]),
+                                   attention_shape(shape), threads);
+      },
+      released, "Gradients of query, key and value; see csrc/attention.h.");
+}
+
 void bind_cpu_kernels(py::module_& module) {
   using minisp::Activation;
   using minisp::Matrix;
@@ -49,7 +90,7 @@ void bind_cpu_kernels(py::module_& module) {
                                      Matrix{rows, columns, is_bf16}, threads);
       },
       released, "Summed negative log likelihood and its gradient; see csrc/elementwise.h.");
-  module.def("gram_available", &minisp::gram_available, "Whether this processor has what gram_update needs.");
+  module.def("tiles_available", &minisp::tiles_available, "Whether this processor has what gram_update and attention need.");
   module.def(
       "gram_update",
       [](uintptr_t gram, uintptr_t x, int64_t num_tokens, int64_t width, int threads) {
@@ -67,4 +108,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("cuda_device_count", &minisp::cuda_device_count,
              "CUDA devices that can be used now; 0 without a driver or in a CPU-only build. Never raises.");
   bind_cpu_kernels(module);
+  bind_attention(module);
 }

@@ -7,13 +7,7 @@
 
 #include "clones.h"
 #include "parallel.h"
-
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && (__GNUC__ >= 11 || defined(__clang__))
-#define MINISP_AMX 1
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "tiles.h"
 
 namespace minisp {
 
@@ -21,18 +15,9 @@ namespace minisp {
 
 namespace {
 
-constexpr int64_t kEdge = 16;    // rows of a tile, and float32 columns of one
-constexpr int64_t kBlock = 32;   // edge of the block of G that one thread keeps in four tiles
-constexpr int64_t kTokens = 32;  // tokens of one tile product
-constexpr int64_t kTile = kEdge * kTokens;  // elements of a bfloat16 tile, 1 KB
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
+constexpr int64_t kEdge = kTileEdge;
+constexpr int64_t kBlock = 32;  // edge of the block of G that one thread keeps in four tiles
+constexpr int64_t kTokens = kTileDepth;  // tokens of one tile product
 
 // A tile product is C += A B with A (16 units, 32 tokens) row by row and B (32 tokens, 16 units) with tokens in pairs.
 // Seen as 32-bit pairs of tokens, B is the transpose of A. One tile of X is stored in both orders; units or tokens
@@ -60,7 +45,7 @@ MINISP_CLONES void pack(const uint16_t* x, int64_t num_tokens, int64_t width, in
 }
 
 // One 32 x 32 block of G: rows from the packed A tiles of two strips of units, columns from the B tiles of two others.
-__attribute__((target("amx-tile,amx-bf16"))) void block_product(float* out, const uint16_t* a0, const uint16_t* a1,
+MINISP_TILES void block_product(float* out, const uint16_t* a0, const uint16_t* a1,
                                                                 const uint16_t* b0, const uint16_t* b1,
                                                                 int64_t steps) {
   constexpr int64_t kStride = kBlock * sizeof(float);
@@ -84,14 +69,6 @@ __attribute__((target("amx-tile,amx-bf16"))) void block_product(float* out, cons
   _tile_stored(3, out + kEdge * kBlock + kEdge, kStride);
 }
 
-__attribute__((target("amx-tile"))) void configure_tiles() {
-  // Static: gcc's intrinsic tells the optimiser of the first 8 bytes alone, and stores into a local would be dropped.
-  static constexpr TileConfig kConfig;
-  _tile_loadconfig(&kConfig);
-}
-
-__attribute__((target("amx-tile"))) void release_tiles() { _tile_release(); }
-
 // Adds the product for block (i, j) into G, through a dense copy of the block so that edges need no special case.
 void update_block(float* gram, int64_t width, int64_t i, int64_t j, const uint16_t* a, const uint16_t* b,
                   int64_t steps) {
@@ -105,17 +82,6 @@ void update_block(float* gram, int64_t width, int64_t i, int64_t j, const uint16
 }
 
 }  // namespace
-
-bool gram_available() {
-  // Linux grants the tile registers' large state on request (Documentation/arch/x86/xstate.rst in the kernel).
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  static const bool available = [] {
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-tile") &&
-           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  }();
-  return available;
-}
 
 void gram_update(float* gram, const uint16_t* x, int64_t num_tokens, int64_t width, int num_threads) {
   const int64_t blocks = (width + kBlock - 1) / kBlock, strips = 2 * blocks;
@@ -133,7 +99,7 @@ void gram_update(float* gram, const uint16_t* x, int64_t num_tokens, int64_t wid
   });
   // Block (i, j), j <= i, is number i (i + 1) / 2 + j: equal parts of the triangle for every thread.
   parallel_for(blocks * (blocks + 1) / 2, 1, num_threads, [&](int64_t begin, int64_t end) {
-    configure_tiles();
+    const TileScope scope;
     int64_t i = 0;
     while ((i + 1) * (i + 2) / 2 <= begin) ++i;
     for (int64_t number = begin, j = begin - i * (i + 1) / 2; number < end; ++number) {
@@ -143,13 +109,10 @@ void gram_update(float* gram, const uint16_t* x, int64_t num_tokens, int64_t wid
         j = 0;
       }
     }
-    release_tiles();
   });
 }
 
 #else
-
-bool gram_available() { return false; }
 
 void gram_update(float*, const uint16_t*, int64_t, int64_t, int) {}
 

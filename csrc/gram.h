@@ -5,9 +5,6 @@
 
 namespace minisp {
 
-// The processor has bfloat16 matrix tiles and the operating system lets this process use them.
-bool gram_available();
-
 // gram (m, m) += X^T X on the 32 x 32 blocks that touch the lower triangle. X is (T, m) bfloat16, contiguous. The
 // workspace of 4 * T * m bytes, T and m rounded up to 32, is the function's own.
 void gram_update(float* gram, const uint16_t* x, int64_t num_tokens, int64_t width, int num_threads);

@@ -31,7 +31,7 @@ def serves(*tensors: Tensor | None, kind: str | None = None) -> bool:
 
 def serves_gram(x: Tensor) -> bool:
     """Whether `gram_update_` can be used: bfloat16 on a CPU with matrix tiles."""
-    return serves(x) and x.dtype == torch.bfloat16 and bool(_extension().gram_available())
+    return serves(x) and x.dtype == torch.bfloat16 and bool(_extension().tiles_available())
 
 
 def activation_backward_(gate: Tensor, up: Tensor | None, grad_x: Tensor, kind: str) -> Tensor:
@@ -57,6 +57,59 @@ def cross_entropy_gradient(logits: Tensor, targets: Tensor) -> tuple[float, Tens
         logits.data_ptr(), targets.data_ptr(), gradient.data_ptr(), *_shape(logits), torch.get_num_threads()
     )
     return loss, gradient
+
+
+def serves_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `causal_attention` can be used: bfloat16 heads of at most 512 dimensions, on a CPU with matrix tiles."""
+    tensors = (query, key, value)
+    return (
+        find_spec("minisp._C") is not None
+        and all(t.device.type == "cpu" and t.dtype == torch.bfloat16 and t.stride(-1) == 1 for t in tensors)
+        and query.shape[1] % key.shape[1] == 0
+        and key.shape == value.shape
+        and 0 < query.shape[-1] == key.shape[-1] <= 512
+        and bool(_extension().tiles_available())
+    )
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Differentiable; see `minisp.ops.causal_attention`."""
+    result: Tensor = _CausalAttention.apply(query, key, value, scale)
+    return result
+
+
+class _CausalAttention(torch.autograd.Function):
+    """See csrc/attention.h. Results and gradients lie in memory as (B, L, H, D), as the projections want them."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        out = _empty_heads(query)
+        logsumexp = torch.empty(query.shape[:3])
+        shape = (*query.shape[:2], key.shape[1], *query.shape[2:], scale)
+        addresses = (_strided(t) for t in (query, key, value, out))
+        _extension().attention_forward(*addresses, logsumexp.data_ptr(), shape, torch.get_num_threads())
+        ctx.save_for_backward(query, key, value, out, logsumexp)
+        ctx.shape = shape
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, out, logsumexp = ctx.saved_tensors
+        grad_out = grad_outputs[0] if grad_outputs[0].stride(-1) == 1 else grad_outputs[0].contiguous()
+        gradients = tuple(_empty_heads(t) for t in (query, key, value))
+        read = [_strided(t) for t in (query, key, value, out, grad_out)]
+        written = [_strided(t) for t in gradients]
+        _extension().attention_backward(read, logsumexp.data_ptr(), written, ctx.shape, torch.get_num_threads())
+        return *gradients, None
+
+
+def _empty_heads(like: Tensor) -> Tensor:
+    batch, heads, tokens, dim = like.shape
+    return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+
+
+def _strided(tensor: Tensor) -> tuple[int, ...]:
+    return tensor.data_ptr(), *tensor.stride()[:3]
 
 
 def gram_update_(gram: Tensor, x: Tensor) -> None:

@@ -71,6 +71,24 @@ def activation_backward_(
     return grad_x, sums
 
 
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *, impl: Impl = "auto") -> Tensor:
+    """softmax(scale · Q Kᵀ) V over the tokens so far, differentiable; see `reference.causal_attention`.
+
+    Args:
+        query: (B, H, L, D); key, value: (B, H_kv, L, D), H a multiple of H_kv.
+
+    Returns:
+        (B, H, L, D) in the dtype of `query`.
+
+    Raises:
+        BackendError: `impl` cannot serve these tensors.
+    """
+    if _choose("causal_attention", impl, native=native.serves_attention(query, key, value)) == "native":
+        return native.causal_attention(query, key, value, scale)
+    grouped = query.shape[1] != key.shape[1]
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+
+
 def gram_update_(gram: Tensor, x: Tensor, *, impl: Impl = "auto") -> None:
     """G += XᵀX on and below the diagonal tiles; `mirror_` completes the matrix once, at the end.
 

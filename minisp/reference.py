@@ -53,6 +53,19 @@ def activation_backward(
     return x.detach(), grads[0], grads[1] if up is not None else None, sums
 
 
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """softmax(scale · Q Kᵀ) V, each token seeing itself and those before it (Vaswani et al., 2017).
+
+    query (B, H, L, D), key and value (B, H_kv, L, D); H/H_kv consecutive query heads share a key head (Ainslie et al.,
+    2023). Returns (B, H, L, D).
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query @ key.mT * scale
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    return scores.masked_fill(later, float("-inf")).softmax(-1) @ value
+
+
 def gram(x: Tensor) -> Tensor:
     """G = XᵀX (m, m): an uncentred sum over tokens, not a covariance."""
     return x.T @ x

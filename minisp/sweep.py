@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minisp.architecture import activation_kind, cut_, mlp_weights
+from minisp.attention import fast_attention
 from minisp.config import MinifyConfig
 from minisp.mlp import watch
 from minisp.reconstruction import Reconstruction, reconstruct
@@ -49,7 +50,7 @@ def saliency_sweep(
 
     entering: list[list[Tensor]] = []
     for segment in segments[:-1]:
-        with stream.hold(segment), torch.no_grad():
+        with stream.hold(segment), torch.no_grad(), fast_attention(stream.model.config):
             entering.append([])
             for number, ids in enumerate(batches):
                 hidden = _enter(stream, entering, len(entering) - 1, number, ids)
@@ -63,7 +64,7 @@ def saliency_sweep(
         segment = segments[place]
         phase = f"saliency, layers {segment.start}-{segment.stop - 1}"
         records = {i: LayerStatistics.empty(w, gram=gram, device=stream.device) for i, w in _widths(stream, segment)}
-        with stream.hold(segment), _watch_all(stream, records):
+        with stream.hold(segment), _watch_all(stream, records), fast_attention(stream.model.config):
             for number, ids in enumerate(batches):
                 hidden = _enter(stream, entering, place, number, ids)
                 if place:
@@ -91,7 +92,7 @@ def heal_sweep(
     kind = activation_kind(stream.model.config, stream.row)
     states = [stream.embed(ids) for ids in batches]
     for index, width in _widths(stream, range(len(stream.layers))):
-        with stream.hold([index]) as (layer,), torch.no_grad():
+        with stream.hold([index]) as (layer,), torch.no_grad(), fast_attention(stream.model.config):
             record = LayerStatistics.empty(width, gram=True, device=stream.device)
             result = Reconstruction(index, kept[index], None, 0.0, 0.0)
             if len(kept[index]) < width:

@@ -19,7 +19,7 @@ LEVELS = (
     ("evaluate", "report"),
     ("planner", "sweep"),
     ("demo_model", "mlp", "scratch", "stream", "writer"),
-    ("calibration", "checkpoint", "hub", "reconstruction", "selection", "statistics"),
+    ("attention", "calibration", "checkpoint", "hub", "reconstruction", "selection", "statistics"),
     ("architecture", "corpora", "ops", "windows"),
     ("native",),
     ("_C", "config", "errors", "kernels", "minisp", "reference"),
