@@ -7,6 +7,8 @@
 
 #include "attention.h"
 #include "build_info.h"
+#include "cholesky_cpu.h"
+#include "cholesky_cuda.h"
 #include "device.h"
 #include "elementwise.h"
 #include "gram.h"
@@ -99,6 +101,52 @@ void bind_cpu_kernels(py::module_& module) {
       released, "gram += X^T X on the lower triangle; see csrc/gram.h.");
 }
 
+// Address and stride of a row-major matrix.
+using PlaceTuple = std::tuple<uintptr_t, int64_t>;
+
+// matrix, size, is_double, workspace, gemm, streamed_columns.
+using CholeskyTuple = std::tuple<PlaceTuple, int64_t, bool, uintptr_t, uintptr_t, int64_t>;
+
+minisp::Place place(const PlaceTuple& matrix) { return {at<void>(std::get<0>(matrix)), std::get<1>(matrix)}; }
+
+minisp::CholeskyCall cholesky_call(const CholeskyTuple& call) {
+  const auto& [matrix, size, is_double, workspace, gemm, streamed_columns] = call;
+  return {place(matrix), size, is_double, at<void>(workspace), at<void>(gemm), streamed_columns};
+}
+
+void bind_cholesky(py::module_& module) {
+  const py::call_guard<py::gil_scoped_release> released;
+  module.def("cholesky_workspace", &minisp::workspace_cpu, "Bytes of workspace; see csrc/cholesky_cpu.h.");
+  module.def(
+      "cholesky_factor", [](const CholeskyTuple& call) { return minisp::factor_cpu(cholesky_call(call)); }, released,
+      "Factors in place; 0 or the first bad pivot; see csrc/cholesky_cpu.h.");
+  module.def(
+      "cholesky_solve",
+      [](const CholeskyTuple& call, const PlaceTuple& right, int64_t count) {
+        minisp::solve_cpu(cholesky_call(call), place(right), count);
+      },
+      released, "Right-hand sides become solutions in place; see csrc/cholesky_cpu.h.");
+#ifdef MINISP_WITH_CUDA
+  // handle, stream, pivot.
+  using Device = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
+  const auto cuda_call = [](const CholeskyTuple& call, const Device& device) {
+    const auto [handle, stream, pivot] = device;
+    return minisp::CudaCall{cholesky_call(call), at<void>(handle), at<void>(stream), at<int64_t>(pivot)};
+  };
+  module.def("cholesky_workspace_cuda", &minisp::workspace_cuda, "Bytes of workspace; see csrc/cholesky_cuda.h.");
+  module.def(
+      "cholesky_factor_cuda",
+      [=](const CholeskyTuple& call, const Device& device) { minisp::factor_cuda(cuda_call(call, device)); }, released,
+      "Queues the factorisation; see csrc/cholesky_cuda.h.");
+  module.def(
+      "cholesky_solve_cuda",
+      [=](const CholeskyTuple& call, const Device& device, const PlaceTuple& right, int64_t count) {
+        minisp::solve_cuda(cuda_call(call, device), place(right), count);
+      },
+      released, "Queues the solution; see csrc/cholesky_cuda.h.");
+#endif
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -109,4 +157,5 @@ PYBIND11_MODULE(_C, module) {
              "CUDA devices that can be used now; 0 without a driver or in a CPU-only build. Never raises.");
   bind_cpu_kernels(module);
   bind_attention(module);
+  bind_cholesky(module);
 }

@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,13 +55,26 @@ def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=field.default,
-            annotation=Annotated[field.type, typer.Option(help=help_of[field.name])],
+            annotation=_option(field, help_of[field.name]),
         )
         for field in fields(MinifyConfig)
     ]
     command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
     return command
+
+
+def _option(field: Field[Any], text: str) -> Any:
+    if field.name == "damping":
+        return Annotated[Any, typer.Option(help=text, parser=_number_or_word, metavar="FLOAT|auto")]
+    return Annotated[field.type, typer.Option(help=text)]
+
+
+def _number_or_word(text: Any) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return str(text)
 
 
 @app.command(epilog="Example: minisp minify ./llama --keep 0.7 --out ./llama-70 -c wiki.txt:0.5 -c code.jsonl:0.5")

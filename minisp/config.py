@@ -9,6 +9,7 @@ SaliencyScore = Literal["taylor", "fisher", "signed"]
 Widths = Literal["per-layer", "uniform"]
 Inputs = Literal["dense", "pruned"]
 Shrinkage = Literal["original", "zero"]
+Damping = float | Literal["auto"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -25,7 +26,8 @@ class MinifyConfig:
         min_keep: no layer keeps less than this fraction of its units, in [0, 1].
         inputs: what the kept units are refitted on: `dense`, the dense model's activations, in one sweep; `pruned`,
             the activations of the already pruned layers below, in a second sweep.
-        damping: ridge λ relative to the mean diagonal of the Gram matrix, at least 0.
+        damping: ridge λ relative to the mean diagonal of the Gram matrix, at least 0; `auto` chooses it per layer by
+            generalised cross-validation.
         shrink_to: where the ridge pulls the refitted weights: `original` (their old values) or `zero` (the paper).
         reconstruct: refit the kept columns; False only slices.
         num_windows: calibration windows.
@@ -46,7 +48,7 @@ class MinifyConfig:
     alignment: int | None = None
     min_keep: float = 0.1
     inputs: Inputs = "dense"
-    damping: float = 1e-2
+    damping: Damping = 1e-2
     shrink_to: Shrinkage = "original"
     reconstruct: bool = True
     num_windows: int = 128
@@ -65,7 +67,7 @@ class MinifyConfig:
         _require_choice("dtype", self.dtype, DtypeName)
         _require("keep", self.keep, "a number in (0, 1]", lambda v: 0 < v <= 1)
         _require("min_keep", self.min_keep, "a number in [0, 1]", lambda v: 0 <= v <= 1)
-        _require("damping", self.damping, "a finite number, at least 0", lambda v: 0 <= v < float("inf"))
+        _require("damping", self.damping, "a finite number, at least 0, or 'auto'", _is_damping)
         for name in ("num_windows", "window"):
             _require(name, getattr(self, name), "a whole number, at least 1", _is_positive_integer)
         for name in ("alignment", "batch", "segment"):
@@ -92,6 +94,10 @@ class MinifyConfig:
 
 def _is_positive_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_damping(value: Any) -> bool:
+    return value == "auto" or bool(0 <= value < float("inf"))
 
 
 def _require(name: str, value: Any, expected: str, holds: Any) -> None:

@@ -207,7 +207,7 @@ def _reconstruct_dense(
     """Every layer's reconstruction from the Gram matrices of the dense model, first layer first."""
     for layer, indices in enumerate(kept):
         statistics = scratch.take(layer, stream.device)
-        result = reconstruct(layer, statistics.gram, indices, stream.down_weight(layer), config)
+        result = reconstruct(layer, statistics, indices, stream.down_weight(layer), config)
         if stream.checkpoint is None and result.down is not None:
             cut_(stream.layers[layer], stream.row, indices.to(stream.device), result.down)
         yield result

@@ -4,8 +4,13 @@ They take contiguous CPU tensors in bfloat16 or float32 and compute in float32. 
 "native" implementation asks `serves…` first.
 """
 
+import ctypes
+import os
+from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,7 +101,7 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, out, logsumexp = ctx.saved_tensors
         grad_out = grad_outputs[0] if grad_outputs[0].stride(-1) == 1 else grad_outputs[0].contiguous()
-        gradients = tuple(_empty_heads(t) for t in (query, key, value))
+        gradients = (_empty_heads(query), _empty_heads(key), _empty_heads(value))
         read = [_strided(t) for t in (query, key, value, out, grad_out)]
         written = [_strided(t) for t in gradients]
         _extension().attention_backward(read, logsumexp.data_ptr(), written, ctx.shape, torch.get_num_threads())
@@ -110,6 +115,85 @@ def _empty_heads(like: Tensor) -> Tensor:
 
 def _strided(tensor: Tensor) -> tuple[int, ...]:
     return tensor.data_ptr(), *tensor.stride()[:3]
+
+
+@cache
+def gemm_address(device: str, dtype: torch.dtype) -> int:
+    """Address of the process's float32 or float64 GEMM: Fortran's on "cpu", cuBLAS's on "cuda"; 0 where none is found.
+
+    On a CPU it is the BLAS inside torch, which shares torch's threads.
+    """
+    double = dtype == torch.float64
+    folder = Path(torch.__file__).parent / "lib"
+    libraries = ["libtorch_cpu.so", "libtorch_cpu.dylib"]
+    name = "dgemm_" if double else "sgemm_"
+    if device == "cuda":
+        major = (torch.version.cuda or "0").split(".")[0]
+        libraries, name = [f"libcublas.so.{major}"], "cublasDgemm_v2" if double else "cublasSgemm_v2"
+    for library in libraries:
+        for path in (folder / library, library):
+            with suppress(OSError, AttributeError):
+                # Only a library that torch has loaded already: nothing new comes into the process.
+                loaded = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+                return ctypes.cast(getattr(loaded, name), ctypes.c_void_p).value or 0
+    return 0
+
+
+def serves_cholesky(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `Factorisation` can be used: float32 or float64, with a BLAS in the process and code for the device."""
+    return (
+        dtype in (torch.float32, torch.float64)
+        and device.type in ("cpu", "cuda")
+        and find_spec("minisp._C") is not None
+        and hasattr(_extension(), "cholesky_factor" if device.type == "cpu" else "cholesky_factor_cuda")
+        and gemm_address(device.type, dtype) != 0
+    )
+
+
+class Factorisation:
+    """Cholesky in place, see csrc/cholesky.h: the strict upper triangle is untouched, the rest becomes the factor.
+
+    Args:
+        device: who computes. A matrix on the host with a GPU here is streamed through it.
+        streamed_columns: 0: the matrix is worked on where it is; else: it is copied in panels, with as many columns of
+            earlier panels at a time.
+    """
+
+    def __init__(self, device: torch.device, streamed_columns: int = 0):
+        self.device = device
+        self.streamed_columns = streamed_columns
+
+    def factor_(self, matrix: Tensor) -> int:
+        """0, or the number of the first pivot that is not positive, counted from 1. The matrix must outlive this."""
+        double = matrix.dtype == torch.float64
+        if matrix.device != self.device and not self.streamed_columns:
+            self.streamed_columns = 512
+        suffix = "_cuda" if self.device.type == "cuda" else ""
+        size = getattr(_extension(), "cholesky_workspace" + suffix)(len(matrix), double, self.streamed_columns)
+        self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
+        gemm = gemm_address(self.device.type, matrix.dtype)
+        place = (matrix.data_ptr(), matrix.stride(0))
+        self.call = (place, len(matrix), double, self.workspace.data_ptr(), gemm, self.streamed_columns)
+        if not suffix:
+            return int(_extension().cholesky_factor(self.call))
+        pivot = torch.zeros((), dtype=torch.int64, device=self.device)
+        with torch.cuda.device(self.device):
+            _extension().cholesky_factor_cuda(self.call, (*_queue(), pivot.data_ptr()))
+        return int(pivot)
+
+    def solve_(self, right: Tensor) -> None:
+        """right (d, n) ← right A⁻¹."""
+        place = (right.data_ptr(), right.stride(0))
+        if self.device.type == "cpu":
+            _extension().cholesky_solve(self.call, place, len(right))
+            return
+        with torch.cuda.device(self.device):
+            _extension().cholesky_solve_cuda(self.call, (*_queue(), 0), place, len(right))
+
+
+def _queue() -> tuple[int, int]:
+    """torch's cuBLAS handle and current stream."""
+    return torch.cuda.current_blas_handle(), torch.cuda.current_stream().cuda_stream
 
 
 def gram_update_(gram: Tensor, x: Tensor) -> None:

@@ -10,14 +10,15 @@ Shapes: T tokens, m units, n kept units, d hidden size, V vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from minisp import native
-from minisp.errors import BackendError, NumericalError
+from minisp import cholesky, native
+from minisp.errors import BackendError
 
 Impl = Literal["auto", "torch", "native", "triton"]
 
@@ -159,53 +160,79 @@ def cross_entropy_gradient(logits: Tensor, targets: Tensor, *, impl: Impl = "aut
     return loss, gradient.view_as(logits)
 
 
-def ridge_solve(
-    gram: Tensor, kept: Tensor, weight: Tensor, damping: float, *, to_zero: bool = False, impl: Impl = "auto"
-) -> Tensor:
-    """W' (d, n): the refitted columns of the kept units, in the dtype of `gram`; see `reference.ridge_solve`.
+@dataclass(frozen=True)
+class RidgeSolution:
+    """A refitted weight and how its solve went.
 
-    The delta form is solved, W' = W₀ + Δ with (G_SS + μI) Δᵀ = G_SP W_Pᵀ (− μ W_Sᵀ when shrinking to zero): rounding
-    errors then scale with the correction. The system is scaled to a unit diagonal first (Jacobi), which is exact in
-    the solution and leaves Cholesky a far better condition number. Units that were never active are left as they are.
+    Attributes:
+        down: W' (d, n) in the dtype of the Gram matrix.
+        damping: the μ that was used, relative to the mean diagonal of G.
+        backward_error, shift: see `cholesky.Solved`.
+        degrees_of_freedom: tr G_SS (G_SS + μI)⁻¹, estimated from the probes; NaN without.
+    """
+
+    down: Tensor
+    damping: float
+    backward_error: float
+    shift: float
+    degrees_of_freedom: float
+
+
+def ridge_solve(
+    gram: Tensor,
+    kept: Tensor,
+    weight: Tensor,
+    damping: float,
+    *,
+    to_zero: bool = False,
+    probes: int = 0,
+    refine: int = 0,
+    impl: Impl = "auto",
+) -> RidgeSolution:
+    """W' (d, n): the refitted columns of the kept units; see `reference.ridge_solve`.
+
+    The delta form is solved, W' = W₀ + Δ with Δ (G_SS + μI) = W_P G_PS (− μ W_S when shrinking to zero): rounding
+    errors then scale with the correction. Units that were never active are left as they are.
 
     Args:
-        gram: (m, m) float32 or float64, symmetric.
+        gram: (m, m) float32 or float64, symmetric; not changed.
         kept: (n,) int64, sorted.
         weight: (d, m) in any floating dtype.
         damping: μ relative to the mean diagonal of G.
+        probes: random vectors for the degrees of freedom (Hutchinson, 1990): 0 leaves them out.
+        refine: steps of iterative refinement.
 
     Raises:
-        NumericalError: G holds values that are not finite, or the damped system is not positive definite.
+        NumericalError: G holds values that are not finite, is not symmetric, or damped not positive definite.
+        BackendError: `impl` cannot serve these tensors.
     """
-    _choose("ridge_solve", impl)
+    chosen = _choose("ridge_solve", impl, native=native.serves_cholesky(gram.device, gram.dtype))
+    assert chosen in ("torch", "native")
     weight = weight.to(gram.dtype)
     original = weight[:, kept]
+    mean = float(gram.diagonal().mean())
     if len(kept) == gram.shape[0] and not to_zero:
-        return original
-    if not torch.isfinite(gram.diagonal()).all():
-        bad = int((~torch.isfinite(gram.diagonal())).sum())
-        raise NumericalError(f"Gram matrix: expected finite values, got {bad} non-finite diagonal entries.")
+        return RidgeSolution(original, damping, 0.0, 0.0, float(len(kept)))
     removed = torch.ones(gram.shape[0], dtype=torch.bool, device=gram.device)
     removed[kept] = False
     removed = removed.nonzero().squeeze(1)
-    system = gram[kept][:, kept]
-    rows = gram[kept][:, removed] @ weight[:, removed].T
-    shift = damping * gram.diagonal().mean()
+    system = gram.new_empty(len(kept), len(kept))
+    for start in range(0, len(kept), GRAM_TILE):
+        system[start : start + GRAM_TILE] = gram[kept[start : start + GRAM_TILE]][:, kept]
+    shift = damping * mean
     system.diagonal().add_(shift)
+    right = gram.new_empty(len(weight) + probes, len(kept))
+    right[: len(weight)] = weight[:, removed] @ gram[removed][:, kept]
     if to_zero:
-        rows -= shift * original.T
-    diagonal = system.diagonal().clone()
-    scale = torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).rsqrt()
-    system.mul_(scale[:, None]).mul_(scale)
-    system.diagonal().masked_fill_(diagonal <= 0, 1)
-    factor, info = torch.linalg.cholesky_ex(system)
-    if info != 0:
-        raise NumericalError(
-            f"Ridge system: expected a positive definite matrix, got a non-positive pivot at unit {int(info) - 1} of "
-            f"{len(kept)} with damping {damping:g}. Raise the damping."
-        )
-    delta = torch.cholesky_solve(rows.mul_(scale[:, None]), factor).mul_(scale[:, None])
-    return original + delta.T
+        right[: len(weight)] -= shift * original
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 2, (probes, len(kept)), generator=generator).mul_(2).sub_(1).to(gram)
+    right[len(weight) :] = noise
+    solved = cholesky.solve_(system, right, impl=chosen, refine=refine)
+    trace = float((noise * right[len(weight) :]).sum(dtype=torch.float64)) / probes if probes else float("nan")
+    return RidgeSolution(
+        original + right[: len(weight)], damping, solved.backward_error, solved.shift, len(kept) - shift * trace
+    )
 
 
 def residual(gram: Tensor, kept: Tensor, weight: Tensor, new_weight: Tensor) -> float:

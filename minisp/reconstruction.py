@@ -6,7 +6,9 @@ from torch import Tensor
 
 from minisp import ops
 from minisp.config import MinifyConfig
+from minisp.damping import Curve, choose_damping
 from minisp.errors import NumericalError
+from minisp.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,9 @@ class Reconstruction:
         down: (d, n) float32, the new down projection; None where nothing changed.
         residual: ‖X Wᵀ − X_S W'ᵀ‖ / ‖X Wᵀ‖ on the calibration tokens.
         residual_sliced: the same without refitting, W' = W_S.
+        damping: the ridge λ that was used, relative to the mean diagonal of G; 0 where nothing was refitted.
+        damping_curve: what was tried to find it, see `damping.Curve`; empty where it was given.
+        backward_error, shift: of the solve, see `cholesky.Solved`.
     """
 
     layer: int
@@ -26,14 +31,20 @@ class Reconstruction:
     down: Tensor | None
     residual: float
     residual_sliced: float
+    damping: float = 0.0
+    damping_curve: Curve = ()
+    backward_error: float = 0.0
+    shift: float = 0.0
 
 
-def reconstruct(layer: int, gram: Tensor | None, kept: Tensor, weight: Tensor, config: MinifyConfig) -> Reconstruction:
+def reconstruct(
+    layer: int, statistics: LayerStatistics, kept: Tensor, weight: Tensor, config: MinifyConfig
+) -> Reconstruction:
     """Refit one layer's down projection to what the whole layer computed.
 
     Args:
         layer: index, for messages.
-        gram: (m, m) G on the tokens to fit; None only when nothing was cut.
+        statistics: of the tokens to fit, with the Gram matrix (m, m) unless nothing was cut.
         kept: (n,) int64 sorted.
         weight: (d, m) the down projection.
         config: damping, shrink_to, reconstruct.
@@ -41,16 +52,31 @@ def reconstruct(layer: int, gram: Tensor | None, kept: Tensor, weight: Tensor, c
     Raises:
         NumericalError: the ridge system cannot be solved; the message names the layer.
     """
+    gram = statistics.gram
     if len(kept) == weight.shape[1] or gram is None:
         return Reconstruction(layer, kept, None, 0.0, 0.0)
-    kept_on_device = kept.to(gram.device)
-    sliced = weight[:, kept_on_device].to(gram.dtype)
-    residual_sliced = ops.residual(gram, kept_on_device, weight, sliced)
+    on_device = kept.to(gram.device)
+    sliced = weight[:, on_device].to(gram.dtype)
+    residual_sliced = ops.residual(gram, on_device, weight, sliced)
     if not config.reconstruct:
         return Reconstruction(layer, kept, sliced, residual_sliced, residual_sliced)
+    to_zero = config.shrink_to == "zero"
+    curve: Curve = ()
     try:
-        to_zero = config.shrink_to == "zero"
-        down = ops.ridge_solve(gram, kept_on_device, weight, config.damping, to_zero=to_zero)
+        if config.damping == "auto":
+            solution, curve = choose_damping(gram, on_device, weight, statistics.num_tokens, to_zero=to_zero)
+        else:
+            solution = ops.ridge_solve(gram, on_device, weight, config.damping, to_zero=to_zero)
     except NumericalError as error:
         raise NumericalError(f"Layer {layer}: {error}") from error
-    return Reconstruction(layer, kept, down, ops.residual(gram, kept_on_device, weight, down), residual_sliced)
+    return Reconstruction(
+        layer,
+        kept,
+        solution.down,
+        ops.residual(gram, on_device, weight, solution.down),
+        residual_sliced,
+        solution.damping,
+        curve,
+        solution.backward_error,
+        solution.shift,
+    )

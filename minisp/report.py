@@ -23,13 +23,21 @@ from minisp.sweep import Progress as ProgressFunction
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: width before and after, and the relative residual of its output with and without refitting."""
+    """One layer: width before and after, the relative residual of its output with and without refitting, its solve.
+
+    `damping_curve` lists (damping, cross-validated relative residual) where damping was chosen; `backward_error` and
+    `shift` are those of `minisp.cholesky.Solved`.
+    """
 
     layer: int
     width: int
     kept: int
     residual: float
     residual_sliced: float
+    damping: float
+    damping_curve: tuple[tuple[float, float], ...]
+    backward_error: float
+    shift: float
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,17 @@ def make_report(
 ) -> MinifyReport:
     """Gather the report of a run whose results, in layer order, are computed and will stand at `out`."""
     layers = tuple(
-        LayerReport(r.layer, width, len(r.kept), r.residual, r.residual_sliced)
+        LayerReport(
+            layer=r.layer,
+            width=width,
+            kept=len(r.kept),
+            residual=r.residual,
+            residual_sliced=r.residual_sliced,
+            damping=r.damping,
+            damping_curve=r.damping_curve,
+            backward_error=r.backward_error,
+            shift=r.shift,
+        )
         for r, width in zip(results, plan.widths, strict=True)
     )
     cut = plan.parameters_per_unit * sum(layer.width - layer.kept for layer in layers)
@@ -142,7 +160,8 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("parameters", f"{millions(plan.parameters)} → at most {millions(plan.parameters_after)}")
     table.add_row("weights", f"{megabytes(plan.bytes)} → at most {megabytes(plan.bytes_after)}")
     table.add_row("calibration", f"{config.num_windows} windows of {config.window} tokens ({plan.num_tokens:,})")
-    refit = f"ridge λ = {config.damping:g} on {config.inputs} inputs" if config.reconstruct else "slicing only"
+    damping = "by cross-validation" if config.damping == "auto" else f"= {config.damping:g}"
+    refit = f"ridge λ {damping} on {config.inputs} inputs" if config.reconstruct else "slicing only"
     table.add_row("method", f"{config.saliency} saliency, {refit}")
     held = f"{len(plan.segments)} segment(s) of {len(plan.segments[0])} layer(s)"
     where = f"{plan.device}, {plan.dtype}, {plan.batch} window(s) at once"
@@ -173,6 +192,9 @@ def report_table(report: MinifyReport) -> Table:
         table.add_row(
             "mean layer residual", f"{sliced:.3f} sliced", f"{refitted:.3f} refitted", f"{refitted / sliced:.3f}"
         )
+        low, high = min(layer.damping for layer in cut), max(layer.damping for layer in cut)
+        table.add_row("damping", "", f"{low:.1e}" if low == high else f"{low:.1e} to {high:.1e}", "")
+        table.add_row("largest backward error", "", f"{max(layer.backward_error for layer in cut):.1e}", "")
     return table
 
 

@@ -99,8 +99,7 @@ def heal_sweep(
                 with watch(layer, stream.row, kind, record):
                     for ids, hidden in zip(batches, states, strict=True):
                         stream.run_layer(index, hidden, stream.calls(ids))
-                gram = record.finalize_(index).gram
-                result = reconstruct(index, gram, kept[index], stream.down_weight(index), config)
+                result = reconstruct(index, record.finalize_(index), kept[index], stream.down_weight(index), config)
                 assert result.down is not None
                 cut_(layer, stream.row, kept[index].to(stream.device), result.down)
             del record

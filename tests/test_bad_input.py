@@ -119,8 +119,11 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "uniform, less than fits": ({"keep": 0.05, "widths": "uniform"}, r"expected room for at least 4 units.*Lower"),
     "alignment too wide": ({"alignment": 64}, r"expected less than the layer width 48, got 64\. Pass a smaller"),
     "alignment zero": ({"alignment": 0}, r"alignment: expected a whole number, at least 1, or None, got 0"),
-    "damping negative": ({"damping": -1.0}, r"damping: expected a finite number, at least 0, got -1"),
-    "damping infinite": ({"damping": float("inf")}, r"damping: expected a finite number, at least 0, got inf"),
+    "damping negative": ({"damping": -1.0}, r"damping: expected a finite number, at least 0, or 'auto', got -1"),
+    "damping infinite": (
+        {"damping": float("inf")},
+        r"damping: expected a finite number, at least 0, or 'auto', got inf",
+    ),
     "min_keep too large": ({"min_keep": 2.0}, r"min_keep: expected a number in \[0, 1\], got 2"),
     "no windows": ({"num_windows": 0}, r"num_windows: expected a whole number, at least 1, got 0"),
     "seed negative": ({"seed": -1}, r"seed: expected a whole number in \[0, 2\*\*63\), got -1"),

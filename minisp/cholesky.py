@@ -1,0 +1,200 @@
+"""Symmetric positive definite systems X A = R, in place: what surrounds the factorisation, and who does it.
+
+The matrix is scaled to a unit diagonal first (Jacobi; van der Sluis, 1969: within a factor n of the best diagonal
+scaling). Units whose row is zero are set aside exactly. A factorisation that fails is tried again with a small shift of
+the diagonal, announced by a warning and recorded. Solutions can be refined with residuals in float64 (Wilkinson), and
+the backward error of every solve is measured.
+
+Shapes: n unknowns, d right-hand sides. Right-hand sides are rows.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from minisp import native
+from minisp.errors import NumericalError
+
+SHIFTS = (1.0, 10.0, 100.0)
+"""Diagonal shifts of the second and later attempts, in units of n·eps of the matrix with unit diagonal."""
+MEASURED = 16
+"""Right-hand sides whose backward error is measured where nothing is refined."""
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Solved:
+    """How a solve went.
+
+    Attributes:
+        backward_error: ‖r − xA‖_∞ / (‖A‖_∞ ‖x‖_∞ + ‖r‖_∞), the largest of the right-hand sides measured, for the
+            matrix scaled to a unit diagonal and without any shift (Rigal & Gaches, 1967).
+        shift: what was added to that unit diagonal; 0 unless the factorisation failed without.
+    """
+
+    backward_error: float
+    shift: float
+
+
+class Factorisation(Protocol):
+    """A = L Lᵀ of a matrix whose strict upper triangle stays readable."""
+
+    def factor_(self, matrix: Tensor) -> int:
+        """0, or the number of the first pivot that is not positive, counted from 1."""
+
+    def solve_(self, right: Tensor) -> None:
+        """right (d, n) ← right A⁻¹."""
+
+
+class TorchFactorisation:
+    """torch.linalg: the factor is a second matrix."""
+
+    def factor_(self, matrix: Tensor) -> int:
+        """See `Factorisation`."""
+        self.factor, info = torch.linalg.cholesky_ex(matrix)
+        return int(info)
+
+    def solve_(self, right: Tensor) -> None:
+        """See `Factorisation`."""
+        right.copy_(torch.cholesky_solve(right.T, self.factor).T)
+
+
+def solve_(matrix: Tensor, right: Tensor, *, impl: Literal["torch", "native"] = "native", refine: int = 0) -> Solved:
+    """right ← right A⁻¹; the matrix is overwritten.
+
+    Args:
+        matrix: (n, n) A, float32 or float64, symmetric positive definite or with zero rows; rows contiguous. With the
+            matrix on the host and `right` on a GPU, panels of A are streamed through the GPU.
+        right: (d, n) in the dtype of `matrix`, rows contiguous; not overlapping it. For a zero row, the smallest
+            solution, 0, is taken.
+        impl: "native" works in place with the kernels of minisp._C, "torch" with torch.linalg and a second matrix.
+        refine: steps of refinement with residuals in float64; takes a copy of `right`.
+
+    Raises:
+        NumericalError: values that are not finite, a matrix that is not symmetric, or one that is not positive
+            definite even with the last shift; the message counts or names the units.
+    """
+    if min(right.shape) == 0:
+        return Solved(0.0, 0.0)
+    diagonal = matrix.diagonal().clone()
+    _check(matrix, right, diagonal)
+    dead = diagonal == 0
+    scale = torch.where(dead, 1, diagonal).rsqrt()
+    for start in range(0, len(matrix), BLOCK):
+        matrix[start : start + BLOCK] *= scale[start : start + BLOCK, None] * scale
+    matrix.diagonal().fill_(1)
+    norm = _infinity_norm(matrix)
+    right *= scale.to(right.device)
+    right.masked_fill_(dead.to(right.device), 0)
+    wanted = right.clone() if refine else right[:MEASURED].clone()
+    engine: Factorisation = native.Factorisation(right.device) if impl == "native" else TorchFactorisation()
+    shift = _factor_(matrix, engine)
+    engine.solve_(right)
+    for _ in range(refine):
+        correction = _remaining(matrix, right, wanted)
+        engine.solve_(correction)
+        right += correction
+    solved = Solved(_backward_error(matrix, right, wanted, norm), shift)
+    right *= scale.to(right.device)
+    return solved
+
+
+def _check(matrix: Tensor, right: Tensor, diagonal: Tensor) -> None:
+    # A product with one random vector shows everything: a value that is not finite spreads, and A z = Aᵀ z for
+    # (almost) no z but of a symmetric A. Two passes over the matrix and no copy of it.
+    probe = torch.randn(len(matrix), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vector = probe.to(matrix)
+    across, down = matrix @ vector, matrix.T @ vector
+    if not (across.isfinite().all() and right.isfinite().all()):
+        bad = sum(int((~block.isfinite()).sum()) for block in matrix.split(BLOCK))
+        wrong = int((~right.isfinite()).sum())
+        if bad or wrong:
+            raise NumericalError(
+                f"Ridge system: expected finite values, got {bad} in the matrix and {wrong} in the right-hand sides "
+                "that are NaN or infinite. Look for them in the activations, or compute in float32."
+            )
+        raise NumericalError("Ridge system: expected values whose sums are finite, got an overflow. Scale the matrix.")
+    if (diagonal < 0).any():
+        first = int((diagonal < 0).nonzero()[0])
+        raise NumericalError(
+            f"Ridge system: expected a positive definite matrix, got {int((diagonal < 0).sum())} negative values on "
+            f"the diagonal, the first of unit {first}. It is no Gram matrix."
+        )
+    if (across[diagonal == 0] != 0).any():
+        raise NumericalError(
+            "Ridge system: expected a positive definite matrix, got a row that is not zero but is on the diagonal. It "
+            "is not a Gram matrix."
+        )
+    # |A| |z| bounds the rounding of both products; after Cauchy–Schwarz, |a_ij| ≤ √(a_ii a_jj).
+    root = diagonal.double().sqrt()
+    allowed = root * (root * vector.abs().double()).sum() * 4 * torch.finfo(matrix.dtype).eps * len(matrix) ** 0.5
+    asymmetric = (across.double() - down.double()).abs() > allowed
+    if asymmetric.any():
+        raise NumericalError(
+            f"Ridge system: expected a symmetric matrix with |a_ij|² ≤ a_ii a_jj, got {int(asymmetric.sum())} rows "
+            f"that differ from their columns, the first of unit {int(asymmetric.nonzero()[0])}. It is no Gram matrix."
+        )
+
+
+def _factor_(matrix: Tensor, engine: Factorisation) -> float:
+    """Factor the matrix of unit diagonal, with the first shift of its diagonal that serves; the shift is returned."""
+    pivot = engine.factor_(matrix)
+    if pivot == 0:
+        return 0.0
+    unit = len(matrix) * torch.finfo(matrix.dtype).eps
+    for shift in (factor * unit for factor in SHIFTS):
+        _restore_lower_(matrix, 1 + shift)
+        again = engine.factor_(matrix)
+        if again == 0:
+            warnings.warn(
+                f"A ridge system was not positive definite in {matrix.dtype} (pivot of unit {pivot - 1} of "
+                f"{len(matrix)}): solved with {shift:.1e} added to its unit diagonal. More damping avoids this.",
+                stacklevel=3,
+            )
+            return shift
+    raise NumericalError(
+        f"Ridge system: expected a positive definite matrix, got a non-positive pivot at unit {pivot - 1} of "
+        f"{len(matrix)}, and still one after {len(SHIFTS)} shifts of the diagonal, up to {SHIFTS[-1] * unit:.1e} of "
+        "it. Raise the damping."
+    )
+
+
+def _restore_lower_(matrix: Tensor, diagonal: float) -> None:
+    for start in range(0, len(matrix), BLOCK):
+        stop = min(start + BLOCK, len(matrix))
+        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+        square = matrix[start:stop, start:stop]
+        upper = square.triu(1)
+        square.copy_(upper + upper.T)
+    matrix.diagonal().fill_(diagonal)
+
+
+def _upper_blocks(matrix: Tensor) -> list[tuple[slice, slice]]:
+    edges = range(0, len(matrix), BLOCK)
+    return [(slice(start, min(start + BLOCK, len(matrix))), slice(start, len(matrix))) for start in edges]
+
+
+def _infinity_norm(matrix: Tensor) -> float:
+    """The largest row sum of |A|."""
+    return max(float(matrix[rows].abs().sum(1).max()) for rows, _ in _upper_blocks(matrix))
+
+
+def _remaining(matrix: Tensor, solution: Tensor, wanted: Tensor) -> Tensor:
+    """r − xA in float64, rounded to the dtype of r; A from its strict upper triangle and a unit diagonal."""
+    x = solution.to(torch.float64)
+    left = wanted.to(torch.float64) - x
+    for rows, columns in _upper_blocks(matrix):
+        block = matrix[rows, columns].to(x.device, torch.float64).triu_(1)
+        left[:, columns] -= x[:, rows] @ block
+        left[:, rows] -= x[:, columns] @ block.T
+    return left.to(wanted.dtype)
+
+
+def _backward_error(matrix: Tensor, solution: Tensor, wanted: Tensor, norm: float) -> float:
+    x = solution[: len(wanted)]
+    left = _remaining(matrix, x, wanted).abs().amax(1)
+    size = norm * x.abs().amax(1) + wanted.abs().amax(1)
+    return float((left / torch.where(size > 0, size, 1)).max())
