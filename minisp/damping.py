@@ -15,7 +15,7 @@ from torch import Tensor
 from minisp import ops
 
 Curve = tuple[tuple[float, float], ...]
-"""Pairs of (damping, √GCV relative to the layer's output), sorted."""
+"""Pairs of (damping, √GCV relative to the error of slicing alone), sorted."""
 
 DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 PROBES = 8
@@ -40,8 +40,7 @@ def choose_damping(
         nonlocal best
         solution = ops.ridge_solve(gram, kept, weight, damping, to_zero=to_zero, probes=PROBES)
         free = 1 - solution.degrees_of_freedom / num_tokens
-        residual = ops.residual(gram, kept, weight, solution.down)
-        curve[damping] = residual / free if free > 0 else float("inf")
+        curve[damping] = (solution.energy / solution.energy_sliced) ** 0.5 / free if free > 0 else float("inf")
         if best is None or curve[damping] < curve[best.damping]:
             best = solution
 

@@ -10,17 +10,28 @@ Shapes: T tokens, m units, n kept units, d hidden size, V vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from minisp import cholesky, native
-from minisp.errors import BackendError
+from minisp import native
+from minisp.backend import Impl, choose
+from minisp.ridge import RidgeSolution, output_energy, ridge_solve
 
-Impl = Literal["auto", "torch", "native", "triton"]
+__all__ = [
+    "Impl",
+    "RidgeSolution",
+    "activation",
+    "activation_backward_",
+    "causal_attention",
+    "cross_entropy_gradient",
+    "gram_update_",
+    "mirror_",
+    "output_energy",
+    "ridge_solve",
+]
 
 # Rows of T handled at once by the element-wise passes: their float32 copies of (rows, m) stay in a core's cache.
 ROWS = 128
@@ -50,7 +61,7 @@ def activation_backward_(
     Raises:
         BackendError: `impl` cannot serve these tensors.
     """
-    if _choose("activation_backward_", impl, native=native.serves(gate, up, grad_x, kind=kind)) == "native":
+    if choose("activation_backward_", impl, native=native.serves(gate, up, grad_x, kind=kind)) == "native":
         return grad_x, native.activation_backward_(gate, up, grad_x, kind)
     sums = torch.zeros(3, gate.shape[1], dtype=torch.float32, device=gate.device)
     for start in range(0, gate.shape[0], ROWS):
@@ -84,7 +95,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *,
     Raises:
         BackendError: `impl` cannot serve these tensors.
     """
-    if _choose("causal_attention", impl, native=native.serves_attention(query, key, value)) == "native":
+    if choose("causal_attention", impl, native=native.serves_attention(query, key, value)) == "native":
         return native.causal_attention(query, key, value, scale)
     grouped = query.shape[1] != key.shape[1]
     return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
@@ -100,7 +111,7 @@ def gram_update_(gram: Tensor, x: Tensor, *, impl: Impl = "auto") -> None:
     Raises:
         BackendError: `impl` cannot serve these tensors.
     """
-    chosen = _choose("gram_update_", impl, native=native.serves_gram(x), triton=x.is_cuda)
+    chosen = choose("gram_update_", impl, native=native.serves_gram(x), triton=x.is_cuda)
     if chosen == "triton":
         from minisp.kernels import gram as kernel
 
@@ -142,7 +153,7 @@ def cross_entropy_gradient(logits: Tensor, targets: Tensor, *, impl: Impl = "aut
         BackendError: `impl` cannot serve these tensors.
     """
     rows, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1)
-    if _choose("cross_entropy_gradient", impl, native=native.serves(rows)) == "native":
+    if choose("cross_entropy_gradient", impl, native=native.serves(rows)) == "native":
         loss, gradient = native.cross_entropy_gradient(rows, wanted)
         return loss, gradient.view_as(logits)
     gradient = torch.empty_like(rows)
@@ -158,90 +169,6 @@ def cross_entropy_gradient(logits: Tensor, targets: Tensor, *, impl: Impl = "aut
         probability.scatter_add_(1, target, probability.new_full((1, 1), -1.0).expand(target.shape))
         gradient[start : start + step] = probability
     return loss, gradient.view_as(logits)
-
-
-@dataclass(frozen=True)
-class RidgeSolution:
-    """A refitted weight and how its solve went.
-
-    Attributes:
-        down: W' (d, n) in the dtype of the Gram matrix.
-        damping: the μ that was used, relative to the mean diagonal of G.
-        backward_error, shift: see `cholesky.Solved`.
-        degrees_of_freedom: tr G_SS (G_SS + μI)⁻¹, estimated from the probes; NaN without.
-    """
-
-    down: Tensor
-    damping: float
-    backward_error: float
-    shift: float
-    degrees_of_freedom: float
-
-
-def ridge_solve(
-    gram: Tensor,
-    kept: Tensor,
-    weight: Tensor,
-    damping: float,
-    *,
-    to_zero: bool = False,
-    probes: int = 0,
-    refine: int = 0,
-    impl: Impl = "auto",
-) -> RidgeSolution:
-    """W' (d, n): the refitted columns of the kept units; see `reference.ridge_solve`.
-
-    The delta form is solved, W' = W₀ + Δ with Δ (G_SS + μI) = W_P G_PS (− μ W_S when shrinking to zero): rounding
-    errors then scale with the correction. Units that were never active are left as they are.
-
-    Args:
-        gram: (m, m) float32 or float64, symmetric; not changed.
-        kept: (n,) int64, sorted.
-        weight: (d, m) in any floating dtype.
-        damping: μ relative to the mean diagonal of G.
-        probes: random vectors for the degrees of freedom (Hutchinson, 1990): 0 leaves them out.
-        refine: steps of iterative refinement.
-
-    Raises:
-        NumericalError: G holds values that are not finite, is not symmetric, or damped not positive definite.
-        BackendError: `impl` cannot serve these tensors.
-    """
-    chosen = _choose("ridge_solve", impl, native=native.serves_cholesky(gram.device, gram.dtype))
-    assert chosen in ("torch", "native")
-    weight = weight.to(gram.dtype)
-    original = weight[:, kept]
-    mean = float(gram.diagonal().mean())
-    if len(kept) == gram.shape[0] and not to_zero:
-        return RidgeSolution(original, damping, 0.0, 0.0, float(len(kept)))
-    removed = torch.ones(gram.shape[0], dtype=torch.bool, device=gram.device)
-    removed[kept] = False
-    removed = removed.nonzero().squeeze(1)
-    system = gram.new_empty(len(kept), len(kept))
-    for start in range(0, len(kept), GRAM_TILE):
-        system[start : start + GRAM_TILE] = gram[kept[start : start + GRAM_TILE]][:, kept]
-    shift = damping * mean
-    system.diagonal().add_(shift)
-    right = gram.new_empty(len(weight) + probes, len(kept))
-    right[: len(weight)] = weight[:, removed] @ gram[removed][:, kept]
-    if to_zero:
-        right[: len(weight)] -= shift * original
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(0, 2, (probes, len(kept)), generator=generator).mul_(2).sub_(1).to(gram)
-    right[len(weight) :] = noise
-    solved = cholesky.solve_(system, right, impl=chosen, refine=refine)
-    trace = float((noise * right[len(weight) :]).sum(dtype=torch.float64)) / probes if probes else float("nan")
-    return RidgeSolution(
-        original + right[: len(weight)], damping, solved.backward_error, solved.shift, len(kept) - shift * trace
-    )
-
-
-def residual(gram: Tensor, kept: Tensor, weight: Tensor, new_weight: Tensor) -> float:
-    """‖X Wᵀ − X_S W'ᵀ‖ / ‖X Wᵀ‖ in the Frobenius norm, from G alone; see `reference.residual`."""
-    error = weight.to(gram.dtype, copy=True)
-    total = float(((error @ gram) * error).sum(dtype=torch.float64))
-    error[:, kept] -= new_weight.to(gram.dtype)
-    remaining = float(((error @ gram) * error).sum(dtype=torch.float64))
-    return (max(remaining, 0.0) / total) ** 0.5 if total > 0 else 0.0
 
 
 def _activate(z: Tensor, kind: str) -> Tensor:
@@ -264,21 +191,6 @@ def _activation_grad(z: Tensor, grad: Tensor, kind: str) -> Tensor:
     else:
         result = grad * (z > 0)
     return result
-
-
-def _choose(op: str, impl: Impl, *, native: bool = False, triton: bool = False) -> Impl:
-    """Who computes: the caller's choice where it can serve, or the best of those that can."""
-    able: list[Impl] = ["torch"]
-    able += ["native"] if native else []
-    able += ["triton"] if triton else []
-    if impl == "auto":
-        return able[-1]
-    if impl not in able:
-        raise BackendError(
-            f"Operation {op}: expected an implementation that serves these tensors ({', '.join(able)}), got {impl!r}. "
-            "Pass impl='auto', build the extension, or move the tensors."
-        )
-    return impl
 
 
 @contextmanager

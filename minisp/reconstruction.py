@@ -56,10 +56,12 @@ def reconstruct(
     if len(kept) == weight.shape[1] or gram is None:
         return Reconstruction(layer, kept, None, 0.0, 0.0)
     on_device = kept.to(gram.device)
-    sliced = weight[:, on_device].to(gram.dtype)
-    residual_sliced = ops.residual(gram, on_device, weight, sliced)
+    total = ops.output_energy(gram, weight)
     if not config.reconstruct:
-        return Reconstruction(layer, kept, sliced, residual_sliced, residual_sliced)
+        removed = weight.to(gram.dtype, copy=True)
+        removed[:, on_device] = 0
+        residual = _relative(ops.output_energy(gram, removed), total)
+        return Reconstruction(layer, kept, weight[:, on_device].to(gram.dtype), residual, residual)
     to_zero = config.shrink_to == "zero"
     curve: Curve = ()
     try:
@@ -70,13 +72,17 @@ def reconstruct(
     except NumericalError as error:
         raise NumericalError(f"Layer {layer}: {error}") from error
     return Reconstruction(
-        layer,
-        kept,
-        solution.down,
-        ops.residual(gram, on_device, weight, solution.down),
-        residual_sliced,
-        solution.damping,
-        curve,
-        solution.backward_error,
-        solution.shift,
+        layer=layer,
+        kept=kept,
+        down=solution.down,
+        residual=_relative(solution.energy, total),
+        residual_sliced=_relative(solution.energy_sliced, total),
+        damping=solution.damping,
+        damping_curve=curve,
+        backward_error=solution.backward_error,
+        shift=solution.shift,
     )
+
+
+def _relative(energy: float, total: float) -> float:
+    return float((max(energy, 0.0) / total) ** 0.5) if total > 0 else 0.0

@@ -22,8 +22,9 @@ LEVELS = (
     ("attention", "calibration", "checkpoint", "hub", "reconstruction", "selection"),
     ("damping", "statistics"),
     ("architecture", "corpora", "ops", "windows"),
+    ("ridge",),
     ("cholesky",),
-    ("native",),
+    ("backend", "native"),
     ("_C", "config", "errors", "kernels", "minisp", "reference"),
 )
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -189,8 +189,8 @@ def test_of_two_equal_units_one_goes_exactly() -> None:
     gram[:, 7] = gram[:, 3]
     kept = torch.tensor([i for i in range(40) if i != 7])
     solved = ops.ridge_solve(gram, kept, weight, 1e-12).down
-    assert ops.residual(gram, kept, weight, solved) < 1e-5
-    assert ops.residual(gram, kept, weight, weight[:, kept]) > 0.05
+    assert reference.residual(gram, kept, weight, solved) < 1e-5
+    assert reference.residual(gram, kept, weight, weight[:, kept]) > 0.05
 
 
 def test_keeping_everything_is_the_identity() -> None:
@@ -198,12 +198,30 @@ def test_keeping_everything_is_the_identity() -> None:
     assert torch.equal(ops.ridge_solve(gram, torch.arange(40), weight, 1e-2).down, weight)
 
 
-def test_residual() -> None:
+@pytest.mark.parametrize("to_zero", [False, True])
+@pytest.mark.parametrize("damping", [0.0, 1e-3, 1.0])
+def test_energies_are_those_of_the_definition(damping: float, to_zero: bool) -> None:
     gram, weight = gram_and_weight()
     kept = torch.arange(0, 40, 2)
-    new = weight[:, kept] * 1.1
-    assert ops.residual(gram, kept, weight, new) == pytest.approx(float(reference.residual(gram, kept, weight, new)))
-    assert ops.residual(torch.zeros(40, 40), kept, weight, new) == 0.0
+    solution = ops.ridge_solve(gram, kept, weight, damping, to_zero=to_zero)
+    total = ops.output_energy(gram, weight)
+    for energy, new in ((solution.energy, solution.down), (solution.energy_sliced, weight[:, kept])):
+        expected = float(reference.residual(gram, kept, weight, new))
+        assert (energy / total) ** 0.5 == pytest.approx(expected, rel=1e-6)
+
+
+def test_degrees_of_freedom() -> None:
+    gram, weight = gram_and_weight()
+    kept = torch.arange(0, 40, 2)
+    system = gram[kept][:, kept]
+    for damping in (0.0, 1e-3, 1.0):
+        shift = damping * gram.diagonal().mean()
+        exact = float(torch.linalg.solve(system + shift * torch.eye(20), system).trace())
+        found = ops.ridge_solve(gram, kept, weight, damping, probes=400).degrees_of_freedom
+        # Variance of Hutchinson's estimate with signs: 2 (‖M‖² − Σ m_ii²) a probe.
+        inverse = shift * torch.linalg.inv(system + shift * torch.eye(20))
+        spread = (2 * (inverse.square().sum() - inverse.diagonal().square().sum()) / 400).sqrt()
+        assert abs(found - exact) <= 4 * float(spread) + 1e-6
 
 
 def test_ridge_solve_names_what_is_wrong() -> None:

@@ -1,0 +1,115 @@
+"""Refitting a down projection to what the whole layer computed: ridge regression on the kept units, from G alone.
+
+The public name is `minisp.ops.ridge_solve`; `minisp.reference` holds the formulas.
+
+Shapes: m units, n kept units, d hidden size. G = XᵀX (m, m), W (d, m), S the kept units, P the removed ones.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minisp import cholesky, native
+from minisp.backend import Impl, choose
+
+# Rows of the Gram matrix gathered at once.
+ROWS = 512
+
+
+@dataclass(frozen=True)
+class RidgeSolution:
+    """A refitted weight and how its solve went.
+
+    Attributes:
+        down: W' (d, n) in the dtype of the Gram matrix.
+        damping: the μ that was used, relative to the mean diagonal of G.
+        backward_error, shift: see `cholesky.Solved`.
+        degrees_of_freedom: tr G_SS (G_SS + μI)⁻¹, estimated from the probes; NaN without.
+        energy_sliced: ‖X Wᵀ − X_S W_Sᵀ‖², what slicing alone would lose.
+        energy: ‖X Wᵀ − X_S W'ᵀ‖², what is lost now.
+    """
+
+    down: Tensor
+    damping: float
+    backward_error: float
+    shift: float
+    degrees_of_freedom: float
+    energy_sliced: float
+    energy: float
+
+
+def ridge_solve(
+    gram: Tensor,
+    kept: Tensor,
+    weight: Tensor,
+    damping: float,
+    *,
+    to_zero: bool = False,
+    probes: int = 0,
+    refine: int = 0,
+    impl: Impl = "auto",
+) -> RidgeSolution:
+    """W' (d, n): the refitted columns of the kept units; see `reference.ridge_solve`.
+
+    The delta form is solved, W' = W₀ + Δ with Δ (G_SS + μI) = W_P G_PS (− μ W_S when shrinking to zero): rounding
+    errors then scale with the correction. Units that were never active are left as they are.
+
+    Args:
+        gram: (m, m) float32 or float64, symmetric; not changed.
+        kept: (n,) int64, sorted.
+        weight: (d, m) in any floating dtype.
+        damping: μ relative to the mean diagonal of G.
+        probes: random vectors for the degrees of freedom (Hutchinson, 1990): 0 leaves them out.
+        refine: steps of iterative refinement.
+
+    Raises:
+        NumericalError: G holds values that are not finite, is not symmetric, or damped not positive definite.
+        BackendError: `impl` cannot serve these tensors.
+    """
+    chosen = choose("ridge_solve", impl, native=native.serves_cholesky(gram.device, gram.dtype))
+    assert chosen in ("torch", "native")
+    weight = weight.to(gram.dtype)
+    original = weight[:, kept]
+    mean = float(gram.diagonal().mean())
+    if len(kept) == gram.shape[0] and not to_zero:
+        return RidgeSolution(original, damping, 0.0, 0.0, float(len(kept)), 0.0, 0.0)
+    removed = torch.ones(gram.shape[0], dtype=torch.bool, device=gram.device)
+    removed[kept] = False
+    removed = removed.nonzero().squeeze(1)
+    system = gram.new_empty(len(kept), len(kept))
+    for start in range(0, len(kept), ROWS):
+        system[start : start + ROWS] = gram[kept[start : start + ROWS]][:, kept]
+    shift = damping * mean
+    system.diagonal().add_(shift)
+    lost = weight[:, removed]
+    cross = lost @ gram[removed][:, kept]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 2, (probes, len(kept)), generator=generator).mul_(2).sub_(1).to(gram)
+    right = torch.cat([cross - shift * original if to_zero else cross, noise])
+    solved = cholesky.solve_(system, right, impl=chosen, refine=refine)
+    delta, answers = right[: len(weight)], right[len(weight) :]
+    energy_sliced = _dot(lost, lost @ gram[removed][:, removed])
+    # ‖R − X_S Δᵀ‖² with R = X_P W_Pᵀ, and Δ G_SS = (right side) − μΔ.
+    energy = energy_sliced - _dot(delta, cross) - shift * _dot(delta, delta)
+    if to_zero:
+        energy -= shift * _dot(delta, original)
+    return RidgeSolution(
+        down=original + delta,
+        damping=damping,
+        backward_error=solved.backward_error,
+        shift=solved.shift,
+        degrees_of_freedom=len(kept) - shift * _dot(noise, answers) / probes if probes else float("nan"),
+        energy_sliced=energy_sliced,
+        energy=max(energy, 0.0),
+    )
+
+
+def output_energy(gram: Tensor, weight: Tensor) -> float:
+    """‖X Wᵀ‖² = tr(W G Wᵀ) for the weight (d, m)."""
+    weight = weight.to(gram.dtype)
+    return _dot(weight, weight @ gram)
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum(dtype=torch.float64))
