@@ -101,10 +101,38 @@ def sample_seconds(function: Callable[[], object], repeats: int = 9) -> list[flo
     return times
 
 
-def gemm_ceiling(dtype: torch.dtype, n: int = 2048) -> float:
-    """FLOP/s of the fastest of nine n×n×n matrix products on the CPU, 2n³ operations each: a ceiling, so no median."""
-    a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    return 2 * n**3 / min(sample_seconds(lambda: a @ b))
+def gemm_ceiling(dtype: torch.dtype, n: int = 2048, device: torch.device | None = None) -> float:
+    """FLOP/s of the fastest of nine n×n×n matrix products, 2n³ operations each: a ceiling, so no median."""
+    device = device or torch.device("cpu")
+    n = n if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+
+    def product() -> None:
+        torch.mm(a, b)
+        synchronize(device)
+
+    return 2 * n**3 / min(sample_seconds(product))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was queued on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def start_peak(device: torch.device) -> int:
+    """Bytes in use now; `peak` then says how many were, at most, since."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    # Linux starts the high-water mark of resident memory anew on request (proc(5), clear_refs).
+    Path("/proc/self/clear_refs").write_text("5", "utf-8")
+    return _status_bytes("VmRSS")
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes in use since `start_peak`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status_bytes("VmHWM")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -123,6 +151,10 @@ def write_json(name: str, content: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n", "utf-8")
     return path
+
+
+def _status_bytes(name: str) -> int:
+    return 1024 * int(_first_match("/proc/self/status", rf"{name}:\s*(\d+) kB"))
 
 
 def _first_match(path: str, pattern: str) -> str:

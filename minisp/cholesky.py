@@ -1,9 +1,9 @@
 """Symmetric positive definite systems X A = R, in place: what surrounds the factorisation, and who does it.
 
-The matrix is scaled to a unit diagonal first (Jacobi; van der Sluis, 1969: within a factor n of the best diagonal
-scaling). Units whose row is zero are set aside exactly. A factorisation that fails is tried again with a small shift of
-the diagonal, announced by a warning and recorded. Solutions can be refined with residuals in float64 (Wilkinson), and
-the backward error of every solve is measured.
+The matrix is scaled to a nearly equal diagonal first (Jacobi; van der Sluis, 1969: within a factor n of the best
+diagonal scaling), by powers of two, which rounds nothing. Units whose row is zero are set aside exactly. A
+factorisation that fails is tried again with a small shift of the diagonal, announced by a warning and recorded.
+Solutions can be refined with residuals in float64 (Wilkinson). The backward error of every solve is measured.
 
 Shapes: n unknowns, d right-hand sides. Right-hand sides are rows.
 """
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from minisp import native
-from minisp.errors import NumericalError
+from minisp.errors import BackendError, NumericalError
 
 SHIFTS = (1.0, 10.0, 100.0)
-"""Diagonal shifts of the second and later attempts, in units of n·eps of the matrix with unit diagonal."""
+"""Diagonal shifts of the second and later attempts, in units of n·eps, for a diagonal of about 1."""
 MEASURED = 16
 """Right-hand sides whose backward error is measured where nothing is refined."""
 BLOCK = 512
@@ -31,8 +31,8 @@ class Solved:
 
     Attributes:
         backward_error: ‖r − xA‖_∞ / (‖A‖_∞ ‖x‖_∞ + ‖r‖_∞), the largest of the right-hand sides measured, for the
-            matrix scaled to a unit diagonal and without any shift (Rigal & Gaches, 1967).
-        shift: what was added to that unit diagonal; 0 unless the factorisation failed without.
+            scaled matrix without any shift (Rigal & Gaches, 1967).
+        shift: what was added to its diagonal, in [½, 2]; 0 unless the factorisation failed without.
     """
 
     backward_error: float
@@ -74,32 +74,82 @@ def solve_(matrix: Tensor, right: Tensor, *, impl: Literal["torch", "native"] = 
         refine: steps of refinement with residuals in float64; takes a copy of `right`.
 
     Raises:
+        BackendError: tensors of another type, shape or layout than stated.
         NumericalError: values that are not finite, a matrix that is not symmetric, or one that is not positive
             definite even with the last shift; the message counts or names the units.
     """
+    _require_layout(matrix, right)
     if min(right.shape) == 0:
         return Solved(0.0, 0.0)
     diagonal = matrix.diagonal().clone()
     _check(matrix, right, diagonal)
     dead = diagonal == 0
-    scale = torch.where(dead, 1, diagonal).rsqrt()
+    scale = torch.where(dead, 1, diagonal).rsqrt().log2().round().exp2()
     for start in range(0, len(matrix), BLOCK):
-        matrix[start : start + BLOCK] *= scale[start : start + BLOCK, None] * scale
-    matrix.diagonal().fill_(1)
+        matrix[start : start + BLOCK] *= scale[start : start + BLOCK, None]
+        matrix[start : start + BLOCK] *= scale
+    matrix.diagonal().masked_fill_(dead, 1)
+    diagonal = matrix.diagonal().clone()
     norm = _infinity_norm(matrix)
     right *= scale.to(right.device)
     right.masked_fill_(dead.to(right.device), 0)
     wanted = right.clone() if refine else right[:MEASURED].clone()
     engine: Factorisation = native.Factorisation(right.device) if impl == "native" else TorchFactorisation()
-    shift = _factor_(matrix, engine)
+    shift = _factor_(matrix, diagonal, engine)
     engine.solve_(right)
     for _ in range(refine):
-        correction = _remaining(matrix, right, wanted)
+        correction = _remaining(matrix, diagonal, right, wanted)
         engine.solve_(correction)
         right += correction
-    solved = Solved(_backward_error(matrix, right, wanted, norm), shift)
+    solved = Solved(
+        _backward_error(_remaining(matrix, diagonal, right[: len(wanted)], wanted), right, wanted, norm), shift
+    )
     right *= scale.to(right.device)
     return solved
+
+
+def _require_layout(matrix: Tensor, right: Tensor) -> None:
+    def describe(tensor: Tensor) -> str:
+        layout = f"strides {tensor.stride()}" if tensor.layout == torch.strided else f"layout {tensor.layout}"
+        return f"{tensor.dtype} {tuple(tensor.shape)} with {layout} on {tensor.device}"
+
+    def usable(tensor: Tensor) -> bool:
+        rows, columns = tensor.shape
+        return (
+            tensor.layout == torch.strided
+            and tensor.device.type in ("cpu", "cuda")
+            and (columns <= 1 or tensor.stride(1) == 1)
+            and (rows <= 1 or tensor.stride(0) >= columns)
+            and not tensor.requires_grad
+        )
+
+    fits = (
+        matrix.dim() == right.dim() == 2
+        and matrix.shape[0] == matrix.shape[1] == right.shape[1]
+        and matrix.dtype == right.dtype in (torch.float32, torch.float64)
+        and usable(matrix)
+        and usable(right)
+        and (matrix.device == right.device or matrix.device.type == "cpu")
+    )
+    if fits and not _overlap(matrix, right):
+        return
+    raise BackendError(
+        "Ridge system: expected a square matrix and right-hand sides (d, n), both float32 or both float64, rows "
+        f"contiguous, in memory of their own, without gradients, got {describe(matrix)} and {describe(right)}"
+        f"{' that overlap' if fits else ''}. Convert or copy them."
+    )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    def extent(tensor: Tensor) -> tuple[int, int]:
+        start = tensor.data_ptr()
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return start, start + (last + 1) * tensor.element_size()
+
+    if a.device != b.device or not (a.numel() and b.numel()):
+        return False
+    (a_first, a_last), (b_first, b_last) = extent(a), extent(b)
+    return a_first < b_last and b_first < a_last
 
 
 def _check(matrix: Tensor, right: Tensor, diagonal: Tensor) -> None:
@@ -139,19 +189,19 @@ def _check(matrix: Tensor, right: Tensor, diagonal: Tensor) -> None:
         )
 
 
-def _factor_(matrix: Tensor, engine: Factorisation) -> float:
-    """Factor the matrix of unit diagonal, with the first shift of its diagonal that serves; the shift is returned."""
+def _factor_(matrix: Tensor, diagonal: Tensor, engine: Factorisation) -> float:
+    """Factor the scaled matrix, with the first shift of its diagonal that serves; the shift is returned."""
     pivot = engine.factor_(matrix)
     if pivot == 0:
         return 0.0
     unit = len(matrix) * torch.finfo(matrix.dtype).eps
     for shift in (factor * unit for factor in SHIFTS):
-        _restore_lower_(matrix, 1 + shift)
+        _restore_lower_(matrix, diagonal + shift)
         again = engine.factor_(matrix)
         if again == 0:
             warnings.warn(
                 f"A ridge system was not positive definite in {matrix.dtype} (pivot of unit {pivot - 1} of "
-                f"{len(matrix)}): solved with {shift:.1e} added to its unit diagonal. More damping avoids this.",
+                f"{len(matrix)}): solved with {shift:.1e} added to its scaled diagonal. More damping avoids this.",
                 stacklevel=3,
             )
             return shift
@@ -162,14 +212,14 @@ def _factor_(matrix: Tensor, engine: Factorisation) -> float:
     )
 
 
-def _restore_lower_(matrix: Tensor, diagonal: float) -> None:
+def _restore_lower_(matrix: Tensor, diagonal: Tensor) -> None:
     for start in range(0, len(matrix), BLOCK):
         stop = min(start + BLOCK, len(matrix))
         matrix[stop:, start:stop] = matrix[start:stop, stop:].T
         square = matrix[start:stop, start:stop]
         upper = square.triu(1)
         square.copy_(upper + upper.T)
-    matrix.diagonal().fill_(diagonal)
+    matrix.diagonal().copy_(diagonal)
 
 
 def _upper_blocks(matrix: Tensor) -> list[tuple[slice, slice]]:
@@ -182,10 +232,10 @@ def _infinity_norm(matrix: Tensor) -> float:
     return max(float(matrix[rows].abs().sum(1).max()) for rows, _ in _upper_blocks(matrix))
 
 
-def _remaining(matrix: Tensor, solution: Tensor, wanted: Tensor) -> Tensor:
-    """r − xA in float64, rounded to the dtype of r; A from its strict upper triangle and a unit diagonal."""
+def _remaining(matrix: Tensor, diagonal: Tensor, solution: Tensor, wanted: Tensor) -> Tensor:
+    """r − xA in float64, rounded to the dtype of r; A from its strict upper triangle and its diagonal."""
     x = solution.to(torch.float64)
-    left = wanted.to(torch.float64) - x
+    left = wanted.to(torch.float64) - x * diagonal.to(x)
     for rows, columns in _upper_blocks(matrix):
         block = matrix[rows, columns].to(x.device, torch.float64).triu_(1)
         left[:, columns] -= x[:, rows] @ block
@@ -193,8 +243,6 @@ def _remaining(matrix: Tensor, solution: Tensor, wanted: Tensor) -> Tensor:
     return left.to(wanted.dtype)
 
 
-def _backward_error(matrix: Tensor, solution: Tensor, wanted: Tensor, norm: float) -> float:
-    x = solution[: len(wanted)]
-    left = _remaining(matrix, x, wanted).abs().amax(1)
-    size = norm * x.abs().amax(1) + wanted.abs().amax(1)
-    return float((left / torch.where(size > 0, size, 1)).max())
+def _backward_error(remaining: Tensor, solution: Tensor, wanted: Tensor, norm: float) -> float:
+    size = norm * solution[: len(wanted)].abs().amax(1) + wanted.abs().amax(1)
+    return float((remaining.abs().amax(1) / torch.where(size > 0, size, 1)).max())

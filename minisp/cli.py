@@ -5,6 +5,7 @@ The options of `minify` and `plan` are the fields of `MinifyConfig`, with its do
 
 import inspect
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -169,12 +170,21 @@ def main() -> None:
 def _show(values: dict[str, Any], as_json: bool, quiet: bool, table: Table, lines: Sequence[str]) -> None:
     """Results go to standard output: JSON for programs, or a table and a few lines for people."""
     if as_json:
-        print(json.dumps(values, indent=2, default=str))
+        print(json.dumps(_finite(values), indent=2, default=str, allow_nan=False))
     elif not quiet:
         console = Console()
         console.print(table)
         for line in lines:
             console.print(line, highlight=False, soft_wrap=True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for infinity and NaN: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

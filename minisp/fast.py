@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,14 +21,14 @@ from minisp.architecture import CausalLM, cut_, record_widths_
 from minisp.calibration import Calibration, load_calibration, write_windows
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
-from minisp.errors import OutputError, UnsupportedModelError
+from minisp.errors import UnsupportedModelError
 from minisp.evaluate import checkpoint_bytes
 from minisp.export.folder import describe, export_checkpoint, export_module
 from minisp.hub import load_tokenizer, local_folder
 from minisp.planner import Plan, compute_device, compute_dtype, fits_in_memory, make_plan
 from minisp.reconstruction import Reconstruction, reconstruct
 from minisp.report import MinifyReport, make_report, progress_bar
-from minisp.scratch import Scratch
+from minisp.scratch import Scratch, scratch_folder
 from minisp.selection import allocate_widths, select, uniform_widths
 from minisp.stream import Stream, frozen, load_model, skeleton
 from minisp.sweep import Progress, heal_sweep, saliency_sweep
@@ -77,7 +76,7 @@ def minify(
         progress = progress or stack.enter_context(progress_bar())
         checkpoint = None if isinstance(model, nn.Module) else Checkpoint.open(local_folder(model))
         made_plan = _plan(model, checkpoint, config)
-        target = check_output(out, made_plan.bytes_after) if out is not None else None
+        target = check_output(out, made_plan.bytes_after + made_plan.scratch_bytes) if out is not None else None
         with _timed(seconds, "loading"):
             stream = _open(model, checkpoint, config, in_memory=target is None)
             stack.enter_context(frozen(stream.model))
@@ -86,7 +85,7 @@ def minify(
         with _timed(seconds, "calibration text"):
             text = _calibrate(stream, calibration, tokenizer, config, progress)
         batches = list(text.windows.split(made_plan.batch))
-        scratch = Scratch(stack.enter_context(_scratch_folder(target)))
+        scratch = Scratch(stack.enter_context(scratch_folder(target)))
         with _timed(seconds, "saliency sweep"):
             scores = _collect_scores(stream, batches, made_plan, scratch, progress)
             kept = _select(scores, made_plan)
@@ -235,20 +234,6 @@ def _finish(
     if folder is not None:
         export_module(folder, stream.model, [len(indices) for indices in kept])
     return done
-
-
-@contextmanager
-def _scratch_folder(target: Path | None) -> Iterator[Path | None]:
-    """A folder for statistics on the output's disk, removed at the end; None keeps them in memory."""
-    if target is None:
-        yield None
-        return
-    try:
-        folder = TemporaryDirectory(prefix=f".{target.name}.scratch-", dir=target.parent)
-    except OSError as error:
-        raise OutputError(f"Output {target}: no scratch folder can be made beside it ({error}).") from error
-    with folder as name:
-        yield Path(name)
 
 
 @contextmanager

@@ -23,6 +23,10 @@ def local_folder(model: str | Path) -> Path:
     Raises:
         CheckpointError: nothing of that name, or it cannot be fetched or converted.
     """
+    if not isinstance(model, (str, Path)):
+        raise CheckpointError(
+            f"Model: expected a folder, a .gguf file, a hub id or a transformers model, got {type(model).__name__}."
+        )
     path = Path(model).expanduser()
     if path.is_dir():
         return path.absolute()

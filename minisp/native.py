@@ -150,6 +150,12 @@ def serves_cholesky(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
+def workspace_bytes(device: torch.device, size: int, dtype: torch.dtype, streamed_columns: int = 0) -> int:
+    """Memory that a `Factorisation` of a matrix (size, size) takes beside the matrix."""
+    query = "cholesky_workspace_cuda" if device.type == "cuda" else "cholesky_workspace"
+    return int(getattr(_extension(), query)(size, dtype == torch.float64, streamed_columns))
+
+
 class Factorisation:
     """Cholesky in place, see csrc/cholesky.h: the strict upper triangle is untouched, the rest becomes the factor.
 
@@ -168,13 +174,12 @@ class Factorisation:
         double = matrix.dtype == torch.float64
         if matrix.device != self.device and not self.streamed_columns:
             self.streamed_columns = 512
-        suffix = "_cuda" if self.device.type == "cuda" else ""
-        size = getattr(_extension(), "cholesky_workspace" + suffix)(len(matrix), double, self.streamed_columns)
+        size = workspace_bytes(self.device, len(matrix), matrix.dtype, self.streamed_columns)
         self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
         gemm = gemm_address(self.device.type, matrix.dtype)
         place = (matrix.data_ptr(), matrix.stride(0))
         self.call = (place, len(matrix), double, self.workspace.data_ptr(), gemm, self.streamed_columns)
-        if not suffix:
+        if self.device.type == "cpu":
             return int(_extension().cholesky_factor(self.call))
         pivot = torch.zeros((), dtype=torch.int64, device=self.device)
         with torch.cuda.device(self.device):

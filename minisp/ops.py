@@ -61,8 +61,15 @@ def activation_backward_(
     Raises:
         BackendError: `impl` cannot serve these tensors.
     """
-    if choose("activation_backward_", impl, native=native.serves(gate, up, grad_x, kind=kind)) == "native":
+    chosen = choose(
+        "activation_backward_", impl, native=native.serves(gate, up, grad_x, kind=kind), triton=gate.is_cuda
+    )
+    if chosen == "native":
         return grad_x, native.activation_backward_(gate, up, grad_x, kind)
+    if chosen == "triton":
+        from minisp.kernels import saliency as kernel
+
+        return grad_x, kernel.activation_backward_(gate, up, grad_x, kind)
     sums = torch.zeros(3, gate.shape[1], dtype=torch.float32, device=gate.device)
     for start in range(0, gate.shape[0], ROWS):
         rows = slice(start, start + ROWS)

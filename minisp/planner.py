@@ -61,6 +61,12 @@ class Plan:
         """Calibration tokens."""
         return self.config.num_windows * self.config.window
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Disk that statistics take between the sweeps: a float32 Gram matrix a layer, where there is an output."""
+        dense = self.config.inputs == "dense" and self.config.keep < 1
+        return sum(4 * width * width for width in self.widths) if dense else 0
+
 
 def make_plan(
     name: str, model: CausalLM, config: MinifyConfig, device: torch.device, dtype: torch.dtype, stored_bytes: int
@@ -185,14 +191,22 @@ def _choose_segment(
     """The most layers at once that fit the memory share, and the memory by purpose with that many."""
     row = architecture_of(model.config)
     num_layers = len(decoder_layers(model, row))
-    on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    free = _free_memory(device)
     for count in range(1, num_layers + 1):
         segment = config.segment or -(-num_layers // count)
         memory = _memory(model, config, batch, segment, dtype)
         if config.segment is not None or sum(memory.values()) <= MEMORY_SHARE * free or segment == 1:
             break
     return min(segment, num_layers), memory
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that this process can still have: what is free, within the share that it was given of a GPU."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    free, total = torch.cuda.mem_get_info(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return min(free, int(share * total) - torch.cuda.memory_reserved(device))
 
 
 def _memory(model: CausalLM, config: MinifyConfig, batch: int, segment: int, dtype: torch.dtype) -> dict[str, int]:

@@ -143,6 +143,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     values = asdict(plan)
     values["segments"] = [[segment.start, segment.stop] for segment in plan.segments]
     values["widths"] = list(plan.widths)
+    values["scratch_bytes"] = plan.scratch_bytes
     return values
 
 
@@ -167,6 +168,7 @@ def plan_table(plan: Plan) -> Table:
     where = f"{plan.device}, {plan.dtype}, {plan.batch} window(s) at once"
     table.add_row("compute", f"{where}, {held}, {plan.flops / 1e12:.1f} TFLOP")
     parts = ", ".join(f"{name} {megabytes(size)}" for name, size in plan.memory.items())
+    table.add_row("disk", f"{megabytes(plan.scratch_bytes)} beside the output while it runs")
     table.add_row("memory", f"about {megabytes(sum(plan.memory.values()))} beside the process: {parts}")
     return table
 

@@ -1,7 +1,14 @@
 """Where statistics wait between the sweeps: a scratch folder beside the output, or memory where there is no output."""
 
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -9,6 +16,31 @@ from torch import Tensor
 
 from minisp.errors import OutputError
 from minisp.statistics import LayerStatistics
+
+
+@contextmanager
+def scratch_folder(target: Path | None) -> Iterator[Path | None]:
+    """A folder for statistics on the output's disk, removed at the end; None keeps them in memory.
+
+    Folders that killed runs for the same output left behind are removed first: their names tell the process.
+
+    Raises:
+        OutputError: no folder can be made beside the output.
+    """
+    if target is None:
+        yield None
+        return
+    prefix = f".{target.name}.scratch-"
+    try:
+        for path in target.parent.iterdir():
+            owner = re.fullmatch(re.escape(prefix) + r"(\d+)-\w+", path.name)
+            if owner and not psutil.pid_exists(int(owner[1])):
+                shutil.rmtree(path, ignore_errors=True)
+        folder = TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-", dir=target.parent)
+    except OSError as error:
+        raise OutputError(f"Output {target}: no scratch folder can be made beside it ({error}).") from error
+    with folder as name:
+        yield Path(name)
 
 
 class Scratch:

@@ -50,6 +50,8 @@ def check_output(out: str | Path, needed_bytes: int) -> Path:
         OutputError: the path is a file or a folder with something in it, its parent cannot be written, or the disk
             has less room than needed.
     """
+    if not isinstance(out, (str, Path)):
+        raise OutputError(f"Output: expected a path, got {type(out).__name__} {out!r}. Pass a string.")
     path = Path(out).expanduser().absolute()
     parent = path.parent
     try:
@@ -57,6 +59,12 @@ def check_output(out: str | Path, needed_bytes: int) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise OutputError(f"Output {path}: no folder can be made there ({error}). Choose another path.") from error
+    partial = _partial(path)
+    if partial.is_symlink() or (partial.exists() and not _is_leftover(partial)):
+        raise OutputError(
+            f"Output {path}: expected to use {partial.name} beside it until it is complete, got something of that name "
+            "that no earlier run left behind. Move it away or choose another path."
+        )
     if found is not None:
         raise OutputError(f"Output {path}: expected a new or empty folder, got {found}. Choose another path.")
     if not os.access(parent, os.W_OK):
@@ -77,7 +85,7 @@ def output_folder(out: Path) -> Iterator[Path]:
     Raises:
         OutputError: writing failed (disk full, permissions); nothing is left at `out`.
     """
-    partial = out.with_name(out.name + ".partial")
+    partial = _partial(out)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -127,6 +135,16 @@ def write_tensors(
 def write_json(path: Path, value: Any) -> None:
     """Write JSON with sorted keys, so that equal values give equal files."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+def _is_leftover(folder: Path) -> bool:
+    """Whether a folder holds nothing but files of the kinds that a run writes."""
+    kinds = {".safetensors", ".json", ".jinja", ".py", ".md", ".png", ".txt", ".model", ""}
+    return folder.is_dir() and all(path.is_file() and path.suffix in kinds for path in folder.iterdir())
 
 
 def _found_at(path: Path) -> str | None:

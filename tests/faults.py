@@ -50,7 +50,7 @@ def steps(strike: Callable[[int, str], None]) -> Iterator[list[str]]:
         return ".partial" in str(path)
 
     replacements = [
-        (fast, "TemporaryDirectory", before("scratch folder", fast.TemporaryDirectory)),
+        (scratch, "TemporaryDirectory", before("scratch folder", scratch.TemporaryDirectory)),
         (scratch, "save_file", before("statistics", scratch.save_file)),
         (Path, "mkdir", before("output folder", Path.mkdir, written)),
         (Path, "write_text", before("text", Path.write_text, written)),

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -123,3 +124,19 @@ def test_a_missing_compiler_is_named_with_its_remedy(tmp_path: Path) -> None:
     result = build(tmp_path, MINISP_CUDA="0", PATH="", CXX="")
     assert result.returncode != 0
     assert "Install g++" in result.stderr
+
+
+@needs_nvcc
+def test_cuda_kernels_do_not_spill(tmp_path: Path) -> None:
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a", "100", "120")]
+    command = [str(NVCC), "-std=c++17", "-O3", "-DMINISP_WITH_CUDA", *targets, "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
+    source = ROOT / "csrc" / "cholesky_cuda.cu"
+    compiled = subprocess.run(
+        [*command, "-c", source, "-o", tmp_path / "cholesky.o"], capture_output=True, text=True, check=False
+    )
+    assert compiled.returncode == 0, compiled.stderr
+    # Three kernels in two types for each target.
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.stderr)
+    assert len(spills) == 3 * 2 * len(targets)
+    assert set(spills) == {("0", "0", "0")}, compiled.stderr
+    print(*re.findall(r"Compiling entry function.*|Used \d+ registers.*", compiled.stderr), sep="\n")

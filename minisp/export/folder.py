@@ -81,10 +81,16 @@ def _write_config(folder: Path, model: Any, row: Architecture, raw_config: dict[
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
-    """Copy tokenizer and generation settings from the source checkpoint."""
+    """Copy tokenizer and generation settings from the source checkpoint, less the code that they point to."""
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        # A file that is no JSON object was refused when the tokenizer was loaded.
+        values = json.loads(settings.read_text("utf-8"))
+        if values.pop("auto_map", None) is not None:
+            write_json(settings, values)
 
 
 def _write_card(folder: Path, report: MinifyReport) -> None:

@@ -77,8 +77,8 @@ def modeling_source(model: Any, row: Architecture) -> str:
 def width_config(model: Any, row: Architecture, raw_config: dict[str, Any], widths: list[int]) -> dict[str, Any]:
     """config.json of the result: the stock class where all layers have one width, else the modelling file's."""
     config = dict(raw_config)
-    for key in ("auto_map", WIDTHS_KEY, "transformers_version"):
-        config.pop(key, None)
+    for key in [key for key in config if key in ("auto_map", WIDTHS_KEY, "transformers_version") or "attn_impl" in key]:
+        del config[key]
     config["architectures"] = [type(model).__name__]
     config[row.width_key] = max(widths)
     if len(set(widths)) > 1:
