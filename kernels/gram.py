@@ -6,12 +6,15 @@ Numerics: 16-bit products are exact in float32 and sums are float32; float32 inp
 (no TF32).
 Traffic: a launch reads and writes the triangle once, which T tokens amortise; but the tensor cores truncate their
 sums, a bias that grows with the tokens per accumulator. `TOKENS_PER_LAUNCH` stands between the two.
+Wide 16-bit matrices on sm_90 and sm_100 go to `gram_tma`.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from minisp.kernels import gram_tma
 
 TOKENS_PER_LAUNCH = 16384
 # Below this width, tiles of 128 are too few to occupy every multiprocessor of a large GPU.
@@ -87,7 +90,9 @@ def gram_update_(gram: Tensor, x: Tensor) -> None:
     options = config(width, x.dtype, unit_stride=x.stride(1) == 1)
     with torch.cuda.device_of(gram):
         for chunk in x.split(TOKENS_PER_LAUNCH):
-            if chunk.numel():
+            if chunk.numel() and width >= NARROW and gram_tma.serves(gram, chunk):
+                gram_tma.gram_update_(gram, chunk)
+            elif chunk.numel():
                 gram_update_kernel[(_num_tiles(width, options["TILE"]),)](
                     gram, chunk, chunk.shape[0], width, chunk.stride(0), chunk.stride(1), **options
                 )

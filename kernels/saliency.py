@@ -56,7 +56,7 @@ def activation_backward_kernel(
     b_absolute = tl.zeros((TILE_T, TILE_M), tl.float32)
     b_squared = tl.zeros((TILE_T, TILE_M), tl.float32)
     b_total = tl.zeros((TILE_T, TILE_M), tl.float32)
-    for start in range(0, TOKENS, TILE_T):
+    for start in range(0, tl.minimum(num_tokens - first, TOKENS), TILE_T):
         mask = (first + start + o_row < num_tokens)[:, None] & is_unit
         b_gate = tl.load(p_gate + place, mask=mask, other=0.0).to(tl.float32)
         b_grad = tl.load(p_grad + place, mask=mask, other=0.0).to(tl.float32)

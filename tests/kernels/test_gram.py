@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minisp import reference
 from minisp.kernels import gram as kernel
+from minisp.kernels import gram_tma
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -56,6 +57,35 @@ def test_wide_matrices_use_larger_tiles(dtype: torch.dtype, device: str, monkeyp
     before = gram.clone()
     kernel.gram_update_(gram, x)
     assert_is_updated(gram, before, x)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_tokens", "width"), [(1, 8), (70, 128), (64, 136), (130, 264), (65, 640)])
+def test_descriptor_update_is_right(num_tokens: int, width: int, dtype: torch.dtype, device: str) -> None:
+    x = torch.randn(num_tokens, width, device=device).to(dtype)
+    gram = poisoned_gram(width, device)
+    if device == "cuda" and not gram_tma.serves(gram, x):
+        pytest.skip("this GPU has no tensor memory accelerator that serves these tiles")
+    before = gram.clone()
+    gram_tma.gram_update_(gram, x)
+    assert_is_updated(gram, before, x)
+
+
+@triton.jit
+def staircase_kernel(p_row, p_col, TILES: tl.constexpr):
+    i = tl.arange(0, TILES)
+    row, col = gram_tma._staircase(i)
+    tl.store(p_row + i, row)
+    tl.store(p_col + i, col)
+
+
+@pytest.mark.kernel
+def test_the_staircase_index_is_exact(device: str) -> None:
+    rows, cols = (torch.empty(2**14, dtype=torch.int32, device=device) for _ in range(2))
+    staircase_kernel[(1,)](rows, cols, TILES=2**14)
+    expected = [(r, c) for r in range(256) for c in range(r // 2 + 1)][: 2**14]
+    assert list(zip(rows.tolist(), cols.tolist(), strict=True)) == expected
 
 
 @pytest.mark.kernel
@@ -198,3 +228,21 @@ def test_mirror_compiles_without_spills(capability: int, compile_for: Callable) 
     signature = {"p_gram": "*fp32", "width": "i32"}
     compiled = compile_for(capability, kernel.mirror_kernel, signature, {"TILE": 64}, ("p_gram", "width"), num_warps=4)
     compiled.assert_fits(capability)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("capability", [90, 100])
+def test_descriptor_update_compiles_without_spills(capability: int, dtype: str, compile_for: Callable) -> None:
+    rows, tokens = gram_tma.TILE["TILE_R"], gram_tma.TILE["TILE_T"]
+    signature = {
+        "d_row": f"tensordesc<{dtype}[{tokens}, {rows}]>",
+        "d_col": f"tensordesc<{dtype}[{tokens}, {2 * rows}]>",
+        "d_gram": f"tensordesc<fp32[{rows}, {rows // 2}]>",
+        "num_tokens": "i32",
+    }
+    compiled = compile_for(
+        capability, gram_tma.gram_update_tma_kernel, signature, gram_tma.TILE, (), **gram_tma.OPTIONS
+    )
+    compiled.assert_fits(capability)
+    assert {90: "HGMMA", 100: "UTCHMMA"}[capability] in compiled.sass
+    assert "UTMALDG" in compiled.sass, "the copy engine brings the operands"
