@@ -1,5 +1,6 @@
 """What every benchmark shares: the machine in words, one contender per child process, medians, a table, a JSON file."""
 
+import ctypes
 import json
 import os
 import platform
@@ -125,6 +126,8 @@ def start_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    # What the allocator holds in reserve would hide new memory behind memory that is resident already.
+    ctypes.CDLL(None).malloc_trim(0)
     # Linux starts the high-water mark of resident memory anew on request (proc(5), clear_refs).
     Path("/proc/self/clear_refs").write_text("5", "utf-8")
     return _status_bytes("VmRSS")

@@ -19,11 +19,14 @@
 //                                     its factor in its lower triangle, and as a full square, zeros above, in `inverse`
 //   expand_block(a, size, inverse)    the full square again from the lower triangle
 //   copy(to, from, rows, columns)
+//   upload, download                  the same, from and to the memory where a streamed A is
 //   failed()                          whether to stop early
 //   workspace                         room for work_rows * kBlock + 2 * kBlock * kBlock elements
+//   kBlock, kPanel, work_rows         columns of a diagonal block and of a panel; rows that go through the workspace
 //
 // A Store says where A is. `panel(first, last, rows_from)` makes rows >= rows_from of a range of columns available,
-// `keep(first, last)` ends the writing of a panel, and `step(first)` is the widest range of earlier columns to ask for.
+// `earlier` does so for columns before the panel, at most `step(first)` at a time, and `keep(first, last)` ends the
+// writing of a panel.
 #pragma once
 
 #include <algorithm>
@@ -71,8 +74,9 @@ class Cholesky {
   }
 
   void solve(View<T> right, int64_t count) {
+    if (size_ == 0) return;
     for (int64_t first = 0; first < size_; first += kPanel) forward(right, count, first);
-    for (int64_t first = (size_ - 1) / kPanel * kPanel; first >= 0 && size_; first -= kPanel) backward(right, count, first);
+    for (int64_t first = (size_ - 1) / kPanel * kPanel; first >= 0; first -= kPanel) backward(right, count, first);
   }
 
  private:

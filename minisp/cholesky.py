@@ -22,7 +22,7 @@ SHIFTS = (1.0, 10.0, 100.0)
 """Diagonal shifts of the second and later attempts, in units of n·eps, for a diagonal of about 1."""
 MEASURED = 16
 """Right-hand sides whose backward error is measured where nothing is refined."""
-BLOCK = 128
+BLOCK = 64
 """Rows handled at once where a copy is made."""
 
 

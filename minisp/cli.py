@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from minisp.config import MinifyConfig, Widths
@@ -92,7 +93,7 @@ def minify(
     from minisp import fast, report
     from minisp.calibration import parse_source
 
-    console = Console(stderr=True, quiet=quiet)
+    console = Console(stderr=True, quiet=quiet or as_json)
     with _errors():
         MinifyConfig.from_options(**options)
         sources = [parse_source(source) for source in calibration] if calibration else None
@@ -137,7 +138,7 @@ def evaluate(
         folder = local_folder(model)
         tokens = measure.tokenize(folder, {text.name: load_text(text)})
         found = measure.measure(folder, tokens, protocol, speed=speed, config=config, progress=progress)
-    _show(found.as_dict(), as_json, quiet, measure.measurement_table({model: found}), [protocol.describe()])
+    _show(found.as_dict(), as_json, quiet, measure.measurement_table({model: found}), measure.protocol_lines(found))
 
 
 @app.command(epilog="Example: minisp demo --keep 0.7 --out smollm2-70")
@@ -175,7 +176,7 @@ def _show(values: dict[str, Any], as_json: bool, quiet: bool, table: Table, line
         console = Console()
         console.print(table)
         for line in lines:
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _finite(value: Any) -> Any:
@@ -192,7 +193,9 @@ def _errors() -> Iterator[None]:
     """Expected failures become one paragraph on standard error and an exit code; warnings lose their source line."""
     console = Console(stderr=True)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: console.print(f"[yellow]note:[/] {message}", highlight=False)
+        warnings.showwarning = lambda message, *_, **__: console.print(
+            f"[yellow]note:[/] {escape(_printable(str(message)))}", highlight=False
+        )
         try:
             yield
         except MinispError as error:

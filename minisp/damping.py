@@ -7,12 +7,11 @@ Wahba, 1979),
     GCV(μ) = (1/T) ‖(I − H) R‖² / (1 − tr H / T)²,
 
 whose parts follow from G alone: the numerator is the squared residual of the layer's output, tr H the degrees of
-freedom. It treats tokens as independent. Tokens of one text are not, so that what it picks is rather too small.
+freedom. It treats tokens as independent, which those of one text are not.
 """
 
-from torch import Tensor
-
 from minisp import ops
+from minisp.ridge import RidgeProblem
 
 Curve = tuple[tuple[float, float], ...]
 """Pairs of (damping, √GCV relative to the error of slicing alone), sorted."""
@@ -21,26 +20,30 @@ DECADES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 PROBES = 8
 
 
-def choose_damping(
-    gram: Tensor, kept: Tensor, weight: Tensor, num_tokens: int, *, to_zero: bool = False
-) -> tuple[ops.RidgeSolution, Curve]:
+def choose_damping(problem: RidgeProblem, num_tokens: int, *, to_zero: bool = False) -> tuple[ops.RidgeSolution, Curve]:
     """The solution of the smallest GCV among decades of damping and the two half decades around the best of them.
 
     Args:
-        gram, kept, weight, to_zero: as for `ops.ridge_solve`.
+        problem: what to solve.
         num_tokens: T, the tokens in the Gram matrix.
+        to_zero: as for `ops.ridge_solve`.
+
+    Returns:
+        The solution and the curve, which is empty where slicing loses nothing and there is nothing to choose.
 
     Raises:
         NumericalError: a system cannot be solved.
     """
+    if problem.energy_sliced == 0:
+        return problem.solve(DECADES[len(DECADES) // 2], to_zero=to_zero), ()
     curve: dict[float, float] = {}
     best: ops.RidgeSolution | None = None
 
     def attempt(damping: float) -> None:
         nonlocal best
-        solution = ops.ridge_solve(gram, kept, weight, damping, to_zero=to_zero, probes=PROBES)
+        solution = problem.solve(damping, to_zero=to_zero, probes=PROBES)
         free = 1 - solution.degrees_of_freedom / num_tokens
-        curve[damping] = (solution.energy / solution.energy_sliced) ** 0.5 / free if free > 0 else float("inf")
+        curve[damping] = (solution.energy / problem.energy_sliced) ** 0.5 / free if free > 0 else float("inf")
         if best is None or curve[damping] < curve[best.damping]:
             best = solution
 

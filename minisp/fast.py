@@ -116,7 +116,8 @@ def plan(model: str | Path | nn.Module, *, keep: float = 0.8, **options: Any) ->
 def _plan(model: Any, checkpoint: Checkpoint | None, config: MinifyConfig) -> Plan:
     if checkpoint is not None:
         device = compute_device(config)
-        name = checkpoint.folder.name
+        # A hub id names its model; of a folder or file, the last part of the path does.
+        name = Path(model).expanduser().absolute().name if Path(model).expanduser().exists() else str(model)
         return make_plan(
             name, skeleton(checkpoint), config, device, compute_dtype(config, device), checkpoint.num_bytes
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -130,6 +131,21 @@ def measure(
     )
 
 
+def protocol_lines(measured: Measurement) -> list[str]:
+    """How the figures came about, as run: one line per text, one for the speed."""
+    lines = [
+        f"perplexity, {name}: {p.num_tokens:,} tokens scored in {p.num_windows} windows of {p.window}, stride "
+        f"{p.stride}, from the start of the text, computed in {measured.dtype}, loss in float32"
+        for name, p in measured.perplexity.items()
+    ]
+    if (speed := measured.throughput) is not None:
+        lines.append(
+            f"tokens/s: medians of {speed.repeats}, batch {speed.batch}, prompt of {speed.prompt_tokens} tokens, "
+            f"{speed.new_tokens} new ones, {measured.dtype} on {measured.device}"
+        )
+    return lines
+
+
 def load_any(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """A checkpoint as a model in memory: known families by our own reader, others by transformers; no remote code."""
     checkpoint = Checkpoint.open(folder)
@@ -147,7 +163,7 @@ def measurement_table(measured: Mapping[str, Measurement]) -> Table:
     table = Table(title="Measured" if len(measured) == 1 else "Before and after", title_justify="left")
     table.add_column("")
     for name in measured:
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     if len(measured) == 2:
         table.add_column("ratio", justify="right")
     rows: list[tuple[str, list[float], Any]] = [
@@ -155,7 +171,9 @@ def measurement_table(measured: Mapping[str, Measurement]) -> Table:
         ("bytes on disk", [m.bytes for m in measured.values()], megabytes),
     ]
     for text in first.perplexity:
-        rows.append((f"perplexity, {text}", [m.perplexity[text].value for m in measured.values()], "{:.2f}".format))
+        rows.append(
+            (escape(f"perplexity, {text}"), [m.perplexity[text].value for m in measured.values()], "{:.2f}".format)
+        )
     speeds = [m.throughput for m in measured.values() if m.throughput is not None]
     if len(speeds) == len(measured):
         rows.append(("prefill tokens/s", [s.prefill_tokens_per_second for s in speeds], "{:,.0f}".format))

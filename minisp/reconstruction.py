@@ -8,6 +8,7 @@ from minisp import ops
 from minisp.config import MinifyConfig
 from minisp.damping import Curve, choose_damping
 from minisp.errors import NumericalError
+from minisp.ridge import RidgeProblem
 from minisp.statistics import LayerStatistics
 
 
@@ -64,11 +65,12 @@ def reconstruct(
         return Reconstruction(layer, kept, weight[:, on_device].to(gram.dtype), residual, residual)
     to_zero = config.shrink_to == "zero"
     curve: Curve = ()
+    problem = RidgeProblem(gram, on_device, weight)
     try:
         if config.damping == "auto":
-            solution, curve = choose_damping(gram, on_device, weight, statistics.num_tokens, to_zero=to_zero)
+            solution, curve = choose_damping(problem, statistics.num_tokens, to_zero=to_zero)
         else:
-            solution = ops.ridge_solve(gram, on_device, weight, config.damping, to_zero=to_zero)
+            solution = problem.solve(config.damping, to_zero=to_zero)
     except NumericalError as error:
         raise NumericalError(f"Layer {layer}: {error}") from error
     return Reconstruction(

@@ -1,5 +1,6 @@
 """What a person sees: progress while it runs, the plan before, the table and the plot after; and the same as JSON."""
 
+import json
 import resource
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
@@ -120,7 +122,7 @@ def make_report(
         layers=layers,
         kept=tuple(r.kept for r in results),
         parameters=plan.parameters - cut,
-        bytes=plan.bytes - cut * (plan.bytes // plan.parameters),
+        bytes=sum(p.numel() * p.element_size() for p in stream.model.parameters()),
         calibration=calibration.description,
         calibration_fingerprint=calibration.fingerprint,
         seconds=dict(seconds),
@@ -135,7 +137,8 @@ def make_report(
 def load_line(folder: str | Path, widths: Sequence[int]) -> str:
     """The Python expression that loads a result with transformers."""
     trust = ", trust_remote_code=True" if len(set(widths)) > 1 else ""
-    return f'AutoModelForCausalLM.from_pretrained("{folder}"{trust})'
+    name = json.dumps(str(folder), ensure_ascii=False)
+    return f"AutoModelForCausalLM.from_pretrained({name}{trust})"
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
@@ -150,7 +153,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
 def plan_table(plan: Plan) -> Table:
     """The plan as a table for the terminal."""
     config = plan.config
-    table = Table(title=f"Plan: {plan.model} ({plan.model_type})", show_header=False, title_justify="left")
+    table = Table(title=escape(f"Plan: {plan.model} ({plan.model_type})"), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
     low, high = min(plan.widths), max(plan.widths)
@@ -176,7 +179,7 @@ def plan_table(plan: Plan) -> Table:
 def report_table(report: MinifyReport) -> Table:
     """The result as a table for the terminal."""
     plan = report.plan
-    table = Table(title=f"Result: {plan.model}", title_justify="left")
+    table = Table(title=escape(f"Result: {plan.model}"), title_justify="left")
     for name in ("", "before", "after", "ratio"):
         table.add_column(name, justify="left" if not name else "right")
     kept, units = sum(layer.kept for layer in report.layers), sum(plan.widths)
@@ -192,7 +195,10 @@ def report_table(report: MinifyReport) -> Table:
         sliced = sum(layer.residual_sliced for layer in cut) / len(cut)
         refitted = sum(layer.residual for layer in cut) / len(cut)
         table.add_row(
-            "mean layer residual", f"{sliced:.3f} sliced", f"{refitted:.3f} refitted", f"{refitted / sliced:.3f}"
+            f"mean residual of {len(cut)} layers",
+            f"{sliced:.3f} sliced",
+            f"{refitted:.3f} refitted",
+            f"{refitted / sliced:.3f}",
         )
         low, high = min(layer.damping for layer in cut), max(layer.damping for layer in cut)
         table.add_row("damping", "", f"{low:.1e}" if low == high else f"{low:.1e} to {high:.1e}", "")
@@ -220,17 +226,27 @@ def plot_layers(report: MinifyReport, path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 5), sharex=True, layout="constrained")
+    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(8, 7), sharex=True, layout="constrained")
     index = [layer.layer for layer in report.layers]
     top.bar(index, [layer.width for layer in report.layers], color="0.88", label="before")
     top.bar(index, [layer.kept for layer in report.layers], color="tab:blue", label="kept")
     top.set(ylabel="MLP width", title=f"{report.plan.model}: {report.plan.config.keep:.0%} of the MLP units kept")
     top.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
-    bottom.plot(index, [layer.residual_sliced for layer in report.layers], "o-", color="0.6", label="sliced")
-    bottom.plot(index, [layer.residual for layer in report.layers], "o-", color="tab:blue", label="refitted")
-    bottom.set(xlabel="layer", ylabel="relative residual")
-    bottom.set_ylim(bottom=0)
-    bottom.legend()
+
+    def of_cut(name: str) -> list[float]:
+        # A layer that lost nothing has no residual and no damping: a gap.
+        return [getattr(layer, name) if layer.kept < layer.width else float("nan") for layer in report.layers]
+
+    middle.plot(index, of_cut("residual_sliced"), "o-", color="0.6", label="sliced")
+    middle.plot(index, of_cut("residual"), "o-", color="tab:blue", label="refitted")
+    middle.set(ylabel="relative residual")
+    middle.set_ylim(bottom=0)
+    middle.legend()
+    bottom.semilogy(index, [value or float("nan") for value in of_cut("damping")], "o", color="tab:blue")
+    for layer in report.layers:
+        tried = [damping for damping, _ in layer.damping_curve]
+        bottom.semilogy([layer.layer] * len(tried), tried, "_", color="0.7")
+    bottom.set(xlabel="layer", ylabel="damping λ (used, tried)")
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
     return True
@@ -256,17 +272,21 @@ def progress_bar(quiet: bool = False) -> Iterator[ProgressFunction]:
         def show(phase: str, done: int, total: int) -> None:
             name, _, detail = phase.partition(", ")
             if name not in tasks:
-                tasks[name] = progress.add_task(name, total=total)
-            progress.update(tasks[name], completed=done, total=total, description=f"{name} {detail}".strip())
+                tasks[name] = progress.add_task(escape(name), total=total)
+            progress.update(tasks[name], completed=done, total=total, description=escape(f"{name} {detail}".strip()))
 
         yield show
 
 
 def millions(count: int) -> str:
     """A count of parameters for people: 134.5M, 7.24B."""
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+    if count >= 1e9:
+        return f"{count / 1e9:.2f}B"
+    return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count:,}"
 
 
 def megabytes(size: int) -> str:
     """A size in bytes for people: 269 MB, 14.5 GB (decimal units)."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    if size >= 1e9:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e3:,.0f} kB"

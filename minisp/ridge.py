@@ -39,6 +39,74 @@ class RidgeSolution:
     energy: float
 
 
+class RidgeProblem:
+    """What does not depend on the damping, gathered once.
+
+    Args:
+        gram: (m, m) float32 or float64, symmetric; not changed.
+        kept: (n,) int64, sorted.
+        weight: (d, m) in any floating dtype.
+
+    Attributes:
+        original: W_S (d, n).
+        cross: W_P G_PS (d, n).
+        energy_sliced: see `RidgeSolution`.
+    """
+
+    def __init__(self, gram: Tensor, kept: Tensor, weight: Tensor):
+        weight = weight.to(gram.dtype)
+        removed = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+        removed[kept] = False
+        removed = removed.nonzero().squeeze(1)
+        lost = weight[:, removed]
+        self.gram, self.kept = gram, kept
+        self.original = weight[:, kept]
+        self.cross = lost @ gram[removed][:, kept]
+        self.energy_sliced = max(_dot(lost, lost @ gram[removed][:, removed]), 0.0)
+
+    def solve(
+        self, damping: float, *, to_zero: bool = False, probes: int = 0, refine: int = 0, impl: Impl = "auto"
+    ) -> RidgeSolution:
+        """The solution for one damping; arguments and errors as for `ridge_solve`."""
+        gram, kept = self.gram, self.kept
+        chosen = choose("ridge_solve", impl, native=native.serves_cholesky(gram.device, gram.dtype))
+        assert chosen in ("torch", "native")
+        if len(kept) == len(gram) and not to_zero:
+            return RidgeSolution(self.original, damping, 0.0, 0.0, float(len(kept)), 0.0, 0.0)
+        mu = damping * float(gram.diagonal().mean())
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randint(0, 2, (probes, len(kept)), generator=generator).mul_(2).sub_(1).to(gram)
+        right = torch.cat([self.cross - mu * self.original if to_zero else self.cross, noise])
+        system = self._system()
+        system.diagonal().add_(mu)
+        solved = cholesky.solve_(system, right, impl=chosen, refine=refine)
+        delta, answers = right[: len(self.cross)], right[len(self.cross) :]
+        dead = gram.diagonal()[kept] == 0
+        delta[:, dead] = -self.original[:, dead] if to_zero and mu > 0 else 0
+        if solved.shift:
+            energy = self.energy_sliced - 2 * _dot(delta, self.cross) + _dot(delta, delta @ self._system())
+        else:
+            # ‖R − X_S Δᵀ‖² with R = X_P W_Pᵀ, and Δ G_SS = (right-hand sides) − μΔ.
+            energy = self.energy_sliced - _dot(delta, self.cross) - mu * _dot(delta, delta)
+            energy -= mu * _dot(delta, self.original) if to_zero else 0.0
+        return RidgeSolution(
+            down=self.original + delta,
+            damping=damping,
+            backward_error=solved.backward_error,
+            shift=solved.shift,
+            degrees_of_freedom=len(kept) - mu * _dot(noise, answers) / probes if probes else float("nan"),
+            energy_sliced=self.energy_sliced,
+            energy=max(energy, 0.0),
+        )
+
+    def _system(self) -> Tensor:
+        """G_SS, a copy."""
+        system = self.gram.new_empty(len(self.kept), len(self.kept))
+        for start in range(0, len(self.kept), ROWS):
+            system[start : start + ROWS] = self.gram[self.kept[start : start + ROWS]][:, self.kept]
+        return system
+
+
 def ridge_solve(
     gram: Tensor,
     kept: Tensor,
@@ -53,7 +121,8 @@ def ridge_solve(
     """W' (d, n): the refitted columns of the kept units; see `reference.ridge_solve`.
 
     The delta form is solved, W' = W₀ + Δ with Δ (G_SS + μI) = W_P G_PS (− μ W_S when shrinking to zero): rounding
-    errors then scale with the correction. Units that were never active are left as they are.
+    errors then scale with the correction. Units that were never active keep their weights exactly, or get exactly 0
+    when damping shrinks to zero.
 
     Args:
         gram: (m, m) float32 or float64, symmetric; not changed.
@@ -61,48 +130,13 @@ def ridge_solve(
         weight: (d, m) in any floating dtype.
         damping: μ relative to the mean diagonal of G.
         probes: random vectors for the degrees of freedom (Hutchinson, 1990): 0 leaves them out.
-        refine: steps of iterative refinement.
+        refine: steps of iterative refinement, for systems that are nearly singular in float32.
 
     Raises:
         NumericalError: G holds values that are not finite, is not symmetric, or damped not positive definite.
         BackendError: `impl` cannot serve these tensors.
     """
-    chosen = choose("ridge_solve", impl, native=native.serves_cholesky(gram.device, gram.dtype))
-    assert chosen in ("torch", "native")
-    weight = weight.to(gram.dtype)
-    original = weight[:, kept]
-    mean = float(gram.diagonal().mean())
-    if len(kept) == gram.shape[0] and not to_zero:
-        return RidgeSolution(original, damping, 0.0, 0.0, float(len(kept)), 0.0, 0.0)
-    removed = torch.ones(gram.shape[0], dtype=torch.bool, device=gram.device)
-    removed[kept] = False
-    removed = removed.nonzero().squeeze(1)
-    system = gram.new_empty(len(kept), len(kept))
-    for start in range(0, len(kept), ROWS):
-        system[start : start + ROWS] = gram[kept[start : start + ROWS]][:, kept]
-    shift = damping * mean
-    system.diagonal().add_(shift)
-    lost = weight[:, removed]
-    cross = lost @ gram[removed][:, kept]
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(0, 2, (probes, len(kept)), generator=generator).mul_(2).sub_(1).to(gram)
-    right = torch.cat([cross - shift * original if to_zero else cross, noise])
-    solved = cholesky.solve_(system, right, impl=chosen, refine=refine)
-    delta, answers = right[: len(weight)], right[len(weight) :]
-    energy_sliced = _dot(lost, lost @ gram[removed][:, removed])
-    # ‖R − X_S Δᵀ‖² with R = X_P W_Pᵀ, and Δ G_SS = (right side) − μΔ.
-    energy = energy_sliced - _dot(delta, cross) - shift * _dot(delta, delta)
-    if to_zero:
-        energy -= shift * _dot(delta, original)
-    return RidgeSolution(
-        down=original + delta,
-        damping=damping,
-        backward_error=solved.backward_error,
-        shift=solved.shift,
-        degrees_of_freedom=len(kept) - shift * _dot(noise, answers) / probes if probes else float("nan"),
-        energy_sliced=energy_sliced,
-        energy=max(energy, 0.0),
-    )
+    return RidgeProblem(gram, kept, weight).solve(damping, to_zero=to_zero, probes=probes, refine=refine, impl=impl)
 
 
 def output_energy(gram: Tensor, weight: Tensor) -> float:

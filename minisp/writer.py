@@ -56,11 +56,12 @@ def check_output(out: str | Path, needed_bytes: int) -> Path:
     parent = path.parent
     try:
         found = _found_at(path)
+        partial = _partial(path)
+        foreign = partial.is_symlink() or (partial.exists() and not _is_leftover(partial))
         parent.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise OutputError(f"Output {path}: no folder can be made there ({error}). Choose another path.") from error
-    partial = _partial(path)
-    if partial.is_symlink() or (partial.exists() and not _is_leftover(partial)):
+    if foreign:
         raise OutputError(
             f"Output {path}: expected to use {partial.name} beside it until it is complete, got something of that name "
             "that no earlier run left behind. Move it away or choose another path."

@@ -73,6 +73,25 @@ def test_the_main_help_lists_commands_and_exit_codes() -> None:
     assert codes == raised | {0, 1, 2, 130}
 
 
+def test_names_that_look_like_markup_are_printed_as_they_are(
+    model: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, out = tmp_path / "m[bold]x[/b]", tmp_path / 'o[v1]"q'
+    source.symlink_to(model)
+    done = run("minify", source, "--out", out, "-c", texts[0], *SMALL)
+    assert done.exit_code == 0, done.stderr
+    assert f"written to {out}" in done.stdout
+    assert json.dumps(str(out)) in done.stdout
+    assert "m[bold]x[/b]" in done.stdout
+
+
+def test_the_demo_refuses_a_full_folder_before_it_fetches_anything(tmp_path: Path) -> None:
+    (tmp_path / "kept").touch()
+    refused = run("demo", "--out", tmp_path)
+    assert refused.exit_code == 8
+    assert "expected a new or empty folder" in refused.stderr
+
+
 @pytest.mark.parametrize("name", ["minify", "plan"])
 def test_every_field_of_the_config_is_an_option_with_its_default(name: str) -> None:
     defaults = {parameter.name: parameter.default for parameter in COMMANDS[name].params}
@@ -148,7 +167,7 @@ def test_eval_states_protocol_and_result(model: Path, texts: tuple[Path, Path], 
     table = run("eval", model, *flags)
     assert table.exit_code == 0
     assert "perplexity, prose.txt" in table.stdout
-    assert "the first 3 windows at most of 32 tokens" in table.stdout
+    assert "93 tokens scored in 3 windows of 32, stride 32" in table.stdout
 
     found = json.loads(run("eval", model, *flags, "--json").stdout)
     measured = found["perplexity"]["prose.txt"]

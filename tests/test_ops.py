@@ -210,6 +210,26 @@ def test_energies_are_those_of_the_definition(damping: float, to_zero: bool) -> 
         assert (energy / total) ** 0.5 == pytest.approx(expected, rel=1e-6)
 
 
+def test_energies_hold_where_the_solver_had_to_shift() -> None:
+    x = torch.randn(30, 64)
+    gram, weight, kept = x.T @ x, torch.randn(7, 64), torch.arange(0, 64, 1)[:50]
+    with pytest.warns(UserWarning, match="not positive definite"):
+        solution = ops.ridge_solve(gram, kept, weight, 0.0)
+    assert solution.shift > 0
+    total = ops.output_energy(gram, weight)
+    expected = float(reference.residual(gram.double(), kept, weight.double(), solution.down.double()))
+    assert abs((solution.energy / total) ** 0.5 - expected) < 1e-3
+
+
+@pytest.mark.parametrize("to_zero", [False, True])
+def test_dead_units_are_exact_with_damping(to_zero: bool) -> None:
+    gram, weight = gram_and_weight()
+    gram[4] = 0
+    gram[:, 4] = 0
+    solved = ops.ridge_solve(gram.float(), torch.tensor([1, 4, 9]), weight.float(), 1e-2, to_zero=to_zero).down
+    assert torch.equal(solved[:, 1], torch.zeros(7) if to_zero else weight[:, 4].float())
+
+
 def test_degrees_of_freedom() -> None:
     gram, weight = gram_and_weight()
     kept = torch.arange(0, 40, 2)

@@ -96,16 +96,24 @@ def _copy_companions(source: Path, folder: Path) -> None:
 def _write_card(folder: Path, report: MinifyReport) -> None:
     name, config = report.plan.model, report.plan.config
     kept, units = sum(layer.kept for layer in report.layers), sum(layer.width for layer in report.layers)
+    refit = (
+        f"the down projections refitted in closed form (ridge, λ {config.damping}, shrinking to {config.shrink_to}, on "
+        f"{config.inputs} inputs)"
+        if config.reconstruct and kept < units
+        else "no weight changed"
+    )
+    # A folder's name is no model that anyone could look up.
+    base = [f"base_model: {json.dumps(name)}"] if "/" in name else []
     lines = [
         "---",
         "library_name: transformers",
-        f"base_model: {json.dumps(name)}",
+        *base,
         "tags: [minisp, pruned]",
         "---",
         f"# {name}, {kept / units:.0%} of its MLP units",
         "",
         f"Made from {name} by minisp {minisp.__version__}: {kept:,} of {units:,} MLP units kept ({config.saliency} "
-        f"saliency, {config.widths} widths), the down projections refitted in closed form. Nothing was trained.",
+        f"saliency, {config.widths} widths), {refit}. Nothing was trained.",
         "",
         f"Calibration: {'; '.join(report.calibration)}.",
         "",
