@@ -23,7 +23,9 @@ SHIFTS = (1.0, 10.0, 100.0)
 MEASURED = 16
 """Right-hand sides whose backward error is measured where nothing is refined."""
 BLOCK = 64
-"""Rows handled at once where a copy is made."""
+"""Rows scaled or restored at once."""
+RESIDUAL_ROWS = 32
+"""Rows of the matrix in float64 at once: 4 % of a float32 matrix of 1536 rows."""
 
 
 @dataclass(frozen=True)
@@ -224,11 +226,6 @@ def _restore_lower_(matrix: Tensor, diagonal: Tensor) -> None:
     matrix.diagonal().copy_(diagonal)
 
 
-def _upper_blocks(matrix: Tensor) -> list[tuple[slice, slice]]:
-    edges = range(0, len(matrix), BLOCK)
-    return [(slice(start, min(start + BLOCK, len(matrix))), slice(start, len(matrix))) for start in edges]
-
-
 def _infinity_norm(matrix: Tensor) -> float:
     """The largest row sum of |A|."""
     return float(torch.linalg.vector_norm(matrix, 1, dim=1).max())
@@ -238,10 +235,13 @@ def _remaining(matrix: Tensor, diagonal: Tensor, solution: Tensor, wanted: Tenso
     """r − xA in float64, rounded to the dtype of r; A from its strict upper triangle and its diagonal."""
     x = solution.to(torch.float64)
     left = wanted.to(torch.float64) - x * diagonal.to(x)
-    for rows, columns in _upper_blocks(matrix):
-        block = matrix[rows, columns].to(x.device, torch.float64).triu_(1)
-        left[:, columns] -= x[:, rows] @ block
-        left[:, rows] -= x[:, columns] @ block.T
+    room = x.new_empty(RESIDUAL_ROWS, len(matrix))
+    for start in range(0, len(matrix), RESIDUAL_ROWS):
+        stop = min(start + RESIDUAL_ROWS, len(matrix))
+        block = room[: stop - start, start:].copy_(matrix[start:stop, start:])
+        block[:, : stop - start].triu_(1)
+        left[:, start:] -= x[:, start:stop] @ block
+        left[:, start:stop] -= x[:, start:] @ block.T
     return left.to(wanted.dtype)
 
 

@@ -133,6 +133,15 @@ def test_refinement_gains_what_single_precision_lost(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_refinement_of_double_precision_leaves_the_factor_alone(impl: str) -> None:
+    gram, right = random_gram(300), torch.randn(5, 300, dtype=torch.float64)
+    exact = torch.linalg.solve(gram, right.T).T
+    refined, solved = solve(gram, right, impl=impl, refine=3)
+    torch.testing.assert_close(refined, exact, rtol=1e-10, atol=1e-12)
+    assert solved.backward_error < 1e-15
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_a_matrix_that_rounding_made_indefinite_is_shifted_and_said_to_be(impl: str) -> None:
     n = 80
     basis = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q
