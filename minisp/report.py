@@ -226,27 +226,30 @@ def plot_layers(report: MinifyReport, path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (top, middle, bottom) = plt.subplots(3, 1, figsize=(8, 7), sharex=True, layout="constrained")
+    curves = {layer.layer: layer.damping_curve for layer in report.layers if layer.damping_curve}
+    rows = 3 if curves else 2
+    figure, axes = plt.subplots(rows, 1, figsize=(8, 2.5 * rows), layout="constrained")
+    top, middle = axes[:2]
     index = [layer.layer for layer in report.layers]
     top.bar(index, [layer.width for layer in report.layers], color="0.88", label="before")
     top.bar(index, [layer.kept for layer in report.layers], color="tab:blue", label="kept")
-    top.set(ylabel="MLP width", title=f"{report.plan.model}: {report.plan.config.keep:.0%} of the MLP units kept")
+    top.set_ylabel("MLP width")
+    top.set_title(f"{report.plan.model}: {report.plan.config.keep:.0%} of the MLP units kept", loc="left")
     top.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
-
-    def of_cut(name: str) -> list[float]:
-        # A layer that lost nothing has no residual and no damping: a gap.
-        return [getattr(layer, name) if layer.kept < layer.width else float("nan") for layer in report.layers]
-
-    middle.plot(index, of_cut("residual_sliced"), "o-", color="0.6", label="sliced")
-    middle.plot(index, of_cut("residual"), "o-", color="tab:blue", label="refitted")
-    middle.set(ylabel="relative residual")
+    for name, label, color in (("residual_sliced", "sliced", "0.6"), ("residual", "refitted", "tab:blue")):
+        # A layer that lost nothing has no residual: a gap.
+        values = [getattr(layer, name) if layer.kept < layer.width else float("nan") for layer in report.layers]
+        middle.plot(index, values, "o-", color=color, label=label)
+    middle.set(xlabel="layer", ylabel="relative residual", xlim=top.get_xlim())
     middle.set_ylim(bottom=0)
     middle.legend()
-    bottom.semilogy(index, [value or float("nan") for value in of_cut("damping")], "o", color="tab:blue")
-    for layer in report.layers:
-        tried = [damping for damping, _ in layer.damping_curve]
-        bottom.semilogy([layer.layer] * len(tried), tried, "_", color="0.7")
-    bottom.set(xlabel="layer", ylabel="damping λ (used, tried)")
+    for layer, curve in curves.items():
+        dampings, errors = zip(*curve, strict=True)
+        shade = matplotlib.colormaps["viridis"](layer / max(1, len(index) - 1))
+        axes[2].semilogx(dampings, [error / min(errors) for error in errors], ".-", color=shade, label=f"layer {layer}")
+    if curves:
+        axes[2].set(xlabel="damping λ", ylabel="cross-validated error\nover its minimum")
+        axes[2].legend(fontsize=6, ncols=3, loc="upper left")
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
     return True
