@@ -32,13 +32,13 @@ void copy_rows(const bf16* source, int64_t stride, const AttentionShape& shape, 
 // Copies of one head in the orders that the products want.
 struct HeadBuffers {
   MatrixSize size;
+  int64_t area = size.rows * size.columns;
   std::vector<bf16> rows, key_rows, value_rows, turned, query_pairs, query_turned, grad_pairs, grad_turned;
   std::vector<float> sums, delta, logsumexp;
 
   explicit HeadBuffers(const AttentionShape& shape)
-      : size(padded(shape)), rows(size.rows * size.columns), key_rows(size.rows * size.columns), value_rows(size.rows * size.columns), turned(size.rows * size.columns),
-        query_pairs(size.rows * size.columns), query_turned(size.rows * size.columns), grad_pairs(size.rows * size.columns), grad_turned(size.rows * size.columns),
-        sums(size.rows * size.columns), delta(size.rows), logsumexp(size.rows) {}
+      : size(padded(shape)), rows(area), key_rows(area), value_rows(area), turned(area), query_pairs(area),
+        query_turned(area), grad_pairs(area), grad_turned(area), sums(area), delta(size.rows), logsumexp(size.rows) {}
 
   RowOrder key_block(int64_t j) const { return {key_rows.data() + j * kBlock * size.columns, size.columns}; }
   RowOrder value_block(int64_t j) const { return {value_rows.data() + j * kBlock * size.columns, size.columns}; }

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
-#include <vector>
 
 #include "clones.h"
 #include "parallel.h"
@@ -22,7 +21,8 @@ constexpr int64_t kTokens = kTileDepth;  // tokens of one tile product
 // A tile product is C += A B with A (16 units, 32 tokens) row by row and B (32 tokens, 16 units) with tokens in pairs.
 // Seen as 32-bit pairs of tokens, B is the transpose of A. One tile of X is stored in both orders; units or tokens
 // beyond the edge are zero.
-MINISP_CLONES void pack(const uint16_t* x, int64_t num_tokens, int64_t width, int64_t unit, int64_t token, uint16_t* a, uint16_t* b) {
+MINISP_CLONES void pack(const uint16_t* x, int64_t num_tokens, int64_t width, int64_t unit, int64_t token, uint16_t* a,
+                        uint16_t* b) {
   const int64_t tokens = std::min(kTokens, num_tokens - token);
   const int64_t units = std::min(kEdge, width - unit);
   if (tokens < kTokens || units < kEdge) {
@@ -44,31 +44,6 @@ MINISP_CLONES void pack(const uint16_t* x, int64_t num_tokens, int64_t width, in
     for (int64_t k = 0; k < kTokens / 2; ++k) rows[u * kEdge + k] = pairs[k * kEdge + u];
 }
 
-// One 32 x 32 block of G: rows from the packed A tiles of two strips of units, columns from the B tiles of two others.
-MINISP_TILES void block_product(float* out, const uint16_t* a0, const uint16_t* a1,
-                                                                const uint16_t* b0, const uint16_t* b1,
-                                                                int64_t steps) {
-  constexpr int64_t kStride = kBlock * sizeof(float);
-  _tile_loadd(0, out, kStride);
-  _tile_loadd(1, out + kEdge, kStride);
-  _tile_loadd(2, out + kEdge * kBlock, kStride);
-  _tile_loadd(3, out + kEdge * kBlock + kEdge, kStride);
-  for (int64_t step = 0; step < steps; ++step) {
-    _tile_loadd(4, a0 + step * kTile, 64);
-    _tile_loadd(6, b0 + step * kTile, 64);
-    _tile_loadd(5, a1 + step * kTile, 64);
-    _tile_loadd(7, b1 + step * kTile, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, out, kStride);
-  _tile_stored(1, out + kEdge, kStride);
-  _tile_stored(2, out + kEdge * kBlock, kStride);
-  _tile_stored(3, out + kEdge * kBlock + kEdge, kStride);
-}
-
 // Adds the product for block (i, j) into G, through a dense copy of the block so that edges need no special case.
 void update_block(float* gram, int64_t width, int64_t i, int64_t j, const uint16_t* a, const uint16_t* b,
                   int64_t steps) {
@@ -77,7 +52,9 @@ void update_block(float* gram, int64_t width, int64_t i, int64_t j, const uint16
   float* corner = gram + i * kBlock * width + j * kBlock;
   for (int64_t r = 0; r < rows; ++r) std::memcpy(block + r * kBlock, corner + r * width, columns * sizeof(float));
   const int64_t strip = steps * kTile;
-  block_product(block, a + 2 * i * strip, a + (2 * i + 1) * strip, b + 2 * j * strip, b + (2 * j + 1) * strip, steps);
+  // Rows from the packed A tiles of two strips of units, columns from the B tiles of two others.
+  multiply_block({block, kBlock}, {a + 2 * i * strip, a + (2 * i + 1) * strip, kTileBytes, kTile},
+                 {b + 2 * j * strip, b + (2 * j + 1) * strip, kTileBytes, kTile}, steps, true);
   for (int64_t r = 0; r < rows; ++r) std::memcpy(corner + r * width, block + r * kBlock, columns * sizeof(float));
 }
 

@@ -46,39 +46,44 @@ MINISP_TILES void configure_tiles() {
 
 MINISP_TILES void release_tiles() { _tile_release(); }
 
-MINISP_TILES void multiply(Sums c, RowOrder a, PairOrder b, Extent extent, bool add) {
-  const int64_t c_bytes = c.stride * sizeof(float), a_bytes = a.stride * sizeof(bf16), b_step = b.step * kTile;
+MINISP_TILES void multiply_block(Sums c, TilePair a, TilePair b, int64_t steps, bool add) {
+  const int64_t c_bytes = c.stride * sizeof(float);
+  float* const lower = c.data + kTileEdge * c.stride;
+  if (add) {
+    _tile_loadd(0, c.data, c_bytes);
+    _tile_loadd(1, c.data + kTileEdge, c_bytes);
+    _tile_loadd(2, lower, c_bytes);
+    _tile_loadd(3, lower + kTileEdge, c_bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    _tile_loadd(4, a.first + step * a.step, a.row_bytes);
+    _tile_loadd(6, b.first + step * b.step, b.row_bytes);
+    _tile_loadd(5, a.second + step * a.step, a.row_bytes);
+    _tile_loadd(7, b.second + step * b.step, b.row_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c.data, c_bytes);
+  _tile_stored(1, c.data + kTileEdge, c_bytes);
+  _tile_stored(2, lower, c_bytes);
+  _tile_stored(3, lower + kTileEdge, c_bytes);
+}
+
+void multiply(Sums c, RowOrder a, PairOrder b, Extent extent, bool add) {
   for (int64_t row = 0; row < extent.rows; row += 2 * kTileEdge)
     for (int64_t column = 0; column < extent.columns; column += 2 * kTileEdge) {
-      float* upper = c.data + row * c.stride + column;
-      float* lower = upper + kTileEdge * c.stride;
-      if (add) {
-        _tile_loadd(0, upper, c_bytes);
-        _tile_loadd(1, upper + kTileEdge, c_bytes);
-        _tile_loadd(2, lower, c_bytes);
-        _tile_loadd(3, lower + kTileEdge, c_bytes);
-      } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-      }
       const bf16* left = a.data + row * a.stride;
       const bf16* right = b.tiles + column / kTileEdge * kTile;
-      for (int64_t k = 0; k < extent.depth; k += kTileDepth, left += kTileDepth, right += b_step) {
-        _tile_loadd(4, left, a_bytes);
-        _tile_loadd(5, left + kTileEdge * a.stride, a_bytes);
-        _tile_loadd(6, right, 64);
-        _tile_loadd(7, right + kTile, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-      _tile_stored(0, upper, c_bytes);
-      _tile_stored(1, upper + kTileEdge, c_bytes);
-      _tile_stored(2, lower, c_bytes);
-      _tile_stored(3, lower + kTileEdge, c_bytes);
+      multiply_block({c.data + row * c.stride + column, c.stride},
+                     {left, left + kTileEdge * a.stride, a.stride * static_cast<int64_t>(sizeof(bf16)), kTileDepth},
+                     {right, right + kTile, kTileBytes, b.step * kTile}, extent.depth / kTileDepth, add);
     }
 }
 

@@ -20,6 +20,7 @@ constexpr int64_t kTileEdge = 16;                  // rows of A and C, columns o
 constexpr int64_t kTileDepth = 32;                 // columns of A, rows of B
 constexpr int64_t kTile = kTileEdge * kTileDepth;  // elements of a bfloat16 tile
 constexpr int64_t kPairs = kTile / 2;              // 32-bit pairs in one
+constexpr int64_t kTileBytes = 64;                 // of a row of a tile that is stored densely
 
 // The processor has the tiles and the operating system lets this process use them.
 bool tiles_available();
@@ -52,6 +53,15 @@ struct Sums {
 struct Extent {
   int64_t rows, columns, depth;  // multiples of 32
 };
+
+// Two tiles of an operand side by side: rows of A tiles are `row_bytes` apart, tiles `step` elements along the depth.
+struct TilePair {
+  const bf16 *first, *second;
+  int64_t row_bytes, step;
+};
+
+// A 32 x 32 block: C (+)= the `steps` tile products of two rows of A tiles and two columns of B tiles; in a TileScope.
+void multiply_block(Sums c, TilePair a, TilePair b, int64_t steps, bool add);
 
 // C (+)= A B, 32 x 32 of C at a time; within a TileScope.
 void multiply(Sums c, RowOrder a, PairOrder b, Extent extent, bool add);

@@ -38,12 +38,6 @@ class Protocol:
     stride: int | None = None
     max_windows: int | None = 20
 
-    def describe(self) -> str:
-        """The protocol in a sentence."""
-        stride = "" if self.stride in (None, self.window) else f", stride {self.stride}"
-        count = "all windows" if self.max_windows is None else f"the first {self.max_windows} windows at most"
-        return f"perplexity: {count} of {self.window} tokens from the start of each text{stride}, float32 loss"
-
 
 @dataclass(frozen=True)
 class Measurement:

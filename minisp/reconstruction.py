@@ -58,14 +58,12 @@ def reconstruct(
         return Reconstruction(layer, kept, None, 0.0, 0.0)
     on_device = kept.to(gram.device)
     total = ops.output_energy(gram, weight)
+    problem = RidgeProblem(gram, on_device, weight)
     if not config.reconstruct:
-        removed = weight.to(gram.dtype, copy=True)
-        removed[:, on_device] = 0
-        residual = _relative(ops.output_energy(gram, removed), total)
-        return Reconstruction(layer, kept, weight[:, on_device].to(gram.dtype), residual, residual)
+        residual = _relative(problem.energy_sliced, total)
+        return Reconstruction(layer, kept, problem.original, residual, residual)
     to_zero = config.shrink_to == "zero"
     curve: Curve = ()
-    problem = RidgeProblem(gram, on_device, weight)
     try:
         if config.damping == "auto":
             solution, curve = choose_damping(problem, statistics.num_tokens, to_zero=to_zero)
@@ -87,4 +85,4 @@ def reconstruct(
 
 
 def _relative(energy: float, total: float) -> float:
-    return float((max(energy, 0.0) / total) ** 0.5) if total > 0 else 0.0
+    return float((energy / total) ** 0.5) if total > 0 else 0.0

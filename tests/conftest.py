@@ -1,6 +1,7 @@
 """What every test shares: no network, no random choice without a seed."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -11,3 +12,19 @@ import torch
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A file of calibration text that nothing is wrong with."""
+    path = tmp_path / "text.txt"
+    path.write_text("a sentence of no consequence. " * 20)
+    return path
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Path:
+    """Where an output would be: an empty folder."""
+    path = tmp_path / "there"
+    path.mkdir()
+    return path

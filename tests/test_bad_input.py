@@ -169,21 +169,6 @@ def copy(good: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(good, tmp_path / "model"))
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "good.txt"
-    path.write_text("a sentence of no consequence. " * 20)
-    return path
-
-
-@pytest.fixture
-def there(tmp_path: Path) -> Path:
-    """Where the output would be: an empty folder, and empty it must stay."""
-    path = tmp_path / "there"
-    path.mkdir()
-    return path
-
-
 @pytest.mark.parametrize(("change", "says"), DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_checkpoint_is_refused(change: Change, says: str, copy: Path, text: Path, there: Path) -> None:
     change(copy)

@@ -42,20 +42,6 @@ def clean(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[
     return names, contents(out)
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("a sentence of no consequence. " * 20)
-    return path
-
-
-@pytest.fixture
-def there(tmp_path: Path) -> Path:
-    path = tmp_path / "there"
-    path.mkdir()
-    return path
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
