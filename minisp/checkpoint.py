@@ -6,7 +6,8 @@ GPT-2 and OPT checkpoints leave out the base model's prefix).
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from minisp.architecture import unknown_family
 from minisp.errors import CheckpointError, UnsupportedModelError, one_line
+from minisp.files import Piece, read_pieces, tensor_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -37,15 +39,26 @@ DTYPES = FLOATING | {
     torch.bool: "BOOL",
 }
 """The element types that are read and written, as safetensors spells them; parameters are floating-point ones."""
+DTYPE_OF = {code: dtype for dtype, code in DTYPES.items()}
+
+# Elements whose float32 copies a check holds at once.
+CHECKED_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: file name inside the folder, shape, and element type as safetensors spells it."""
+    """Where one tensor lies: file name inside the folder, first byte in it, shape, and element type as safetensors
+    spells it."""
 
     file: str
+    offset: int
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the raw data."""
+        return math.prod(self.shape) * DTYPE_OF[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -113,28 +126,75 @@ class Checkpoint:
         )
 
     def read(self, stored_names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (stored name, tensor) in the stored dtype, on the CPU, file by file; each shard is opened once.
+        """Yield (stored name, tensor) in the stored dtype, on the CPU, in the order in which they lie in the files.
 
         Raises:
             CheckpointError: a tensor cannot be read, or holds NaN or infinity.
         """
+        for name in sorted(stored_names, key=lambda name: (self.tensors[name].file, self.tensors[name].offset)):
+            tensor = torch.empty(self.tensors[name].shape, dtype=DTYPE_OF[self.tensors[name].dtype])
+            self.read_into({name: tensor})
+            self.check_finite(name, tensor)
+            yield name, tensor
+
+    def read_into(self, destinations: Mapping[str, Tensor]) -> None:
+        """Fill contiguous CPU tensors of the stored shapes and dtypes; neighbours in a file share a system call.
+
+        Nothing is mapped, so that what was read does not count as this process's memory twice.
+
+        Raises:
+            CheckpointError: a file cannot be read or is shorter than it was.
+        """
         by_file: dict[str, list[str]] = {}
-        for name in stored_names:
+        for name in sorted(destinations, key=lambda name: self.tensors[name].offset):
             by_file.setdefault(self.tensors[name].file, []).append(name)
         for file, names in by_file.items():
-            try:
-                with safe_open(self.folder / file, framework="pt") as handle:
-                    for name in names:
-                        tensor = handle.get_tensor(name)
-                        _check_finite(tensor, f"{self.folder.name}/{file}: tensor {name}")
-                        yield name, tensor
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{self.folder}/{file}: cannot be read ({error}). Download it again.") from error
+            pieces = [(self.tensors[name].offset, tensor_bytes(destinations[name])) for name in names]
+            self._fill(file, pieces)
+
+    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Some rows of a stored tensor, in ascending order, in the stored dtype.
+
+        Raises:
+            CheckpointError: they cannot be read, or hold NaN or infinity.
+        """
+        place = self.tensors[name]
+        # A scalar counts as one row.
+        num_rows, *rest = place.shape or (1,)
+        found = torch.empty((len(rows), *rest), dtype=DTYPE_OF[place.dtype])
+        size, memory = place.num_bytes // num_rows, tensor_bytes(found)
+        pieces = [(place.offset + row * size, memory[i * size : (i + 1) * size]) for i, row in enumerate(rows)]
+        self._fill(place.file, pieces)
+        self.check_finite(name, found)
+        return found
+
+    def _fill(self, file: str, pieces: Sequence[Piece]) -> None:
+        try:
+            read_pieces(self.folder / file, pieces)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}/{file}: cannot be read ({error}). Download it again.") from error
+
+    def check_finite(self, name: str, tensor: Tensor) -> None:
+        """Raise `CheckpointError` where what was read of a tensor holds NaN or infinity."""
+        # One cheap pass in small pieces: a sum is finite unless a term is not, or, for huge finite values, overflows.
+        sums = [piece.sum(dtype=torch.float32) for piece in tensor.view(-1).split(CHECKED_AT_ONCE)]
+        if not tensor.is_floating_point() or all(torch.isfinite(total) for total in sums):
+            return
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise CheckpointError(
+                f"{self.folder.name}/{self.tensors[name].file}: tensor {name}: expected finite values, got {bad} NaN "
+                f"or infinite of {tensor.numel()}. The checkpoint is damaged or training diverged; repair it first."
+            )
+
+    def modified(self) -> list[int]:
+        """When each weight file was last changed, in nanoseconds: on one machine, another value means other weights."""
+        return [(self.folder / file).stat().st_mtime_ns for file in sorted({t.file for t in self.tensors.values()})]
 
     def fingerprint(self) -> str:
         """SHA-256 over the config and every tensor's name, place, shape, dtype and file size (not its values)."""
         sizes = {file: (self.folder / file).stat().st_size for file in sorted({t.file for t in self.tensors.values()})}
-        table = [(name, t.file, t.shape, t.dtype) for name, t in sorted(self.tensors.items())]
+        table = [(name, t.file, t.offset, t.shape, t.dtype) for name, t in sorted(self.tensors.items())]
         return hashlib.sha256(json.dumps([self.raw_config, sizes, table]).encode()).hexdigest()
 
 
@@ -170,11 +230,17 @@ def _shards(folder: Path) -> list[str]:
 def _read_header(folder: Path, file: str) -> dict[str, StoredTensor]:
     try:
         with safe_open(folder / file, framework="pt") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            tensors = {
-                name: StoredTensor(file, tuple(piece.get_shape()), piece.get_dtype()) for name, piece in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
+            names = set(handle.keys())
+        # The package has checked the header: it fits the file, and no tensor reaches beyond it or into another.
+        with open(folder / file, "rb") as plain:
+            size = int.from_bytes(plain.read(8), "little")
+            header = json.loads(plain.read(size))
+        tensors = {
+            name: StoredTensor(file, 8 + size + row["data_offsets"][0], tuple(row["shape"]), row["dtype"])
+            for name, row in header.items()
+            if name in names
+        }
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{folder}/{file}: expected a complete safetensors file, got {error}. It is truncated or damaged: "
             "download it again."
@@ -226,15 +292,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}. The file is damaged.")
     return value
-
-
-def _check_finite(tensor: Tensor, where: str) -> None:
-    # One cheap pass: a sum is finite unless a term is not, or, for huge finite values, unless it overflows.
-    if not tensor.is_floating_point() or torch.isfinite(tensor.sum(dtype=torch.float32)):
-        return
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
-        raise CheckpointError(
-            f"{where}: expected finite values, got {bad} NaN or infinite of {tensor.numel()}. "
-            "The checkpoint is damaged or training diverged; repair it first."
-        )

@@ -19,14 +19,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from minisp.config import MinifyConfig, Widths
+from minisp.config import MinifyConfig, Resources, Widths, split_options
 from minisp.errors import MinispError
 
 app = typer.Typer(
     name="minisp",
     help="Makes Transformer language models physically smaller: cuts the MLP units that matter least, refits the rest.",
     epilog="Exit codes: 0 done, 1 unforeseen error, 2 wrong usage, 3 option out of range, 4 model not supported, "
-    "5 bad checkpoint, 6 bad text, 7 numerical failure, 8 cannot write, 9 backend missing, 130 interrupted.",
+    "5 bad checkpoint, 6 bad text, 7 numerical failure, 8 cannot write, 9 backend missing, 10 another process "
+    "lost, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,33 +44,38 @@ CALIBRATION_HELP = (
 
 
 def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, which takes `**options`, one option per field of `MinifyConfig`."""
-    documented = re.split(
-        r"\n {8}(\w+): ", inspect.cleandoc(MinifyConfig.__doc__ or "").replace("\n    ", "\n        ")
-    )
-    help_of = {
-        name: " ".join(text.split("\n\n")[0].split())
-        for name, text in zip(documented[1::2], documented[2::2], strict=True)
-    }
+    """Give a command, which takes `**options`, one option per field of `MinifyConfig` and of `Resources`."""
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     added = [
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=field.default,
-            annotation=_option(field, help_of[field.name]),
+            annotation=_option(field, help_of[field.name], panel),
         )
-        for field in fields(MinifyConfig)
+        for record, panel in ((MinifyConfig, "Method and calibration"), (Resources, "Resources"))
+        for help_of in [_documented(record)]
+        for field in fields(record)
     ]
     command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
     return command
 
 
-def _option(field: Field[Any], text: str) -> Any:
+def _documented(record: type) -> dict[str, str]:
+    """What the docstring of a record says about each of its fields."""
+    text = inspect.cleandoc(record.__doc__ or "").replace("\n    ", "\n        ")
+    parts = re.split(r"\n {8}(\w+): ", text)
+    return {name: " ".join(part.split("\n\n")[0].split()) for name, part in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def _option(field: Field[Any], text: str, panel: str) -> Any:
     if field.name == "damping":
-        return Annotated[Any, typer.Option(help=text, parser=_number_or_word, metavar="FLOAT|auto")]
-    return Annotated[field.type, typer.Option(help=text)]
+        option = typer.Option(help=text, rich_help_panel=panel, parser=_number_or_word, metavar="FLOAT|auto")
+        return Annotated[Any, option]
+    if isinstance(field.default, bool) and not field.default:
+        return Annotated[bool, typer.Option(f"--{field.name}", help=text, rich_help_panel=panel)]
+    return Annotated[field.type, typer.Option(help=text, rich_help_panel=panel)]
 
 
 def _number_or_word(text: Any) -> float | str:
@@ -90,14 +96,14 @@ def minify(
     **options: Any,
 ) -> None:
     """Write a smaller copy of a checkpoint."""
-    from minisp import fast, report
+    from minisp import fast, plan_view, report
     from minisp.calibration import parse_source
 
     console = Console(stderr=True, quiet=quiet or as_json)
     with _errors():
-        MinifyConfig.from_options(**options)
+        split_options(**options)
         sources = [parse_source(source) for source in calibration] if calibration else None
-        console.print(report.plan_table(fast.plan(model, **options)))
+        console.print(plan_view.plan_table(fast.plan(model, **options)))
         with report.progress_bar(quiet) as progress:
             result = fast.minify(model, out=out, calibration=sources, progress=progress, **options)
     _show(result.as_dict(), as_json, quiet, report.report_table(result), report.summary_lines(result))
@@ -107,11 +113,11 @@ def minify(
 @with_config_options
 def plan(model: Model, as_json: Json = False, quiet: Quiet = False, **options: Any) -> None:
     """Say what minify would do: sizes, work, memory. Reads no weights, takes seconds."""
-    from minisp import fast, report
+    from minisp import fast, plan_view
 
     with _errors():
         planned = fast.plan(model, **options)
-    _show(report.plan_dict(planned), as_json, quiet, report.plan_table(planned), [])
+    _show(plan_view.plan_dict(planned), as_json, quiet, plan_view.plan_table(planned), [])
 
 
 @app.command("eval", epilog="Example: minisp eval ./llama-70 --text test.txt --window 2048")
@@ -133,7 +139,7 @@ def evaluate(
     from minisp.hub import local_folder
 
     with _errors(), report.progress_bar(quiet) as progress:
-        config = MinifyConfig.from_options(dtype=dtype, device=device)
+        config = split_options(dtype=dtype, device=device)[0]
         protocol = measure.Protocol(window=window, stride=stride, max_windows=max_windows)
         folder = local_folder(model)
         tokens = measure.tokenize(folder, {text.name: load_text(text)})
@@ -157,9 +163,8 @@ def demo(
 
     with _errors(), report.progress_bar(quiet) as progress:
         console = Console(stderr=True, quiet=quiet)
-        result = run_demo(
-            out, MinifyConfig.from_options(keep=keep, widths=widths, seed=seed, num_windows=windows), console, progress
-        )
+        config = MinifyConfig(keep=keep, widths=widths, seed=seed, num_windows=windows)
+        result = run_demo(out, config, console, progress)
     _show(result.as_dict(), as_json, quiet, result.table(), result.lines())
 
 
@@ -203,7 +208,10 @@ def _errors() -> Iterator[None]:
             console.print(_printable(str(error)), markup=False, highlight=False)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
-            console.print("Interrupted: nothing was left at the output path.")
+            console.print(
+                "Interrupted: nothing was left at the output path. What was finished waits in the scratch folder; the "
+                "same command with --resume goes on from there."
+            )
             raise typer.Exit(130) from None
 
 

@@ -33,7 +33,6 @@ class MinifyConfig:
         num_windows: calibration windows.
         window: tokens per calibration window.
         batch: windows computed at once; None picks about 512 tokens on a CPU and 8192 on a GPU.
-        segment: consecutive layers held at once; None picks what fits (fewer need less memory and more recomputing).
         dtype: compute type; `auto` is bfloat16 where the device has it, else float32.
         device: torch device string; `auto` is the first GPU, else the CPU.
         seed: seeds the text that the model writes itself and every other random choice.
@@ -54,7 +53,6 @@ class MinifyConfig:
     num_windows: int = 128
     window: int = 512
     batch: int | None = None
-    segment: int | None = None
     dtype: DtypeName = "auto"
     device: str = "auto"
     seed: int = 0
@@ -70,26 +68,90 @@ class MinifyConfig:
         _require("damping", self.damping, "a finite number, at least 0, or 'auto'", _is_damping)
         for name in ("num_windows", "window"):
             _require(name, getattr(self, name), "a whole number, at least 1", _is_positive_integer)
-        for name in ("alignment", "batch", "segment"):
+        for name in ("alignment", "batch"):
             value = getattr(self, name)
             if value is not None:
                 _require(name, value, "a whole number, at least 1, or None", _is_positive_integer)
         _require("seed", self.seed, "a whole number in [0, 2**63)", lambda v: isinstance(v, int) and 0 <= v < 2**63)
 
-    @classmethod
-    def from_options(cls, **options: Any) -> "MinifyConfig":
-        """Build a config from keyword options; an unknown name raises `ConfigError` with the known ones."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise ConfigError(
-                f"Unknown option {', '.join(unknown)}: expected one of {', '.join(known)}. Check the spelling."
-            )
-        return cls(**options)
-
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for manifests and reports."""
         return asdict(self)
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """The options in two parts: those that the statistics depend on, and those that only the results do."""
+        values = self.as_dict()
+        results = {name: values.pop(name) for name in RESULT_OPTIONS}
+        return {"statistics": values, "results": results}
+
+
+# What can change without new statistics.
+RESULT_OPTIONS = (
+    "keep", "saliency", "widths", "alignment", "min_keep", "damping", "shrink_to", "reconstruct"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a run may use, and where it keeps what waits. Nothing here changes the result beyond rounding.
+
+    Args:
+        host_memory: most bytes of main memory for the process, as 16GB or 2GiB; None plans with half of what is free.
+        device_memory: the same for the GPU's memory, where one computes.
+        segment: consecutive layers held at once; None picks what fits (fewer need less memory and more recomputing).
+        scratch: folder for what waits on disk; it keeps the statistics for later runs. None takes a hidden folder
+            beside the output, which goes when the run ends well.
+        resume: continue a run that was stopped, if there is one, to the same bits.
+        reuse: take the statistics that an earlier run left in `scratch`; keep, saliency, widths, damping and the like
+            may differ.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    host_memory: str | None = None
+    device_memory: str | None = None
+    segment: int | None = None
+    scratch: str | None = None
+    resume: bool = False
+    reuse: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("host_memory", "device_memory"):
+            if (value := getattr(self, name)) is not None:
+                _require(name, value, "a size such as 16GB or 512MiB", lambda v: parse_size(v) > 0)
+        if self.segment is not None:
+            _require("segment", self.segment, "a whole number, at least 1, or None", _is_positive_integer)
+        if self.scratch is not None:
+            _require("scratch", self.scratch, "a path", lambda v: bool(str(v)))
+        for name in ("resume", "reuse"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"Option {name}: expected True or False, got {getattr(self, name)!r}.")
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as 16GB (decimal) or 2GiB (binary); a number is bytes already.
+
+    Raises:
+        ValueError: it is no such size.
+    """
+    from accelerate.utils.modeling import convert_file_size_to_int
+
+    # A small b would mean bits there.
+    return int(text) if str(text).isdigit() else int(convert_file_size_to_int(str(text).upper()))
+
+
+def split_options(**options: Any) -> tuple[MinifyConfig, Resources]:
+    """Keyword options, sorted into the two records; an unknown name raises `ConfigError` with the known ones."""
+    known = [[field.name for field in fields(record)] for record in (MinifyConfig, Resources)]
+    unknown = sorted(set(options) - set(known[0]) - set(known[1]))
+    if unknown:
+        raise ConfigError(
+            f"Unknown option {', '.join(unknown)}: expected one of {', '.join(known[0] + known[1])}. Check the "
+            "spelling."
+        )
+    method, resources = ({name: options[name] for name in names if name in options} for names in known)
+    return MinifyConfig(**method), Resources(**resources)
 
 
 def _is_positive_integer(value: Any) -> bool:
@@ -103,7 +165,7 @@ def _is_damping(value: Any) -> bool:
 def _require(name: str, value: Any, expected: str, holds: Any) -> None:
     try:
         ok = not isinstance(value, bool) and bool(holds(value))
-    except TypeError:
+    except (TypeError, ValueError):
         ok = False
     if not ok:
         raise ConfigError(f"Option {name}: expected {expected}, got {value!r}. Pass a value in that range.")

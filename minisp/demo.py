@@ -19,12 +19,13 @@ from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
 from minisp.corpora import code_text, documentation_text
 from minisp.demo_model import smollm2_135m
+from minisp.device import compute_device, compute_dtype
 from minisp.hub import load_tokenizer
 from minisp.measure import Measurement, Protocol, measure, measurement_table, protocol_lines, tokenize
-from minisp.planner import compute_device, compute_dtype
-from minisp.report import MinifyReport, plan_table, summary_lines
-from minisp.stream import load_model
-from minisp.sweep import Progress
+from minisp.model import load_model
+from minisp.plan_view import plan_table
+from minisp.report import MinifyReport, summary_lines
+from minisp.workplace import Progress
 from minisp.writer import check_output
 
 PROTOCOL = Protocol(window=1024, max_windows=8)

@@ -53,6 +53,12 @@ class BackendError(MinispError):
     exit_code = 9
 
 
+class DistributedError(MinispError):
+    """Another process of the same run failed or was lost."""
+
+    exit_code = 10
+
+
 def one_line(error: Exception) -> str:
     """Another library's message as a sentence to quote: no line breaks, no C++ frames such as torch appends."""
     return " ".join(str(error).split("\nException raised from")[0].split()).rstrip(".") + "."

@@ -4,7 +4,8 @@ The path of one run:
 
     open the source ► plan ► calibrate ► saliency sweep ► select ► reconstruct ► write
 
-A checkpoint on disk is streamed: only a segment of its layers has weights in memory. A model in memory is cut in place.
+A checkpoint on disk is streamed: only a segment of its layers has weights in memory, and what waits is in a scratch
+folder, from which a run that was stopped goes on. A model in memory is cut in place.
 """
 
 import time
@@ -15,23 +16,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from minisp.architecture import CausalLM, cut_, record_widths_
 from minisp.calibration import Calibration, load_calibration, write_windows
 from minisp.checkpoint import Checkpoint
-from minisp.config import MinifyConfig
-from minisp.errors import UnsupportedModelError
+from minisp.config import MinifyConfig, Resources, split_options
+from minisp.device import CPU, compute_device, compute_dtype
+from minisp.errors import ConfigError, OutputError, UnsupportedModelError
 from minisp.evaluate import checkpoint_bytes
 from minisp.export.folder import describe, export_checkpoint, export_module
+from minisp.heal import heal_sweep
 from minisp.hub import load_tokenizer, local_folder
-from minisp.planner import Plan, compute_device, compute_dtype, fits_in_memory, make_plan
-from minisp.reconstruction import Reconstruction, reconstruct
+from minisp.model import frozen, load_model, skeleton
+from minisp.planner import Plan, Source, make_plan
+from minisp.ranks import Ranks, joined
+from minisp.reconstruction import reconstruct
 from minisp.report import MinifyReport, make_report, progress_bar
-from minisp.scratch import Scratch, scratch_folder
+from minisp.resume import open_scratch
 from minisp.selection import allocate_widths, select, uniform_widths
-from minisp.stream import Stream, frozen, load_model, skeleton
-from minisp.sweep import Progress, heal_sweep, saliency_sweep
+from minisp.stream import Stream
+from minisp.sweep import saliency_sweep
+from minisp.workplace import Progress, Workplace, record
 from minisp.writer import check_output, output_folder
 
 
@@ -56,47 +63,53 @@ def minify(
         out: folder to write, which must be new or empty. Without it the result stays in memory (`report.model`).
         calibration: text to calibrate on: a file (.txt, .jsonl), documents (iterable of strings), tokens
             (integer tensor (N, L)), "hf:NAME", or a weighted mixture {source: weight}. None mixes text that the model
-            writes itself with Python's documentation.
+            writes itself, where it fits in memory whole, with Python's documentation; with `resume` or `reuse`, it is
+            the text of the earlier run.
         tokenizer: for a model in memory and text to calibrate on; a checkpoint brings its own.
         progress: called with (phase, done, total); None draws bars where standard error is a terminal.
-        **options: see `MinifyConfig`.
+        **options: see `MinifyConfig` for the method and `Resources` for limits, scratch folder, resume and reuse.
 
     Returns:
         What was done: see `MinifyReport`.
 
     Raises:
-        MinispError: one of its subclasses, see `minisp.errors`; nothing is then left at `out`.
+        MinispError: one of its subclasses, see `minisp.errors`; nothing is then left at `out`, and what was finished
+            of a checkpoint's run waits in the scratch folder for `resume`.
     """
     if isinstance(calibration, Tensor) and calibration.dim() == 2:
         # Ready-made windows bring their own number and length.
         options = {"num_windows": max(1, calibration.shape[0]), "window": max(1, calibration.shape[1]), **options}
-    config = MinifyConfig.from_options(keep=keep, **options)
+    config, resources = split_options(keep=keep, **options)
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
-        progress = progress or stack.enter_context(progress_bar())
         checkpoint = None if isinstance(model, nn.Module) else Checkpoint.open(local_folder(model))
-        made_plan = _plan(model, checkpoint, config)
+        ranks = stack.enter_context(joined(CPU if checkpoint is None else compute_device(config)))
+        made_plan = _plan(model, checkpoint, config, resources, writes=out is not None, ranks=ranks)
         target = check_output(out, made_plan.bytes_after + made_plan.scratch_bytes) if out is not None else None
+        identity = _identity(checkpoint, made_plan) if checkpoint is not None else None
+        shared, own = stack.enter_context(open_scratch(target, resources, identity, ranks))
+        work = Workplace(shared, own, ranks, progress or stack.enter_context(progress_bar(quiet=not ranks.first)))
         with _timed(seconds, "loading"):
-            stream = _open(model, checkpoint, config, in_memory=target is None)
+            stream = _open(model, checkpoint, made_plan)
             stack.enter_context(frozen(stream.model))
             if tokenizer is None and checkpoint is not None:
                 tokenizer = load_tokenizer(checkpoint.folder)
         with _timed(seconds, "calibration text"):
-            text = _calibrate(stream, calibration, tokenizer, config, progress)
-        batches = list(text.windows.split(made_plan.batch))
-        scratch = Scratch(stack.enter_context(scratch_folder(target)))
+            text = _calibrate(stream, calibration, tokenizer, made_plan, work)
+        batches = ranks.share(text.windows).split(made_plan.batch)
         with _timed(seconds, "saliency sweep"):
-            scores = _collect_scores(stream, batches, made_plan, scratch, progress)
-            kept = _select(scores, made_plan)
-        with _timed(seconds, "reconstruction and writing"):
+            saliency_sweep(stream, batches, made_plan.segments, work, gram=config.inputs == "dense")
+            kept = _select(made_plan, work)
+        with _timed(seconds, "reconstruction"):
             if config.inputs == "dense":
-                results = _reconstruct_dense(stream, kept, scratch, config, progress)
+                _reconstruct_dense(stream, kept, config, work)
             else:
-                results = heal_sweep(stream, batches, kept, config, progress)
-            folder = stack.enter_context(output_folder(target)) if target is not None else None
-            layers = _finish(stream, kept, results, folder)
-        report = make_report(stream, made_plan, layers, text, seconds, target)
+                heal_sweep(stream, batches, kept, config, work)
+        with _timed(seconds, "writing"):
+            folder = stack.enter_context(output_folder(target)) if target is not None and ranks.first else None
+            _write(stream, kept, work, folder)
+        results = [replace(work.result(layer), down=None) for layer in range(len(kept))]
+        report = make_report(stream, made_plan, results, text, seconds, target)
         if folder is not None:
             report = replace(report, bytes=checkpoint_bytes(folder))
             describe(folder, report, checkpoint, tokenizer)
@@ -104,53 +117,94 @@ def minify(
 
 
 def plan(model: str | Path | nn.Module, *, keep: float = 0.8, **options: Any) -> Plan:
-    """What `minify` would do with the same arguments, from shapes alone: no weight is read.
+    """What `minify` would do with the same arguments and an output folder, from shapes alone: no weight is read.
 
     Raises:
-        MinispError: the run would be refused for its arguments or its checkpoint.
+        MinispError: the run would be refused for its arguments, its checkpoint, or its memory limit.
     """
-    config = MinifyConfig.from_options(keep=keep, **options)
-    return _plan(model, None if isinstance(model, nn.Module) else Checkpoint.open(local_folder(model)), config)
+    config, resources = split_options(keep=keep, **options)
+    checkpoint = None if isinstance(model, nn.Module) else Checkpoint.open(local_folder(model))
+    return _plan(model, checkpoint, config, resources, writes=True, ranks=Ranks())
 
 
-def _plan(model: Any, checkpoint: Checkpoint | None, config: MinifyConfig) -> Plan:
+def _plan(
+    model: Any, checkpoint: Checkpoint | None, config: MinifyConfig, resources: Resources, *, writes: bool, ranks: Ranks
+) -> Plan:
+    if ranks.size > 1 and (checkpoint is None or not writes or config.num_windows < ranks.size):
+        raise ConfigError(
+            f"Run of {ranks.size} processes: expected a checkpoint on disk, an output folder, and a window for each "
+            f"process, got {config.num_windows} windows. Give it these, or run one process."
+        )
     if checkpoint is not None:
         device = compute_device(config)
         # A hub id names its model; of a folder or file, the last part of the path does.
-        name = Path(model).expanduser().absolute().name if Path(model).expanduser().exists() else str(model)
-        return make_plan(
-            name, skeleton(checkpoint), config, device, compute_dtype(config, device), checkpoint.num_bytes
+        path = Path(model).expanduser()
+        name = path.absolute().name if path.exists() else str(model)
+        source = Source(
+            name, skeleton(checkpoint), device, compute_dtype(config, device), checkpoint, streams=writes, writes=writes
         )
+        return make_plan(source, config, resources, ranks=ranks.size)
     if getattr(model, "get_output_embeddings", lambda: None)() is None:
         raise UnsupportedModelError(
             f"Model: expected a transformers causal language model, got {type(model).__name__} without a language "
             "head. Load it with AutoModelForCausalLM."
         )
     parameter = next(model.parameters())
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
     name = Path(getattr(model.config, "name_or_path", "")).name or type(model).__name__
-    return make_plan(name, model, config, parameter.device, parameter.dtype, size)
+    source = Source(name, model, parameter.device, parameter.dtype, None, streams=False, writes=writes)
+    return make_plan(source, config, resources)
 
 
-def _open(model: Any, checkpoint: Checkpoint | None, config: MinifyConfig, *, in_memory: bool) -> Stream:
+def _identity(checkpoint: Checkpoint, plan: Plan) -> dict[str, dict[str, Any]]:
+    """What decides the bits of this run's statistics and of its results."""
+    identity = plan.config.identity()
+    source = {"source": checkpoint.fingerprint(), "modified": checkpoint.modified()}
+    compute = {"device": torch.device(plan.device).type, "dtype": plan.dtype, "batch": plan.batch}
+    return {"statistics": {**identity["statistics"], **source, **compute}, "results": identity["results"]}
+
+
+def _open(model: Any, checkpoint: Checkpoint | None, plan: Plan) -> Stream:
     if checkpoint is None:
         return Stream.from_module(model)
-    device = compute_device(config)
-    dtype = compute_dtype(config, device)
-    if in_memory:
+    device, dtype = torch.device(plan.device), getattr(torch, plan.dtype)
+    if not plan.streams:
         return Stream.from_module(load_model(checkpoint, device, dtype))
-    return Stream.from_checkpoint(checkpoint, device, dtype)
+    layout = plan.layout
+    return Stream.from_checkpoint(
+        checkpoint, device, dtype, num_slots=layout.num_slots, stream_vocabulary=layout.stream_vocabulary
+    )
 
 
-def _calibrate(stream: Stream, source: Any, tokenizer: Any, config: MinifyConfig, progress: Progress) -> Calibration:
-    """The calibration windows; where no source is given, the model writes some itself, if it fits in memory whole."""
-    fits = stream.checkpoint is None or fits_in_memory(stream.checkpoint.num_bytes)
+def _calibrate(stream: Stream, source: Any, tokenizer: Any, plan: Plan, work: Workplace) -> Calibration:
+    """The calibration windows: those of the run that is continued, or new ones."""
+    name = "windows"
+    if work.ranks.first and not (work.shared.has(name) and source is None):
+        text = _new_windows(stream, source, tokenizer, plan, work.progress)
+        if work.shared.has(name):
+            if work.shared.facts(name)["fingerprint"] != text.fingerprint:
+                raise OutputError(
+                    "Calibration text: expected that of the run that is continued, got another one. Pass the same text "
+                    "and windows, leave calibration out, or use another scratch folder."
+                )
+        else:
+            facts = {"description": list(text.description), "fingerprint": text.fingerprint}
+            with work.shared.writing(name, **facts) as append:
+                append("windows", text.windows)
+            work.shared.settle()
+    work.ranks.wait()
+    return Calibration(work.shared.read(name, "windows"), tuple(work.shared.facts(name)["description"]))
+
+
+def _new_windows(stream: Stream, source: Any, tokenizer: Any, plan: Plan, progress: Progress) -> Calibration:
+    """Where no source is given, the model writes some text itself, if it fits in memory whole."""
+    config = plan.config
+    fits = stream.checkpoint is None or len(plan.segments) == 1
     if source is None:
-        own = "text that the model writes itself and " if fits else ""
+        text = "text that the model writes itself and " if fits else ""
         warnings.warn(
-            f"No calibration text was given: calibrating on {own}the documentation that comes with Python. Text like "
+            f"No calibration text was given: calibrating on {text}the documentation that comes with Python. Text like "
             "what the model will see, from several domains, gives a better result.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
     def write(num_windows: int, window: int) -> Tensor:
@@ -178,22 +232,10 @@ def _calibrate(stream: Stream, source: Any, tokenizer: Any, config: MinifyConfig
     )
 
 
-def _collect_scores(
-    stream: Stream, batches: Sequence[Tensor], plan: Plan, scratch: Scratch, progress: Progress
-) -> list[Tensor]:
-    """Run the saliency sweep; statistics go to the scratch folder, the scores (m,) per layer come back."""
-    scores: dict[int, Tensor] = {}
+def _select(plan: Plan, work: Workplace) -> list[Tensor]:
+    """The kept units (n,) of every layer, from the records that the saliency sweep has left."""
     config = plan.config
-    gram = config.inputs == "dense" and config.keep < 1
-    for layer, statistics in saliency_sweep(stream, batches, plan.segments, gram=gram, progress=progress):
-        scores[layer] = statistics.score(config.saliency)
-        scratch.put(layer, statistics)
-    return [scores[layer] for layer in sorted(scores)]
-
-
-def _select(scores: Sequence[Tensor], plan: Plan) -> list[Tensor]:
-    """The kept units (n,) of every layer."""
-    config = plan.config
+    scores = [work.statistics(layer, gram=False).score(config.saliency) for layer in range(len(plan.widths))]
     if config.widths == "uniform":
         widths = uniform_widths(plan.widths, config.keep, alignment=plan.alignment)
     else:
@@ -201,40 +243,35 @@ def _select(scores: Sequence[Tensor], plan: Plan) -> list[Tensor]:
     return select(scores, widths)
 
 
-def _reconstruct_dense(
-    stream: Stream, kept: Sequence[Tensor], scratch: Scratch, config: MinifyConfig, progress: Progress
-) -> Iterator[Reconstruction]:
-    """Every layer's reconstruction from the Gram matrices of the dense model, first layer first."""
-    for layer, indices in enumerate(kept):
-        statistics = scratch.take(layer, stream.device)
-        result = reconstruct(layer, statistics, indices, stream.down_weight(layer), config)
-        if stream.checkpoint is None and result.down is not None:
-            cut_(stream.layers[layer], stream.row, indices.to(stream.device), result.down)
-        yield result
-        progress("reconstruction", layer + 1, len(kept))
+def _reconstruct_dense(stream: Stream, kept: Sequence[Tensor], config: MinifyConfig, work: Workplace) -> None:
+    """Leave a record of every layer's reconstruction from the Gram matrix of the dense model; layers are shared out."""
+    stream.release()
+    for layer in work.ranks.share(range(len(kept))):
+        if not work.shared.has(record("result", layer)):
+            statistics = work.statistics(layer, gram=True, device=stream.device)
+            result = reconstruct(layer, statistics, kept[layer], stream.down_weight(layer), config)
+            if stream.checkpoint is None and result.down is not None:
+                cut_(stream.layers[layer], stream.row, kept[layer].to(stream.device), result.down)
+                result = replace(result, down=None)
+            work.keep_result(result)
+        work.progress("reconstruction", layer + 1, len(kept))
+    work.shared.settle()
+    work.ranks.wait()
 
 
-def _finish(
-    stream: Stream, kept: Sequence[Tensor], results: Iterator[Reconstruction], folder: Path | None
-) -> list[Reconstruction]:
-    """Draw the results through, into the folder where there is one; a layer's weights are forgotten once written."""
-    done: list[Reconstruction] = []
-
-    def remembered() -> Iterator[Reconstruction]:
-        for result in results:
-            done.append(replace(result, down=None))
-            yield result
-
-    if stream.checkpoint is not None:
-        assert folder is not None
-        export_checkpoint(folder, stream.checkpoint, stream.model, kept, remembered())
-        return done
-    for _ in remembered():
-        pass
-    record_widths_(stream.model, stream.row, [len(indices) for indices in kept])
-    if folder is not None:
-        export_module(folder, stream.model, [len(indices) for indices in kept])
-    return done
+def _write(stream: Stream, kept: Sequence[Tensor], work: Workplace, folder: Path | None) -> None:
+    """The result: as a folder where there is one, and in the config of a model in memory."""
+    stream.release()
+    widths = [len(indices) for indices in kept]
+    if stream.checkpoint is None:
+        record_widths_(stream.model, stream.row, widths)
+    if folder is None:
+        return
+    if stream.checkpoint is None:
+        export_module(folder, stream.model, widths)
+    else:
+        results = (work.result(layer) for layer in range(len(kept)))
+        export_checkpoint(folder, stream.checkpoint, stream.model, kept, results)
 
 
 @contextmanager

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 from minisp.architecture import CausalLM, known_model_types
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
+from minisp.device import compute_device, compute_dtype
 from minisp.errors import CalibrationError
 from minisp.evaluate import Perplexity, Throughput, perplexity, throughput
 from minisp.hub import load_tokenizer
-from minisp.planner import compute_device, compute_dtype
-from minisp.report import megabytes, millions
-from minisp.stream import load_model
-from minisp.sweep import Progress
+from minisp.model import load_model
+from minisp.plan_view import megabytes, millions
+from minisp.workplace import Progress
 
 
 @dataclass(frozen=True)

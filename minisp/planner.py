@@ -1,20 +1,62 @@
-"""What a run would do, from shapes alone: sizes, work, memory, and how many layers to hold at once."""
+"""What a run would do, from shapes alone: sizes, work, traffic, memory, and how many layers to hold at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 import torch
 
 from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths, unit_axes
-from minisp.config import MinifyConfig
+from minisp.checkpoint import DTYPE_OF, Checkpoint
+from minisp.config import MinifyConfig, Resources
+from minisp.device import memory_limit
 from minisp.errors import CalibrationError, ConfigError
+from minisp.memory import Layout, Shape, choose_layout, shape_of
 from minisp.selection import allocate_widths, default_alignment, uniform_widths
-from minisp.stream import LOGIT_BYTES
 
-# Share of the free memory that a run may plan with; the rest is for the allocator and the other processes.
-MEMORY_SHARE = 0.5
 TOKENS_PER_BATCH = {"cpu": 512, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model to plan for.
+
+    Attributes:
+        name: how to call it.
+        model: a transformers causal language model, whose weights may be on the meta device.
+        device, dtype: where and in what type it will compute.
+        checkpoint: where its weights are; None for a model in memory.
+        streams: whether layers stream from the checkpoint; else the model is in memory whole.
+        writes: whether there is an output folder, and with it a scratch folder.
+    """
+
+    name: str
+    model: CausalLM
+    device: torch.device
+    dtype: torch.dtype
+    checkpoint: Checkpoint | None
+    streams: bool
+    writes: bool
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the weights as stored, or in memory."""
+        if self.checkpoint is not None:
+            return self.checkpoint.num_bytes
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    @property
+    def tokenizer_bytes(self) -> int:
+        """Size of the tokenizer's file."""
+        path = self.checkpoint.folder / "tokenizer.json" if self.checkpoint is not None else None
+        return path.stat().st_size if path is not None and path.is_file() else 0
+
+    @property
+    def stored_item(self) -> int:
+        """Bytes of an element as stored: the largest type among the weights."""
+        if self.checkpoint is None:
+            return self.dtype.itemsize
+        return max(DTYPE_OF[place.dtype].itemsize for place in self.checkpoint.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -22,7 +64,7 @@ class Plan:
     """What `minify` would do with this model and config.
 
     Attributes:
-        config: the options.
+        config, resources: the options.
         model: folder, file, hub id, or class name of an in-memory model.
         model_type: transformers family.
         widths: width m of every layer before.
@@ -33,12 +75,16 @@ class Plan:
         bytes, bytes_after: weights on disk in the stored type; after is an upper bound.
         batch: calibration windows per micro-batch.
         segments: layers held together, in forward order.
+        layout: what is held at once, and the memory that it takes by phase.
+        streams: whether weights stream from disk.
         device, dtype: where and in what type it computes.
-        flops: floating-point operations of the sweeps.
-        memory: bytes by purpose, the estimated peak of each; the process itself not counted.
+        flops: floating-point operations of the sweeps; solve_flops: those of the ridge solves, in float32.
+        traffic: bytes read from and written to disk, by purpose.
+        base_memory: bytes that the process had before.
     """
 
     config: MinifyConfig
+    resources: Resources
     model: str
     model_type: str
     widths: tuple[int, ...]
@@ -51,10 +97,14 @@ class Plan:
     bytes_after: int
     batch: int
     segments: tuple[range, ...]
+    layout: Layout
+    streams: bool
     device: str
     dtype: str
     flops: float
-    memory: dict[str, int]
+    solve_flops: float
+    traffic: dict[str, int]
+    base_memory: int = field(compare=False)
 
     @property
     def num_tokens(self) -> int:
@@ -63,27 +113,26 @@ class Plan:
 
     @property
     def scratch_bytes(self) -> int:
-        """Disk that statistics take between the sweeps: a float32 Gram matrix a layer, where there is an output."""
-        dense = self.config.inputs == "dense" and self.config.keep < 1
-        return sum(4 * width * width for width in self.widths) if dense else 0
+        """Disk that waiting states and statistics take at most."""
+        return (self.traffic.get("states", 0) + self.traffic.get("statistics", 0)) // 2
+
+    @property
+    def peak_memory(self) -> int:
+        """Expected peak in bytes: of the whole process where a CPU computes, of what is allocated where a GPU does."""
+        return self.layout.peak + (self.base_memory if self.device == "cpu" else 0)
 
 
-def make_plan(
-    name: str, model: CausalLM, config: MinifyConfig, device: torch.device, dtype: torch.dtype, stored_bytes: int
-) -> Plan:
-    """Plan a run on a model whose weights may be on the meta device.
+def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ranks: int = 1) -> Plan:
+    """Plan a run.
 
     Args:
-        name: how to call the model.
-        model: a transformers causal language model.
-        config: the options.
-        device, dtype: where and in what type it will compute.
-        stored_bytes: size of its weights as stored.
+        ranks: processes that share the windows.
 
     Raises:
-        ConfigError: no width satisfies keep, alignment and bounds.
+        ConfigError: no width satisfies keep, alignment and bounds, or no layout the memory limit.
         CalibrationError: windows longer than the model's positions.
     """
+    model = source.model
     row = architecture_of(model.config)
     widths = layer_widths(model, row)
     check_window(model.config, config.window)
@@ -93,12 +142,29 @@ def make_plan(
     layers = decoder_layers(model, row)
     per_unit = sum(layers[0].get_parameter(n).numel() for n in unit_axes(layers[0], row)) // widths[0]
     after = parameters - per_unit * (sum(widths) - kept_units)
-    batch = config.batch or max(1, TOKENS_PER_BATCH.get(device.type, 8192) // config.window)
-    segment, memory = _choose_segment(model, config, batch, device, dtype)
-    segments = tuple(range(i, min(i + segment, len(layers))) for i in range(0, len(layers), segment))
+    batch = config.batch or max(1, TOKENS_PER_BATCH.get(source.device.type, 8192) // config.window)
+    shape = shape_of(
+        model,
+        tokens=-(-config.num_windows // ranks) * config.window,
+        batch_tokens=min(batch, config.num_windows) * config.window,
+        item=source.dtype.itemsize,
+        stored_item=source.stored_item,
+        tokenizer=source.tokenizer_bytes,
+        kept=max(widths) if config.keep == 1 else min(max(widths), max(widths) - alignment),
+        gram=config.inputs == "dense",
+        streams=source.streams,
+        writes=source.writes,
+    )
+    base = psutil.Process().memory_info().rss
+    what, limit = memory_limit(resources, source.device, base)
+    layout = choose_layout(shape, limit, resources.segment, what)
+    segments = tuple(range(i, min(i + layout.segment, len(layers))) for i in range(0, len(layers), layout.segment))
+    stored_bytes = source.stored_bytes
+    bytes_after = round(stored_bytes * after / parameters)
     return Plan(
         config=config,
-        model=name,
+        resources=resources,
+        model=source.name,
         model_type=model.config.model_type,
         widths=tuple(widths),
         kept_units=kept_units,
@@ -107,56 +173,18 @@ def make_plan(
         parameters_after=after,
         parameters_per_unit=per_unit,
         bytes=stored_bytes,
-        bytes_after=round(stored_bytes * after / parameters),
+        bytes_after=bytes_after,
         batch=batch,
         segments=segments,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        flops=_flops(model, config, len(segments)),
-        memory=memory,
+        layout=layout,
+        streams=source.streams,
+        device=str(source.device),
+        dtype=str(source.dtype).removeprefix("torch."),
+        flops=_flops(model, config, len(segments), layout),
+        solve_flops=_solve_flops(widths, kept_units / sum(widths), shape.hidden),
+        traffic=_traffic(shape, layout, widths, bytes_after),
+        base_memory=base,
     )
-
-
-def compute_device(config: MinifyConfig) -> torch.device:
-    """The device that the config names, or the first GPU, or the CPU.
-
-    Raises:
-        ConfigError: the name is no torch device, or that device is not there.
-    """
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.device)
-    except RuntimeError:
-        raise ConfigError(
-            f"Option device: expected a torch device such as cpu or cuda:0, got {config.device!r}."
-        ) from None
-    try:
-        # The meta device takes part in everything and computes nothing.
-        usable = device.type != "meta" and torch.empty(1, device=device).is_floating_point()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        usable = False
-    if not usable:
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise ConfigError(
-            f"Option device: expected a device of this machine, got {config.device!r}, but torch can compute only on "
-            f"the CPU and {found} GPUs here. Pass one of these, or auto."
-        )
-    return device
-
-
-def compute_dtype(config: MinifyConfig, device: torch.device) -> torch.dtype:
-    """The type that the config names, or bfloat16 where the device computes in it, or float32."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
-def fits_in_memory(num_bytes: int) -> bool:
-    """Whether so many bytes fit the share of the free host memory that a run may use."""
-    return bool(num_bytes <= MEMORY_SHARE * psutil.virtual_memory().available)
 
 
 def check_window(model_config: Any, window: int) -> None:
@@ -185,60 +213,48 @@ def _kept_units(widths: list[int], config: MinifyConfig, alignment: int) -> int:
     return int(config.keep * sum(widths) + 1e-9)
 
 
-def _choose_segment(
-    model: CausalLM, config: MinifyConfig, batch: int, device: torch.device, dtype: torch.dtype
-) -> tuple[int, dict[str, int]]:
-    """The most layers at once that fit the memory share, and the memory by purpose with that many."""
-    row = architecture_of(model.config)
-    num_layers = len(decoder_layers(model, row))
-    free = _free_memory(device)
-    for count in range(1, num_layers + 1):
-        segment = config.segment or -(-num_layers // count)
-        memory = _memory(model, config, batch, segment, dtype)
-        if config.segment is not None or sum(memory.values()) <= MEMORY_SHARE * free or segment == 1:
-            break
-    return min(segment, num_layers), memory
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that this process can still have: what is free, within the share that it was given of a GPU."""
-    if device.type != "cuda":
-        return int(psutil.virtual_memory().available)
-    free, total = torch.cuda.mem_get_info(device)
-    share = torch.cuda.get_per_process_memory_fraction(device)
-    return min(free, int(share * total) - torch.cuda.memory_reserved(device))
-
-
-def _memory(model: CausalLM, config: MinifyConfig, batch: int, segment: int, dtype: torch.dtype) -> dict[str, int]:
-    row = architecture_of(model.config)
-    layers = decoder_layers(model, row)
-    width, hidden = max(layer_widths(model, row)), model.config.hidden_size
-    per_layer = sum(p.numel() for p in layers[0].parameters())
-    outside = sum(p.numel() for p in model.parameters()) - per_layer * len(layers)
-    tokens, item = config.num_windows * config.window, dtype.itemsize
-    boundaries = -(-len(layers) // segment)
-    # What autograd keeps per token of a layer: both norms (float32 twice and once in the compute type each), about
-    # eight tensors of the hidden size around attention, and the two pre-activations of the MLP.
-    kept_per_token = 2 * (8 + item) * hidden + 8 * item * hidden + 2 * item * width
-    return {
-        "embeddings and head": outside * item,
-        "layers held": segment * per_layer * item,
-        "Gram matrices": segment * width**2 * 4 if config.inputs == "dense" else width**2 * 4,
-        "activations": segment * batch * config.window * kept_per_token,
-        "boundary states": boundaries * tokens * hidden * item,
-        "logits": LOGIT_BYTES * 2,
-    }
-
-
-def _flops(model: CausalLM, config: MinifyConfig, num_segments: int) -> float:
+def _flops(model: CausalLM, config: MinifyConfig, num_segments: int, layout: Layout) -> float:
     row = architecture_of(model.config)
     layers, widths = decoder_layers(model, row), layer_widths(model, row)
     tokens = config.num_windows * config.window
     inside = sum(p.numel() for p in layers.parameters())
     head = model.config.vocab_size * model.config.hidden_size
-    recompute = 1 - 1 / num_segments
+    recompute = 1 if layout.stream_vocabulary else 1 - 1 / num_segments
     gram = sum(m * m for m in widths)
-    total = tokens * (2 * inside * (2 + recompute) + 4 * head + gram)
+    total = tokens * (2 * inside * (2 + recompute) + (6 if layout.stream_vocabulary else 4) * head + gram)
     if config.inputs == "pruned":
         total += tokens * 2 * inside * (1 + config.keep)
     return float(total)
+
+
+def _solve_flops(widths: list[int], keep: float, hidden: int) -> float:
+    """Cholesky n³/3, two triangular solves 2n²d, W_P G_PS 2(m − n)nd, and two products of W with G for residuals."""
+    total = 0.0
+    for m in widths:
+        n = keep * m
+        total += n**3 / 3 + 2 * n * n * hidden + 2 * (m - n) * n * hidden + 2 * m * m * hidden
+    return total
+
+
+def _traffic(shape: Shape, layout: Layout, widths: list[int], bytes_after: int) -> dict[str, int]:
+    """Bytes to and from disk; the system keeps in memory what it can of them."""
+    if not shape.writes:
+        return {}
+    num_segments = -(-shape.num_layers // layout.segment)
+    layers = shape.num_layers * shape.layer * shape.stored_item
+    forward = num_segments if layout.stream_vocabulary else num_segments - 1
+    vocabulary = shape.vocabulary_weights * shape.stored_item
+    heads = -(-shape.tokens // max(4096, shape.batch_tokens))
+    state = shape.tokens * shape.hidden * shape.item
+    panels = sum(2 * m * m for m in widths) if shape.gram else 0
+    return {
+        # The sweeps, the down projections once more, and what is copied to the result.
+        "weights read": int(layers * (1 + forward / num_segments + 1.3))
+        + vocabulary * (1 + (2 * heads if layout.stream_vocabulary else 1))
+        if shape.streams
+        else 0,
+        # States and gradients of every boundary, written and read.
+        "states": 2 * state * (forward + num_segments - 1) if num_segments > 1 else 0,
+        "statistics": 2 * panels,
+        "result": bytes_after,
+    }

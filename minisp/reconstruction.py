@@ -1,6 +1,8 @@
 """Refitting what is left: the kept columns of the down projection. Knows neither files nor models."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -19,7 +21,7 @@ class Reconstruction:
     Attributes:
         layer: index of the layer.
         kept: (n,) int64 sorted.
-        down: (d, n) float32, the new down projection; None where nothing changed.
+        down: (d, n), the new down projection in the dtype of the old one; None where nothing changed.
         residual: ‖X Wᵀ − X_S W'ᵀ‖ / ‖X Wᵀ‖ on the calibration tokens.
         residual_sliced: the same without refitting, W' = W_S.
         damping: the ridge λ that was used, relative to the mean diagonal of G; 0 where nothing was refitted.
@@ -36,6 +38,16 @@ class Reconstruction:
     damping_curve: Curve = ()
     backward_error: float = 0.0
     shift: float = 0.0
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the tensors, as plain values; `from_facts` takes them back."""
+        return {key: value for key, value in asdict(self).items() if key not in ("kept", "down")}
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any], kept: Tensor, down: Tensor | None) -> "Reconstruction":
+        """The record with these tensors and what `facts` gave."""
+        curve = tuple((damping, error) for damping, error in facts["damping_curve"])
+        return cls(**{**facts, "damping_curve": curve}, kept=kept, down=down)
 
 
 def reconstruct(
@@ -61,7 +73,7 @@ def reconstruct(
     problem = RidgeProblem(gram, on_device, weight)
     if not config.reconstruct:
         residual = _relative(problem.energy_sliced, total)
-        return Reconstruction(layer, kept, problem.original, residual, residual)
+        return Reconstruction(layer, kept, problem.original.to(weight.dtype), residual, residual)
     to_zero = config.shrink_to == "zero"
     curve: Curve = ()
     try:
@@ -74,7 +86,7 @@ def reconstruct(
     return Reconstruction(
         layer=layer,
         kept=kept,
-        down=solution.down,
+        down=solution.down.to(weight.dtype),
         residual=_relative(solution.energy, total),
         residual_sliced=_relative(solution.energy_sliced, total),
         damping=solution.damping,

@@ -17,10 +17,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from minisp.calibration import Calibration
+from minisp.plan_view import megabytes, millions, plan_dict
 from minisp.planner import Plan
 from minisp.reconstruction import Reconstruction
 from minisp.stream import Stream
-from minisp.sweep import Progress as ProgressFunction
+from minisp.workplace import Progress as ProgressFunction
 
 
 @dataclass(frozen=True)
@@ -141,41 +142,6 @@ def load_line(folder: str | Path, widths: Sequence[int]) -> str:
     return f"AutoModelForCausalLM.from_pretrained({name}{trust})"
 
 
-def plan_dict(plan: Plan) -> dict[str, Any]:
-    """A plan as plain values for JSON."""
-    values = asdict(plan)
-    values["segments"] = [[segment.start, segment.stop] for segment in plan.segments]
-    values["widths"] = list(plan.widths)
-    values["scratch_bytes"] = plan.scratch_bytes
-    return values
-
-
-def plan_table(plan: Plan) -> Table:
-    """The plan as a table for the terminal."""
-    config = plan.config
-    table = Table(title=escape(f"Plan: {plan.model} ({plan.model_type})"), show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column()
-    low, high = min(plan.widths), max(plan.widths)
-    width = f"{low}" if low == high else f"{low} to {high}"
-    table.add_row("layers", f"{len(plan.widths)}, MLP width {width}")
-    units = f"at most {plan.kept_units:,} of {sum(plan.widths):,} units"
-    table.add_row("keep", f"{config.keep:.0%}: {units}, {config.widths} widths, multiples of {plan.alignment}")
-    table.add_row("parameters", f"{millions(plan.parameters)} → at most {millions(plan.parameters_after)}")
-    table.add_row("weights", f"{megabytes(plan.bytes)} → at most {megabytes(plan.bytes_after)}")
-    table.add_row("calibration", f"{config.num_windows} windows of {config.window} tokens ({plan.num_tokens:,})")
-    damping = "by cross-validation" if config.damping == "auto" else f"= {config.damping:g}"
-    refit = f"ridge λ {damping} on {config.inputs} inputs" if config.reconstruct else "slicing only"
-    table.add_row("method", f"{config.saliency} saliency, {refit}")
-    held = f"{len(plan.segments)} segment(s) of {len(plan.segments[0])} layer(s)"
-    where = f"{plan.device}, {plan.dtype}, {plan.batch} window(s) at once"
-    table.add_row("compute", f"{where}, {held}, {plan.flops / 1e12:.1f} TFLOP")
-    parts = ", ".join(f"{name} {megabytes(size)}" for name, size in plan.memory.items())
-    table.add_row("disk", f"{megabytes(plan.scratch_bytes)} beside the output while it runs")
-    table.add_row("memory", f"about {megabytes(sum(plan.memory.values()))} beside the process: {parts}")
-    return table
-
-
 def report_table(report: MinifyReport) -> Table:
     """The result as a table for the terminal."""
     plan = report.plan
@@ -210,11 +176,21 @@ def summary_lines(report: MinifyReport) -> list[str]:
     """What the table has no room for: calibration, time, memory, and how to load the result."""
     phases = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
     lines = [f"calibration: {'; '.join(report.calibration)}", f"time: {phases}"]
-    lines.append(f"peak memory of the process: {megabytes(report.peak_rss)}")
+    lines.append(f"peak memory: {peak_memory_line(report)}")
     if report.out is not None:
         lines.append(f"written to {report.out}")
         lines.append(f"load it with: {report.load_line}")
     return lines
+
+
+def peak_memory_line(report: MinifyReport) -> str:
+    """The measured peaks beside the planned one."""
+    planned = megabytes(report.plan.peak_memory)
+    if report.peak_device_memory is None:
+        return f"{megabytes(report.peak_rss)} of the process (planned {planned})"
+    return (
+        f"{megabytes(report.peak_device_memory)} on the GPU (planned {planned}), {megabytes(report.peak_rss)} beside it"
+    )
 
 
 def plot_layers(report: MinifyReport, path: Path) -> bool:
@@ -279,17 +255,3 @@ def progress_bar(quiet: bool = False) -> Iterator[ProgressFunction]:
             progress.update(tasks[name], completed=done, total=total, description=escape(f"{name} {detail}".strip()))
 
         yield show
-
-
-def millions(count: int) -> str:
-    """A count of parameters for people: 134.5M, 7.24B."""
-    if count >= 1e9:
-        return f"{count / 1e9:.2f}B"
-    return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count:,}"
-
-
-def megabytes(size: int) -> str:
-    """A size in bytes for people: 269 MB, 14.5 GB (decimal units)."""
-    if size >= 1e9:
-        return f"{size / 1e9:.2f} GB"
-    return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e3:,.0f} kB"

@@ -1,93 +1,235 @@
-"""Where statistics wait between the sweeps: a scratch folder beside the output, or memory where there is no output."""
+"""What waits between the phases of a run: named records of tensors, in the scratch folder or in memory.
 
+In a folder, a record is `NAME.data`, raw tensors one after the other, and `NAME.json`, which lists them with their
+CRC-32 and is renamed into place last: a record exists exactly when that file does. Nothing is synced to the disk: a
+process that is killed loses nothing that it wrote, and what a power failure tears fails its checksum.
+
+Writing happens behind the computation, in a thread of its own, in order.
+"""
+
+import json
 import os
-import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias
 
-import psutil
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minisp.checkpoint import DTYPE_OF, DTYPES
 from minisp.errors import OutputError
-from minisp.statistics import LayerStatistics
+from minisp.files import WriteBehind, read_pieces, tensor_bytes, write_tensor
+
+DATA, INDEX = ".data", ".json"
+
+Append: TypeAlias = Callable[[str, Tensor], None]
+"""Adds one tensor under a key to the record that is being written."""
 
 
-@contextmanager
-def scratch_folder(target: Path | None) -> Iterator[Path | None]:
-    """A folder for statistics on the output's disk, removed at the end; None keeps them in memory.
+class Memory:
+    """Records in memory, where the tensors are: for runs that write nothing."""
 
-    Folders that killed runs for the same output left behind are removed first: their names tell the process.
+    def __init__(self) -> None:
+        self._records: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
 
-    Raises:
-        OutputError: no folder can be made beside the output.
-    """
-    if target is None:
-        yield None
-        return
-    prefix = f".{target.name}.scratch-"
-    try:
-        for path in target.parent.iterdir():
-            owner = re.fullmatch(re.escape(prefix) + r"(\d+)-\w+", path.name)
-            if owner and not psutil.pid_exists(int(owner[1])):
-                shutil.rmtree(path, ignore_errors=True)
-        folder = TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-", dir=target.parent)
-    except OSError as error:
-        raise OutputError(f"Output {target}: no scratch folder can be made beside it ({error}).") from error
-    with folder as name:
-        yield Path(name)
+    @contextmanager
+    def writing(self, name: str, **facts: Any) -> Iterator[Append]:
+        """As `Folder.writing`."""
+        tensors: dict[str, Tensor] = {}
+        yield tensors.__setitem__
+        self._records[name] = (tensors, facts)
+
+    def has(self, name: str) -> bool:
+        """As `Folder.has`."""
+        return name in self._records
+
+    def keys(self, name: str) -> list[str]:
+        """As `Folder.keys`."""
+        return list(self._records[name][0])
+
+    def read(self, name: str, key: str) -> Tensor:
+        """As `Folder.read`."""
+        return self._records[name][0][key]
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """As `Folder.facts`."""
+        return self._records[name][1]
+
+    def drop(self, name: str) -> None:
+        """As `Folder.drop`."""
+        self._records.pop(name, None)
+
+    def settle(self) -> None:
+        """As `Folder.settle`: nothing waits here."""
 
 
-class Scratch:
-    """One record of statistics per layer, on disk or in memory.
+class Folder:
+    """Records in a folder.
 
     Args:
-        folder: an existing folder to keep the records in; None keeps them in memory.
+        path: an existing folder.
     """
 
-    def __init__(self, folder: Path | None):
-        self.folder = folder
-        self._memory: dict[int, LayerStatistics] = {}
+    def __init__(self, path: Path):
+        self.path = path
+        self._writer = WriteBehind()
+        self._unfinished: set[str] = set()
+        self._indices: dict[str, dict[str, Any]] = {}
 
-    def put(self, layer: int, statistics: LayerStatistics) -> None:
-        """Keep a layer's statistics; on disk, the caller's record loses its Gram matrix to free the memory.
+    @contextmanager
+    def writing(self, name: str, **facts: Any) -> Iterator[Append]:
+        """Write a record: the block appends its tensors, and the record exists once the block has ended well.
+
+        Args:
+            name: of the record, a valid file name; an older record of that name is dropped.
+            **facts: plain values to keep with it.
 
         Raises:
-            OutputError: the disk is full.
+            OutputError: the disk is full or the folder cannot be written.
         """
-        if self.folder is None:
-            self._memory[layer] = statistics
-            return
-        tensors: dict[str, Tensor] = {
-            "saliency": statistics.saliency.cpu(),
-            "num_tokens": torch.tensor(statistics.num_tokens),
-        }
-        if statistics.gram is not None:
-            tensors["gram"] = statistics.gram.cpu()
+        self.drop(name)
+        self._unfinished.add(name)
+        record = _Unfinished(self.path / name, facts)
         try:
-            save_file(tensors, self._path(layer))
-        except (SafetensorError, OSError) as error:
-            size = sum(tensor.nbytes for tensor in tensors.values())
+            yield lambda key, tensor: self._behind(record.append, key, tensor.detach().cpu())
+            self._behind(self._finish, name, record)
+        except BaseException:
+            with suppress(OSError):
+                self._writer.submit(record.close)
+            raise
+
+    def has(self, name: str) -> bool:
+        """Whether the record is complete."""
+        if name in self._unfinished:
+            self.settle()
+        return (self.path / f"{name}{INDEX}").is_file()
+
+    def keys(self, name: str) -> list[str]:
+        """The keys of its tensors, in writing order."""
+        return list(self._index(name)["tensors"])
+
+    def read(self, name: str, key: str) -> Tensor:
+        """One tensor of a record, on the CPU.
+
+        Raises:
+            OutputError: the file was changed or damaged since.
+        """
+        row = self._index(name)["tensors"][key]
+        tensor = torch.empty(row["shape"], dtype=DTYPE_OF[row["dtype"]])
+        path = self.path / f"{name}{DATA}"
+        try:
+            read_pieces(path, [(row["offset"], tensor_bytes(tensor))])
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be read ({error}). Delete it and run again with --resume.") from error
+        if zlib.crc32(tensor_bytes(tensor)) != row["crc32"]:
             raise OutputError(
-                f"Statistics of layer {layer}: expected room for {size / 1e6:.1f} MB in the scratch folder beside the "
-                f"output, got: {error}. Free some space or choose another disk; nothing was left there."
+                f"{path}: expected {key} as it was written, got other bytes. Delete {path.stem}{INDEX} beside it and "
+                "run again with --resume, which computes it anew."
+            )
+        return tensor
+
+    def intact(self, name: str) -> bool:
+        """Whether every tensor of a record is as it was written."""
+        try:
+            return all(self.read(name, key) is not None for key in self.keys(name))
+        except (OutputError, ValueError, KeyError):
+            return False
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """The plain values that were kept with it."""
+        facts: dict[str, Any] = self._index(name)["facts"]
+        return facts
+
+    def drop(self, name: str) -> None:
+        """Forget a record, if there is one."""
+        if name in self._unfinished:
+            self.settle()
+        self._indices.pop(name, None)
+        (self.path / f"{name}{INDEX}").unlink(missing_ok=True)
+        (self.path / f"{name}{DATA}").unlink(missing_ok=True)
+
+    def names(self) -> list[str]:
+        """All complete records."""
+        self.settle()
+        return sorted(path.stem for path in self.path.glob(f"*{INDEX}") if path.with_suffix(DATA).is_file())
+
+    def settle(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            OutputError: something could not be.
+        """
+        self._behind(None)
+
+    def close(self) -> None:
+        """Stop the writing thread, after what it has still to write; failures no longer matter."""
+        self._writer.close()
+
+    def _index(self, name: str) -> dict[str, Any]:
+        if name in self._unfinished:
+            self.settle()
+        if name not in self._indices:
+            self._indices[name] = json.loads((self.path / f"{name}{INDEX}").read_text("utf-8"))
+        return self._indices[name]
+
+    def _finish(self, name: str, record: "_Unfinished") -> None:
+        record.commit()
+        self._unfinished.discard(name)
+
+    def _behind(self, job: Callable[..., None] | None, *arguments: Any) -> None:
+        """Have a job done in the writing thread, or wait for all of them."""
+        try:
+            if job is None:
+                self._writer.settle()
+            else:
+                self._writer.submit(job, *arguments)
+        except OSError as error:
+            raise OutputError(
+                f"Scratch folder {self.path}: expected room for what waits between the phases, got: {error}. Free some "
+                "space, or name a folder on another disk by --scratch; run again with --resume to go on."
             ) from error
-        statistics.gram = None
 
-    def take(self, layer: int, device: torch.device) -> LayerStatistics:
-        """Give a layer's statistics back and forget them."""
-        if self.folder is None:
-            return self._memory.pop(layer)
-        tensors = load_file(self._path(layer))
-        self._path(layer).unlink()
-        gram = tensors["gram"].to(device) if "gram" in tensors else None
-        return LayerStatistics(int(tensors["num_tokens"]), tensors["saliency"].to(device), gram)
 
-    def _path(self, layer: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"layer_{layer:04d}.statistics.safetensors"
+Scratch: TypeAlias = Folder | Memory
+
+
+class _Unfinished:
+    """A record that is being written; used by the writing thread alone."""
+
+    def __init__(self, base: Path, facts: Mapping[str, Any]):
+        self._base, self._facts = base, dict(facts)
+        self._handle: Any = None
+        self._offset = 0
+        self._whole = True
+        self._tensors: dict[str, dict[str, Any]] = {}
+
+    def append(self, key: str, tensor: Tensor) -> None:
+        # Until this has ended well, the record must not be finished: that job may be waiting already.
+        self._whole = False
+        if self._handle is None:
+            self._handle = open(f"{self._base}{DATA}", "wb")  # noqa: SIM115
+        data = write_tensor(self._handle, tensor)
+        self._tensors[key] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "offset": self._offset,
+            "crc32": zlib.crc32(data),
+        }
+        self._offset += len(data)
+        self._whole = True
+
+    def commit(self) -> None:
+        if not self._whole:
+            raise OSError(f"{self._base.name} is incomplete")
+        self.close()
+        index, unfinished = f"{self._base}{INDEX}", f"{self._base}.unfinished"
+        text = json.dumps({"tensors": self._tensors, "facts": self._facts})
+        with open(unfinished, "w", encoding="utf-8") as handle:
+            handle.write(text)
+        os.rename(unfinished, index)
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.close()

@@ -3,6 +3,7 @@
 Life of a record: `LayerStatistics.empty` → `update_` per chunk of tokens → `finalize_` → `score`, `gram`.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor
 from minisp import ops
 from minisp.config import SaliencyScore
 from minisp.errors import NumericalError
+from minisp.ranks import Ranks
 
 SCORES: tuple[SaliencyScore, ...] = ("taylor", "fisher", "signed")
+# Rows of the Gram matrix that are stored together, as far as the diagonal reaches: half the bytes of the whole.
+PANEL_ROWS = 512
 
 
 @dataclass
@@ -43,6 +47,11 @@ class LayerStatistics:
         if self.gram is not None:
             ops.gram_update_(self.gram, x)
 
+    def sum_over_(self, ranks: Ranks) -> None:
+        """Add up the records of all processes; before `finalize_`."""
+        ranks.sum_(self.saliency, *([] if self.gram is None else [self.gram]))
+        self.num_tokens = ranks.total(self.num_tokens)
+
     def finalize_(self, layer: int) -> "LayerStatistics":
         """Complete the Gram matrix and check the sums.
 
@@ -68,3 +77,25 @@ class LayerStatistics:
         al., 2017); `fisher` is the diagonal empirical Fisher of a gate on the unit (Theis et al., 2018).
         """
         return self.saliency[SCORES.index(kind)].abs() / max(self.num_tokens, 1)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(key, tensor) to store: of the finalized Gram matrix, row panels up to the diagonal's blocks."""
+        yield "saliency", self.saliency
+        yield "num_tokens", torch.tensor(self.num_tokens)
+        if self.gram is not None:
+            for start in range(0, len(self.gram), PANEL_ROWS):
+                panel = self.gram[start : start + PANEL_ROWS]
+                yield f"gram_{start}", panel[:, : start + len(panel)]
+
+    @classmethod
+    def from_tensors(cls, read: Callable[[str], Tensor], *, gram: bool, device: torch.device) -> "LayerStatistics":
+        """The record of which `tensors` were stored; `read` gives the tensor of a key. `gram`: with its Gram matrix."""
+        saliency = read("saliency").to(device)
+        record = cls.empty(saliency.shape[1], gram=gram, device=device)
+        record.saliency, record.num_tokens = saliency, int(read("num_tokens"))
+        if record.gram is not None:
+            for start in range(0, len(record.gram), PANEL_ROWS):
+                panel = read(f"gram_{start}")
+                record.gram[start : start + len(panel), : panel.shape[1]] = panel
+            ops.mirror_(record.gram)
+        return record

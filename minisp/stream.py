@@ -7,32 +7,34 @@ hidden state, so that final norm, head and any logit caps are the model's own.
 Shapes: B windows, L tokens per window, T = B·L, d hidden size, m units, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from minisp import ops
 from minisp.architecture import (
-    WIDTHS_KEY,
     Architecture,
     CausalLM,
     architecture_of,
     decoder_layers,
-    layer_widths,
     layers_path,
     mlp_weights,
     replace_parameter_,
-    resize_,
     unit_axes,
 )
-from minisp.checkpoint import FLOATING, Checkpoint
-from minisp.errors import CheckpointError, one_line
+from minisp.checkpoint import Checkpoint
+from minisp.device import trim_memory
+from minisp.errors import CheckpointError
+from minisp.loader import Loader
+from minisp.model import materialise_, skeleton, stored_names
+from minisp.vocabulary import StreamedVocabulary
 
 # Logits of one chunk of tokens: 16-bit logits and their gradient stay within this many bytes.
 LOGIT_BYTES = 48 * 2**20
@@ -54,6 +56,7 @@ class Stream:
         row: its architecture.
         device, dtype: where and in what type it computes.
         checkpoint: where the weights come from; None when the model was in memory to begin with.
+        vocabulary: embeddings and head, where they are left on disk.
     """
 
     def __init__(self, model: CausalLM, device: torch.device, dtype: torch.dtype, checkpoint: Checkpoint | None):
@@ -63,12 +66,26 @@ class Stream:
         self.dtype = dtype
         self.checkpoint = checkpoint
         self.layers = decoder_layers(model, self.row)
+        self.vocabulary: StreamedVocabulary | None = None
+        self._loader: Loader | None = None
         self._calls: dict[tuple[int, ...], list[LayerCall]] = {}
         self._empty = [{name: p.data for name, p in layer.named_parameters()} for layer in self.layers]
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> "Stream":
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        num_slots: int = 1,
+        stream_vocabulary: bool = False,
+    ) -> "Stream":
         """Everything but the decoder layers is read now; the layers' tensors are only looked up.
+
+        Args:
+            num_slots: segments in memory at once; 2 reads ahead.
+            stream_vocabulary: leave embeddings and head on disk too, see `StreamedVocabulary`.
 
         Raises:
             UnsupportedModelError: unknown family.
@@ -76,12 +93,14 @@ class Stream:
         """
         model = skeleton(checkpoint)
         stream = cls(model, device, dtype, checkpoint)
+        stream._loader = Loader(checkpoint, device, num_slots)
         prefix = f"{layers_path(model, stream.row)}."
-        stream._read(n for n, _ in model.named_parameters() if not n.startswith(prefix))
-        model.tie_weights()
-        for buffered in model.modules():
-            for name, buffer in buffered.named_buffers(recurse=False):
-                setattr(buffered, name, buffer.to(device))
+        left: set[str] = set()
+        if stream_vocabulary:
+            stream.vocabulary = StreamedVocabulary(checkpoint, model, device, dtype)
+            left = stream.vocabulary.names
+        names = [n for n, _ in model.named_parameters() if not n.startswith(prefix) and n not in left]
+        materialise_(model, checkpoint, names, device, dtype)
         return stream
 
     @classmethod
@@ -92,20 +111,45 @@ class Stream:
             raise CheckpointError("Model: expected weights in memory, got a model on the meta device. Load it first.")
         return cls(model, parameter.device, parameter.dtype, None)
 
-    @contextmanager
-    def hold(self, indices: Iterable[int]) -> Iterator[list[nn.Module]]:
-        """The layers with these indices, with their weights in memory for the length of the block."""
-        indices = list(indices)
+    def visit(self, segments: Sequence[range]) -> Iterator[range]:
+        """Yield segment after segment of layers, each with its weights in memory until the next one is asked for.
+
+        The schedule: with two slots, segment i + 1 is read while segment i computes; with one, after it.
+        """
+        if self._loader is None:
+            yield from segments
+            return
+        ahead = self._loader.num_slots - 1
+        reading = deque(map(self._start, segments[: ahead + 1]))
+        for place, segment in enumerate(segments):
+            self._place(segment, reading.popleft().result())
+            try:
+                yield segment
+            finally:
+                for index in segment:
+                    for name, empty in self._empty[index].items():
+                        replace_parameter_(self.layers[index], name, empty)
+            reading.extend(map(self._start, segments[place + ahead + 1 : place + ahead + 2]))
+
+    def release(self) -> None:
+        """Give back the memory that `visit` reads into; another visit takes it anew."""
+        if self._loader is not None:
+            self._loader.release()
+        trim_memory()
+
+    def _start(self, segment: range) -> Future[dict[str, Tensor]]:
+        assert self._loader is not None and self.checkpoint is not None
+        return self._loader.start(list(stored_names(self.checkpoint, self.model, self._names(segment))))
+
+    def _place(self, segment: range, tensors: dict[str, Tensor]) -> None:
+        assert self.checkpoint is not None
+        for stored, names in stored_names(self.checkpoint, self.model, self._names(segment)).items():
+            for name in names:
+                replace_parameter_(self.model, name, tensors[stored].to(self.dtype))
+
+    def _names(self, segment: range) -> list[str]:
         path = layers_path(self.model, self.row)
-        if self.checkpoint is not None:
-            self._read(f"{path}.{i}.{name}" for i in indices for name in self._empty[i])
-        try:
-            yield [self.layers[i] for i in indices]
-        finally:
-            if self.checkpoint is not None:
-                for i in indices:
-                    for name, empty in self._empty[i].items():
-                        replace_parameter_(self.layers[i], name, empty)
+        return [f"{path}.{index}.{name}" for index in segment for name in self._empty[index]]
 
     def down_weight(self, index: int) -> Tensor:
         """The down projection (d, m) of a layer, in the stored dtype (not the compute type), on the device."""
@@ -152,7 +196,8 @@ class Stream:
         """Loss and its gradient at the last layer's output.
 
         The loss is the summed negative log likelihood (nats) of tokens 2…L of each window. Tokens go through the head
-        in chunks, so that the logits stay within `LOGIT_BYTES`.
+        in chunks, so that the logits stay within `LOGIT_BYTES`; a streamed head takes all tokens at once, for it is
+        read from disk each time.
 
         Args:
             hidden: (B, L, d) output of the last layer.
@@ -163,21 +208,30 @@ class Stream:
         """
         ids = ids.to(self.device)
         gradient = torch.zeros_like(hidden)
-        step = max(1, LOGIT_BYTES // (4 * self.model.config.vocab_size * hidden.shape[0]))
+        step = hidden.shape[1]
+        if self.vocabulary is None:
+            step = max(1, LOGIT_BYTES // (4 * self.model.config.vocab_size * hidden.shape[0]))
         loss = 0.0
         for start in range(0, hidden.shape[1] - 1, step):
             stop = min(start + step, hidden.shape[1] - 1)
             chunk = hidden[:, start:stop].detach().requires_grad_()
-
-            def hand_over(index: int, passing: Tensor, *_: Any, chunk: Tensor = chunk, **__: Any) -> Tensor:
-                return chunk if index == len(self.layers) - 1 else passing
-
-            with self._stubs(hand_over), torch.enable_grad():
-                logits = self.model(input_ids=ids[:, start:stop], use_cache=False).logits
-            chunk_loss, logit_gradient = ops.cross_entropy_gradient(logits.detach(), ids[:, start + 1 : stop + 1])
-            gradient[:, start:stop] = torch.autograd.grad(logits, chunk, logit_gradient)[0]
+            targets = ids[:, start + 1 : stop + 1]
+            with self._stubs(partial(self._hand_over, chunk)), torch.enable_grad():
+                # Logits, or what the head would make them from where it is streamed.
+                leaving = self.model(input_ids=ids[:, start:stop], use_cache=False).logits
+            if self.vocabulary is None:
+                chunk_loss, grad_leaving = ops.cross_entropy_gradient(leaving.detach(), targets)
+            else:
+                flat = leaving.detach().reshape(-1, leaving.shape[-1])
+                chunk_loss, grad_flat = self.vocabulary.loss_gradient(flat, targets.reshape(-1))
+                grad_leaving = grad_flat.view_as(leaving).to(leaving.dtype)
+            gradient[:, start:stop] = torch.autograd.grad(leaving, chunk, grad_leaving)[0]
             loss += chunk_loss
         return loss, gradient
+
+    def _hand_over(self, chunk: Tensor, index: int, passing: Tensor, *_: Any, **__: Any) -> Tensor:
+        """What a stub does where only the end of the model is wanted: the last one hands over `chunk`."""
+        return chunk if index == len(self.layers) - 1 else passing
 
     @contextmanager
     def _stubs(self, function: Any) -> Iterator[None]:
@@ -189,13 +243,6 @@ class Stream:
         finally:
             for index, layer in enumerate(originals):
                 self.layers[index] = layer
-
-    def _read(self, names: Iterable[str]) -> None:
-        assert self.checkpoint is not None
-        wanted = stored_names(self.checkpoint, self.model, names)
-        for stored, tensor in self.checkpoint.read(wanted):
-            for name in wanted[stored]:
-                replace_parameter_(self.model, name, tensor.to(self.device, self.dtype, copy=True))
 
 
 class _Stub(nn.Module):
@@ -215,86 +262,3 @@ class _Stub(nn.Module):
 
 class _EnoughError(Exception):
     """Raised by the last stub: the rest of the forward is not wanted."""
-
-
-def skeleton(checkpoint: Checkpoint) -> CausalLM:
-    """The transformers model of a checkpoint with every parameter on the meta device, frozen, in evaluation mode.
-
-    Raises:
-        UnsupportedModelError: unknown family or activation.
-        CheckpointError: the config contradicts itself or the stored tensors.
-    """
-    row = architecture_of(checkpoint.config)
-    widths = checkpoint.raw_config.get(WIDTHS_KEY)
-    where = f"{checkpoint.folder}/config.json"
-    # Before the model is built: a billion layers would be built for hours.
-    count = checkpoint.config.num_hidden_layers
-    more = f".{row.layers}.{count}."
-    if not 0 < count <= len(checkpoint.tensors) or any(more in f".{name}" for name in checkpoint.tensors):
-        raise CheckpointError(f"{where}: expected as many layers as are stored, at least one, got {count}. Correct it.")
-    try:
-        with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=False)
-    except Exception as error:
-        raise CheckpointError(f"{where}: expected a buildable model, got: {one_line(error)} Correct it.") from error
-    if widths is not None:
-        full = layer_widths(model, row)
-        if not isinstance(widths, list) or [type(w) is int and 0 < w <= full[0] for w in widths] != [True] * count:
-            raise CheckpointError(
-                f"{where}: expected {WIDTHS_KEY} to list {count} widths from 1 to {full[0]}, got {widths!r}. "
-                "It was written with the weights: restore it from there."
-            )
-        resize_(model, row, widths)
-    model.tie_weights()
-    model.requires_grad_(False)
-    model.eval()
-    stored_names(checkpoint, model, [name for name, _ in model.named_parameters()])
-    return model
-
-
-def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> CausalLM:
-    """The whole model in memory, read without running any code of the checkpoint; per-layer widths included."""
-    stream = Stream.from_checkpoint(checkpoint, device, dtype)
-    path = layers_path(stream.model, stream.row)
-    stream._read(f"{path}.{i}.{name}" for i, empty in enumerate(stream._empty) for name in empty)
-    return stream.model
-
-
-@contextmanager
-def frozen(model: CausalLM) -> Iterator[None]:
-    """Within the block: evaluation mode and no parameter wants a gradient; both as before afterwards."""
-    training = {module: module.training for module in model.modules()}
-    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    model.eval()
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in wanted)
-
-
-def stored_names(checkpoint: Checkpoint, model: CausalLM, names: Iterable[str]) -> dict[str, list[str]]:
-    """Stored name → tensor names that it serves; the second name of a tied weight is left to `tie_weights`.
-
-    Raises:
-        CheckpointError: a tensor is missing, or its shape is not the model's.
-    """
-    tied = model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
-    wanted: dict[str, list[str]] = {}
-    for name in names:
-        if name in tied:
-            continue
-        stored = checkpoint.stored_name(name, model.base_model_prefix)
-        shape = tuple(model.get_parameter(name).shape)
-        place = checkpoint.tensors[stored]
-        if place.shape != shape or place.dtype not in FLOATING.values():
-            raise CheckpointError(
-                f"{checkpoint.folder}: tensor {stored}: expected floating-point values of shape {shape}, which follows "
-                f"from config.json, got {place.dtype} {place.shape}. The config and the weights belong to different "
-                "models."
-            )
-        wanted.setdefault(stored, []).append(name)
-    return wanted

@@ -1,122 +1,158 @@
-"""The two passes over a streamed model: the saliency sweep (in reverse) and the heal sweep (forward).
+"""The saliency sweep over a streamed model: forward once, then in reverse.
 
-Saliency sweep. Layers are held a segment at a time. A forward pass keeps the hidden states at segment boundaries only;
+Layers are held a segment at a time. A forward pass keeps the hidden states at segment boundaries only;
 then segments go in reverse: recompute, backward without weight gradients, statistics on the way. One segment for the
 whole model needs no forward pass of its own; one layer per segment needs the least memory. Work per token and layer of
 P parameters: forward 2P and backward 2P FLOPs, plus 2P·(1 − 1/segments) of recomputing, plus m² for the Gram matrix.
 
-Heal sweep. Forward, one layer at a time, on what the already pruned layers below produce: Gram, solve, cut, go on.
+What is finished is a record, see `minisp.workplace`: a sweep that finds records goes on from them, to the same bits.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from minisp.architecture import activation_kind, cut_, mlp_weights
+from minisp.architecture import activation_kind, mlp_weights
 from minisp.attention import fast_attention
-from minisp.config import MinifyConfig
 from minisp.mlp import watch
-from minisp.reconstruction import Reconstruction, reconstruct
+from minisp.scratch import Scratch
 from minisp.statistics import LayerStatistics
 from minisp.stream import Stream
+from minisp.workplace import Workplace, record
 
-Progress = Callable[[str, int, int], None]
-"""Called with the phase, the steps done and the steps in all."""
+# Tokens that a streamed head takes at once: each time, its weights are read twice.
+HEAD_TOKENS = 4096
 
 
 def saliency_sweep(
-    stream: Stream, batches: Sequence[Tensor], segments: Sequence[range], *, gram: bool, progress: Progress
-) -> Iterator[tuple[int, LayerStatistics]]:
-    """Yield (layer, statistics) for every layer, last layer first.
+    stream: Stream, batches: Sequence[Tensor], segments: Sequence[range], work: Workplace, *, gram: bool
+) -> None:
+    """Leave a record of statistics for every layer.
 
     Args:
-        batches: calibration windows (B, L) int64, one micro-batch each.
+        batches: this process's calibration windows (B, L) int64, one micro-batch each.
         segments: consecutive layers held together, in forward order; they cover all layers.
         gram: collect Gram matrices too.
 
     Raises:
         NumericalError: statistics that are not finite.
     """
-    num_layers = segments[-1].stop
-    steps = len(batches) * (2 * num_layers - len(segments[-1]))
+    segments = _unfinished(segments, work)
+    if not segments:
+        return
+    # A streamed head is read for many windows at once, so that it stands between the passes.
+    head_first = (
+        stream.vocabulary is not None
+        and segments[-1].stop == len(stream.layers)
+        and not work.own.has(record("gradient", len(stream.layers)))
+    )
+    through = segments if head_first else segments[:-1]
+    forward = [segment for segment in through if not work.own.has(record("states", segment.stop))]
+    steps = len(batches) * sum(len(segment) for segment in [*forward, *segments])
     done = 0
 
-    def advance(phase: str, layers: int) -> None:
+    def advance(phase: str, segment: range) -> None:
         nonlocal done
-        done += layers
-        progress(phase, done, steps)
+        done += len(segment)
+        work.progress(f"{phase}, layers {segment.start}-{segment.stop - 1}", done, steps)
 
-    entering: list[list[Tensor]] = []
-    for segment in segments[:-1]:
-        with stream.hold(segment), torch.no_grad(), fast_attention(stream.model.config):
-            entering.append([])
-            for number, ids in enumerate(batches):
-                hidden = _enter(stream, entering, len(entering) - 1, number, ids)
-                for index in segment:
-                    hidden = stream.run_layer(index, hidden, stream.calls(ids))
-                entering[-1].append(hidden)
-                advance(f"forward, layers {segment.start}-{segment.stop - 1}", len(segment))
-
-    gradients: list[Tensor | None] = [None] * len(batches)
-    for place in reversed(range(len(segments))):
-        segment = segments[place]
-        phase = f"saliency, layers {segment.start}-{segment.stop - 1}"
-        records = {i: LayerStatistics.empty(w, gram=gram, device=stream.device) for i, w in _widths(stream, segment)}
-        with stream.hold(segment), _watch_all(stream, records), fast_attention(stream.model.config):
-            for number, ids in enumerate(batches):
-                hidden = _enter(stream, entering, place, number, ids)
-                if place:
-                    entering[place - 1][number] = hidden.new_empty(0)
-                gradients[number] = _forward_backward(stream, segment, hidden, ids, gradients[number])
-                advance(phase, len(segment))
+    visits = stream.visit([*forward, *reversed(segments)])
+    for segment in islice(visits, len(forward)):
+        _run_forward(stream, batches, segment, work.own, advance)
+    if head_first:
+        _head_gradient(stream, batches, work)
+    for segment in visits:
+        records = _run_backward(stream, batches, segment, work.own, gram, advance)
         for index in reversed(segment):
-            yield index, records.pop(index).finalize_(index)
+            statistics = records.pop(index)
+            statistics.sum_over_(work.ranks)
+            statistics.finalize_(index)
+            if work.ranks.first:
+                with work.shared.writing(record("statistics", index)) as append:
+                    for key, tensor in statistics.tensors():
+                        append(key, tensor)
+            del statistics
+        work.shared.settle()
+        work.own.settle()
+        work.ranks.wait()
+        work.own.drop(record("states", segment.start))
+        work.own.drop(record("gradient", segment.stop))
 
 
-def heal_sweep(
-    stream: Stream, batches: Sequence[Tensor], kept: Sequence[Tensor], config: MinifyConfig, progress: Progress
-) -> Iterator[Reconstruction]:
-    """Yield every layer's reconstruction, first layer first, each refitted on the pruned layers below it.
-
-    The target is the full MLP on the same inputs, so the Gram matrix of those inputs is all that is needed.
-
-    Args:
-        batches: calibration windows (B, L) int64.
-        kept: per layer (n,) int64 sorted.
-
-    Raises:
-        NumericalError: a ridge system cannot be solved.
-    """
-    kind = activation_kind(stream.model.config, stream.row)
-    states = [stream.embed(ids) for ids in batches]
-    for index, width in _widths(stream, range(len(stream.layers))):
-        with stream.hold([index]) as (layer,), torch.no_grad(), fast_attention(stream.model.config):
-            record = LayerStatistics.empty(width, gram=True, device=stream.device)
-            result = Reconstruction(index, kept[index], None, 0.0, 0.0)
-            if len(kept[index]) < width:
-                with watch(layer, stream.row, kind, record):
-                    for ids, hidden in zip(batches, states, strict=True):
-                        stream.run_layer(index, hidden, stream.calls(ids))
-                result = reconstruct(index, record.finalize_(index), kept[index], stream.down_weight(index), config)
-                assert result.down is not None
-                cut_(layer, stream.row, kept[index].to(stream.device), result.down)
-            del record
-            for number, ids in enumerate(batches):
-                states[number] = stream.run_layer(index, states[number], stream.calls(ids))
-                progress(f"heal, layer {index}", index * len(batches) + number + 1, len(stream.layers) * len(batches))
-        yield result
+def _unfinished(segments: Sequence[range], work: Workplace) -> list[range]:
+    """The segments, or parts of them, whose statistics no earlier run has left, together with the gradient to go on."""
+    lowest = segments[-1].stop
+    for layer in reversed(range(lowest)):
+        if not work.shared.has(record("statistics", layer)):
+            break
+        if layer == 0 or work.own.has(record("gradient", layer)):
+            lowest = layer
+    lowest = work.ranks.most(lowest)
+    return [range(s.start, min(s.stop, lowest)) for s in segments if s.start < lowest]
 
 
-def _enter(stream: Stream, entering: list[list[Tensor]], place: int, number: int, ids: Tensor) -> Tensor:
-    """The hidden state that enters segment `place`: embedded anew for the first one, remembered for the others."""
-    return stream.embed(ids) if place == 0 else entering[place - 1][number]
+def _run_forward(
+    stream: Stream, batches: Sequence[Tensor], segment: range, own: Scratch, advance: Callable[[str, range], None]
+) -> None:
+    """Keep the states that leave a segment."""
+    keeping = own.writing(record("states", segment.stop))
+    with keeping as append, torch.no_grad(), fast_attention(stream.model.config):
+        for number, ids in enumerate(batches):
+            hidden = enter(stream, own, segment, number, ids)
+            for index in segment:
+                hidden = stream.run_layer(index, hidden, stream.calls(ids))
+            append(str(number), hidden)
+            advance("forward", segment)
 
 
-def _forward_backward(
-    stream: Stream, segment: range, hidden: Tensor, ids: Tensor, gradient: Tensor | None
-) -> Tensor | None:
+def _head_gradient(stream: Stream, batches: Sequence[Tensor], work: Workplace) -> None:
+    """Keep the gradient at the last layer's output, many windows at a time."""
+    last = len(stream.layers)
+    per_group = max(1, HEAD_TOKENS // max(ids.numel() for ids in batches))
+    with work.own.writing(record("gradient", last)) as append:
+        for start in range(0, len(batches), per_group):
+            group = list(batches[start : start + per_group])
+            hidden = [work.own.read(record("states", last), str(start + i)) for i in range(len(group))]
+            _, gradient = stream.loss_gradient(torch.cat(hidden).to(stream.device), torch.cat(group))
+            for i, part in enumerate(gradient.split([len(ids) for ids in group])):
+                append(str(start + i), part)
+            work.progress("head", min(start + per_group, len(batches)), len(batches))
+    work.own.drop(record("states", last))
+
+
+def _run_backward(
+    stream: Stream,
+    batches: Sequence[Tensor],
+    segment: range,
+    own: Scratch,
+    gram: bool,
+    advance: Callable[[str, range], None],
+) -> dict[int, LayerStatistics]:
+    """The statistics of a segment's layers; keeps the gradient at its input."""
+    records = {i: LayerStatistics.empty(w, gram=gram, device=stream.device) for i, w in _widths(stream, segment)}
+    source = record("gradient", segment.stop)
+    known = own.has(source)
+    keeping = own.writing(record("gradient", segment.start)) if segment.start else nullcontext(_nowhere)
+    with keeping as append, _watch_all(stream, records), fast_attention(stream.model.config):
+        for number, ids in enumerate(batches):
+            hidden = enter(stream, own, segment, number, ids)
+            above = own.read(source, str(number)).to(stream.device) if known else None
+            append(str(number), _forward_backward(stream, segment, hidden, ids, above))
+            advance("saliency", segment)
+    return records
+
+
+def enter(stream: Stream, own: Scratch, segment: range, number: int, ids: Tensor, *, kind: str = "states") -> Tensor:
+    """The hidden state that enters a segment: embedded anew for the first one, kept for the others."""
+    if segment.start == 0:
+        return stream.embed(ids)
+    return own.read(record(kind, segment.start), str(number)).to(stream.device)
+
+
+def _forward_backward(stream: Stream, segment: range, hidden: Tensor, ids: Tensor, gradient: Tensor | None) -> Tensor:
     """Gradient at the segment's input, given the one at its output (or, for the last segment, the loss)."""
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
@@ -128,6 +164,10 @@ def _forward_backward(
     return torch.autograd.grad(leaving, hidden, gradient)[0]
 
 
+def _nowhere(key: str, tensor: Tensor) -> None:
+    """Nobody asks for the gradient below the first layer."""
+
+
 def _widths(stream: Stream, segment: range) -> list[tuple[int, int]]:
     return [(i, mlp_weights(stream.layers[i], stream.row).up.shape[0]) for i in segment]
 
@@ -135,6 +175,6 @@ def _widths(stream: Stream, segment: range) -> list[tuple[int, int]]:
 def _watch_all(stream: Stream, records: dict[int, LayerStatistics]) -> ExitStack:
     kind = activation_kind(stream.model.config, stream.row)
     stack = ExitStack()
-    for index, record in records.items():
-        stack.enter_context(watch(stream.layers[index], stream.row, kind, record))
+    for index, statistics in records.items():
+        stack.enter_context(watch(stream.layers[index], stream.row, kind, statistics))
     return stack

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minisp.checkpoint import DTYPES, INDEX_NAME, SINGLE_NAME
 from minisp.errors import OutputError
+from minisp.files import WriteBehind, write_tensor
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -111,21 +111,27 @@ def output_folder(out: Path) -> Iterator[Path]:
 def write_tensors(
     folder: Path, entries: list[Entry], tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write `tensors`, which come in the order of `entries`, as safetensors shards (and an index for more than one)."""
+    """Write `tensors`, which come in the order of `entries`, as safetensors shards (and an index for more than one).
+
+    A tensor may come in pieces of its rows. Writing happens behind the making of the next ones.
+    """
     shards = _split(entries, max_shard_bytes)
     names = [SINGLE_NAME] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
     ]  # fmt: skip
-    stream = iter(tensors)
+    stream = ((name, tensor) for name, tensor in tensors if tensor.numel())
     for file, shard in zip(names, shards, strict=True):
-        with open(folder / file, "wb") as handle:
+        with open(folder / file, "wb") as handle, WriteBehind() as behind:
             handle.write(_header(shard))
             for entry in shard:
-                name, tensor = next(stream)
-                got = Entry(name, tuple(tensor.shape), DTYPES[tensor.dtype])
-                assert got == entry, f"expected {entry}, got {got}"
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
-                handle.write(flat.view(torch.uint8).numpy().data)
+                missing = entry.num_bytes
+                while missing > 0:
+                    name, tensor = next(stream)
+                    assert (name, DTYPES[tensor.dtype]) == (entry.name, entry.dtype), f"expected {entry}, got {name}"
+                    missing -= tensor.nbytes
+                    behind.submit(write_tensor, handle, tensor)
+                assert missing == 0, f"expected {entry}, got {-missing} bytes more"
+            behind.settle()
     assert next(stream, None) is None, "more tensors than entries"
     if len(shards) > 1:
         weight_map = {entry.name: file for file, shard in zip(names, shards, strict=True) for entry in shard}

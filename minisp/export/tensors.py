@@ -14,6 +14,9 @@ from minisp.checkpoint import DTYPES, Checkpoint
 from minisp.reconstruction import Reconstruction
 from minisp.writer import Entry
 
+# Bytes of a copied tensor that are in memory at once.
+PIECE_BYTES = 32 * 2**20
+
 
 @dataclass(frozen=True)
 class LayerTensor:
@@ -41,10 +44,17 @@ def checkpoint_entries(checkpoint: Checkpoint, model: Any, row: Architecture, ke
 def checkpoint_tensors(
     checkpoint: Checkpoint, model: Any, row: Architecture, results: Iterable[Reconstruction]
 ) -> Iterator[tuple[str, Tensor]]:
-    """(stored name, value) in the order of `checkpoint_entries`; a layer is read once its reconstruction has come."""
+    """(stored name, value) in the order of `checkpoint_entries`; a layer is read once its reconstruction has come.
+
+    A large tensor comes as several pieces of its rows, one after the other.
+    """
     outside, layers = _by_layer(checkpoint, model, row)
     for name in outside:
-        yield from checkpoint.read([name])
+        # Embeddings of a large vocabulary are copied a piece at a time.
+        num_rows, place = _rows(checkpoint.tensors[name].shape), checkpoint.tensors[name]
+        step = max(1, PIECE_BYTES * num_rows // max(place.num_bytes, 1))
+        for start in range(0, num_rows, step):
+            yield name, checkpoint.read_rows(name, range(start, min(start + step, num_rows)))
     for members, result in zip(layers, results, strict=True):
         values = dict(checkpoint.read([member.stored for member in members]))
         for member in members:
@@ -54,6 +64,10 @@ def checkpoint_tensors(
             elif member.axis is not None and len(result.kept) < value.shape[member.axis]:
                 value = value.index_select(member.axis, result.kept)
             yield member.stored, value
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if shape else 1
 
 
 def module_tensors(model: Any) -> list[tuple[str, Tensor]]:

@@ -1,0 +1,102 @@
+"""Bytes of tensors to and from files: scattered reads, and the one place through which large data is written."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Piece: TypeAlias = tuple[int, memoryview]
+"""Where bytes lie in a file, and the memory that they fill."""
+
+# Pieces that one system call fills at most, under the limit of every system.
+MAX_PIECES = 512
+
+
+# Jobs that may wait to be written while the computation goes on: what they hold is in memory.
+WRITES_BEHIND = 2
+
+
+class WriteBehind:
+    """A thread that does jobs in order, beside the computation; as a context, it ends with the block."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="minisp-writer")
+        self._waiting: deque[Future[Any]] = deque()
+
+    def __enter__(self) -> "WriteBehind":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def submit(self, job: Callable[..., Any], *arguments: Any) -> None:
+        """Have a job done, once few enough are waiting.
+
+        Raises:
+            Exception: that of an earlier job.
+        """
+        while len(self._waiting) >= WRITES_BEHIND:
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(job, *arguments))
+
+    def settle(self) -> None:
+        """Wait until all is done; raises what a job raised."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def close(self) -> None:
+        """End the thread after what it has still to do; failures no longer matter."""
+        self._thread.shutdown(wait=True)
+        self._waiting.clear()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def write_tensor(handle: IO[bytes], tensor: Tensor) -> memoryview:
+    """Write the raw data of a tensor of any device and layout; returns what was written."""
+    data = tensor_bytes(tensor.detach().cpu().contiguous())
+    handle.write(data)
+    return data
+
+
+def read_pieces(path: Path, pieces: Sequence[Piece]) -> None:
+    """Fill memory from pieces in ascending order, joining those that touch into one scattered read.
+
+    Raises:
+        OSError: the file cannot be read, or ends too early.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        start = 0
+        while start < len(pieces):
+            stop, end = start + 1, pieces[start][0] + len(pieces[start][1])
+            while stop < len(pieces) and stop - start < MAX_PIECES and pieces[stop][0] == end:
+                end += len(pieces[stop][1])
+                stop += 1
+            _fill(descriptor, [memory for _, memory in pieces[start:stop]], pieces[start][0])
+            start = stop
+    finally:
+        os.close(descriptor)
+
+
+def _fill(descriptor: int, memory: list[memoryview], offset: int) -> None:
+    """Read until all of `memory` is full: one call returns at most 2 GB, and fewer bytes wherever it likes."""
+    while memory := [piece for piece in memory if len(piece)]:
+        count = os.preadv(descriptor, memory, offset)
+        if count == 0:
+            raise OSError("the file ends too early")
+        offset += count
+        while count:
+            taken = min(count, len(memory[0]))
+            memory[0] = memory[0][taken:]
+            count -= taken
+            if not len(memory[0]):
+                memory.pop(0)

@@ -1,0 +1,209 @@
+"""How much memory a run needs, by phase and purpose, and the fastest layout that a limit allows.
+
+Shapes: T tokens, B·L tokens of a micro-batch, d hidden size, m units, n kept units, V vocabulary. Every figure is the
+largest layer's. A phase is over before the next one begins, so the peak is the largest phase, not their sum.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths
+from minisp.errors import ConfigError
+from minisp.export.tensors import PIECE_BYTES
+from minisp.statistics import PANEL_ROWS
+from minisp.stream import LOGIT_BYTES
+from minisp.sweep import HEAD_TOKENS
+from minisp.vocabulary import BLOCK_BYTES
+
+# Memory of a loaded tokenizer for each byte of its file: 60 MB for SmolLM2's 3.5 MB, measured.
+TOKENIZER_FACTOR = 18
+
+Peaks = dict[str, dict[str, int]]
+"""Phase → purpose → bytes."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory depends on.
+
+    Attributes:
+        num_layers, hidden, width, vocabulary: L, d, m, V.
+        layer: parameters of a layer.
+        vocabulary_weights: parameters of embedding and head, a tied weight counted once; `outside`: all others that
+            are in no layer.
+        tokenizer: bytes of the tokenizer's file.
+        tokens, batch_tokens: T of this process, and of a micro-batch.
+        item, stored_item: bytes of an element, in the compute type and as stored.
+        kept: units that stay at most, in one layer.
+        gram: whether the saliency sweep collects Gram matrices.
+        streams: whether weights stream from a checkpoint; else the model is in memory whole.
+        writes: whether what waits goes to a scratch folder; else it waits in memory.
+    """
+
+    num_layers: int
+    hidden: int
+    width: int
+    vocabulary: int
+    layer: int
+    vocabulary_weights: int
+    outside: int
+    tokenizer: int
+    tokens: int
+    batch_tokens: int
+    item: int
+    stored_item: int
+    kept: int
+    gram: bool
+    streams: bool
+    writes: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a run uses its memory.
+
+    Attributes:
+        segment: consecutive layers held at once.
+        num_slots: segments in memory at once; 2 reads ahead.
+        stream_vocabulary: whether embeddings and head stay on disk.
+        peaks: bytes by phase and purpose, beside the process itself.
+    """
+
+    segment: int
+    num_slots: int
+    stream_vocabulary: bool
+    peaks: Peaks
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the largest phase."""
+        return max(sum(purposes.values()) for purposes in self.peaks.values())
+
+
+def shape_of(model: CausalLM, *, tokens: int, batch_tokens: int, item: int, stored_item: int, **rest: int) -> Shape:
+    """The shape of a model, whose weights may be on the meta device; `rest`:
+    tokenizer, kept, gram, streams, writes."""
+    row = architecture_of(model.config)
+    layers = decoder_layers(model, row)
+    parameters = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    ends = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    return Shape(
+        num_layers=len(layers),
+        hidden=model.config.hidden_size,
+        width=max(layer_widths(model, row)),
+        vocabulary=model.config.vocab_size,
+        layer=max(parameters),
+        vocabulary_weights=sum(ends.values()),
+        outside=sum(p.numel() for p in model.parameters()) - sum(parameters) - sum(ends.values()),
+        tokens=tokens,
+        batch_tokens=batch_tokens,
+        item=item,
+        stored_item=stored_item,
+        **rest,  # type: ignore[arg-type]
+    )
+
+
+def choose_layout(shape: Shape, limit: int, segment: int | None, what: str) -> Layout:
+    """The fastest layout within `limit` bytes: few segments recompute little, and what is held is read once.
+
+    Args:
+        segment: layers held at once, where it is given.
+        what: how a message calls the limit.
+
+    Raises:
+        ConfigError: nothing fits.
+    """
+    smallest: Layout | None = None
+    for candidate in _candidates(shape, segment):
+        layout = Layout(*candidate, peaks=_peaks(shape, *candidate))
+        if layout.peak <= limit:
+            return layout
+        if smallest is None or layout.peak < smallest.peak:
+            smallest = layout
+    assert smallest is not None
+    phase, purposes = max(smallest.peaks.items(), key=lambda item: sum(item[1].values()))
+    largest = max(purposes, key=lambda name: purposes[name])
+    raise ConfigError(
+        f"{what}: expected at least {smallest.peak / 1e9:.2f} GB beside the process itself, which is what the {phase} "
+        f"needs with {smallest.segment} layer(s) at once, got {max(limit, 0) / 1e9:.2f} GB. Most of it is "
+        f"{largest} ({purposes[largest] / 1e9:.2f} GB): allow more, or pass fewer windows at once (batch), shorter "
+        "windows, or fewer layers (segment)."
+    )
+
+
+def _candidates(shape: Shape, segment: int | None) -> Iterator[tuple[int, int, bool]]:
+    """(segment, slots, whether the vocabulary streams) from fast to frugal."""
+    whole = shape.num_layers
+    sizes = sorted({-(-whole // count) for count in range(1, whole + 1)}, reverse=True)
+    if segment is not None:
+        sizes = [min(segment, whole)]
+    for stream_vocabulary in (False, True) if shape.streams else (False,):
+        for size in sizes:
+            yield size, 2 if shape.streams and size < whole else 1, stream_vocabulary
+        if shape.streams and sizes[-1] < whole:
+            yield sizes[-1], 1, stream_vocabulary
+
+
+def _peaks(shape: Shape, segment: int, num_slots: int, stream_vocabulary: bool) -> Peaks:
+    d, m, item = shape.hidden, shape.width, shape.item
+    held = segment * num_slots if shape.streams else shape.num_layers
+    converted = segment * shape.layer * item if shape.streams and shape.item != shape.stored_item else 0
+    vocabulary = 0 if stream_vocabulary else shape.vocabulary_weights * item
+    resident = {
+        "weights": held * shape.layer * (shape.stored_item if shape.streams else item) + converted,
+        "embeddings and head": vocabulary + shape.outside * item,
+        "tokenizer": TOKENIZER_FACTOR * shape.tokenizer,
+    }
+    boundaries = -(-shape.num_layers // segment)
+    in_memory = 0 if shape.writes else (boundaries + 1) * shape.tokens * d * item
+    grams = segment if shape.writes else shape.num_layers
+    sweep = {
+        **resident,
+        "Gram matrices": grams * 4 * m * m if shape.gram else 0,
+        "activations": _activations(shape, segment),
+        "boundary states": in_memory + 4 * shape.batch_tokens * d * item,
+        "logits": 0 if stream_vocabulary else min(LOGIT_BYTES, 2 * shape.tokens * shape.vocabulary) * 2,
+        # Row panels on their way to the disk.
+        "writing": 3 * PANEL_ROWS * 4 * m if shape.writes and shape.gram else 0,
+    }
+    peaks = {"saliency sweep": sweep}
+    if stream_vocabulary:
+        tokens = min(max(HEAD_TOKENS, shape.batch_tokens), shape.tokens)
+        # The hidden states, twice; float32 copies inside the final norm; the float32 gradient and what is added to it.
+        states = tokens * d * (2 * item + 3 * 4 + 2 * 4 + item)
+        rows = 2 * (BLOCK_BYTES // (4 * tokens)) * d * item
+        peaks["head"] = {**resident, "states and gradients": states, "logits": 4 * BLOCK_BYTES + rows}
+    peaks["reconstruction"] = _reconstruction(shape, resident)
+    if shape.writes:
+        layer = 2 * shape.layer * shape.stored_item
+        peaks["writing"] = _after_the_sweep(shape, resident) | {"a layer": layer, "pieces": 4 * PIECE_BYTES}
+    return peaks
+
+
+def _after_the_sweep(shape: Shape, resident: dict[str, int]) -> dict[str, int]:
+    """What is still in memory when no layer has to run any more."""
+    return resident if not shape.streams else resident | {"weights": 0}
+
+
+def _activations(shape: Shape, segment: int) -> int:
+    """What autograd keeps for a micro-batch, and what one layer's backward adds for a moment."""
+    d, m, item = shape.hidden, shape.width, shape.item
+    # Per token of a layer: both norms (float32 twice and once in the compute type each), about eight tensors of the
+    # hidden size around attention, and the two pre-activations of the MLP.
+    kept = 2 * (8 + item) * d + 8 * item * d + 2 * item * m
+    passing = 3 * item * m + 8 * 4 * d
+    return shape.batch_tokens * (segment * kept + passing)
+
+
+def _reconstruction(shape: Shape, resident: dict[str, int]) -> dict[str, int]:
+    """One layer's solve: G and W whole, G_SS, the gathered rest, right-hand sides and their products, in float32."""
+    d, m, n = shape.hidden, shape.width, shape.kept
+    gathered = 4 * (m - n) * m
+    sides = 4 * d * (m + 4 * n)
+    grams = shape.num_layers - 1 if not shape.writes and shape.gram else 0
+    return {
+        **_after_the_sweep(shape, resident),
+        "Gram matrices": 4 * m * m * (1 + grams),
+        "ridge system": 4 * n * n + gathered,
+        "right-hand sides": sides + shape.stored_item * d * m,
+    }

@@ -1,0 +1,68 @@
+"""A plan as a person sees it, and as JSON."""
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from minisp.planner import Plan
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """A plan as plain values for JSON."""
+    values = asdict(plan)
+    values["segments"] = [[segment.start, segment.stop] for segment in plan.segments]
+    values["widths"] = list(plan.widths)
+    values["scratch_bytes"] = plan.scratch_bytes
+    values["peak_memory"] = plan.peak_memory
+    return values
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan as a table for the terminal."""
+    config = plan.config
+    table = Table(title=escape(f"Plan: {plan.model} ({plan.model_type})"), show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    low, high = min(plan.widths), max(plan.widths)
+    width = f"{low}" if low == high else f"{low} to {high}"
+    table.add_row("layers", f"{len(plan.widths)}, MLP width {width}")
+    units = f"at most {plan.kept_units:,} of {sum(plan.widths):,} units"
+    table.add_row("keep", f"{config.keep:.0%}: {units}, {config.widths} widths, multiples of {plan.alignment}")
+    table.add_row("parameters", f"{millions(plan.parameters)} → at most {millions(plan.parameters_after)}")
+    table.add_row("weights", f"{megabytes(plan.bytes)} → at most {megabytes(plan.bytes_after)}")
+    table.add_row("calibration", f"{config.num_windows} windows of {config.window} tokens ({plan.num_tokens:,})")
+    damping = "by cross-validation" if config.damping == "auto" else f"= {config.damping:g}"
+    refit = f"ridge λ {damping} on {config.inputs} inputs" if config.reconstruct else "slicing only"
+    table.add_row("method", f"{config.saliency} saliency, {refit}")
+    layout = plan.layout
+    held = f"{len(plan.segments)} segment(s) of {len(plan.segments[0])} layer(s)"
+    ahead = ", the next one read meanwhile" if layout.num_slots > 1 else ""
+    table.add_row("compute", f"{plan.device}, {plan.dtype}, {plan.batch} window(s) at once, {held}{ahead}")
+    if layout.stream_vocabulary:
+        table.add_row("", "embeddings and head stay on disk")
+    table.add_row("work", f"{plan.flops / 1e12:.1f} TFLOP in the sweeps, {plan.solve_flops / 1e12:.2f} in the solves")
+    for phase, purposes in layout.peaks.items():
+        parts = ", ".join(f"{name} {megabytes(size)}" for name, size in purposes.items() if size)
+        table.add_row(f"memory, {phase}", f"{megabytes(sum(purposes.values()))}: {parts}")
+    process = f" with the process itself ({megabytes(plan.base_memory)})" if plan.device == "cpu" else ""
+    table.add_row("memory, peak", f"{megabytes(plan.peak_memory)}{process}")
+    if plan.traffic:
+        parts = ", ".join(f"{name} {megabytes(size)}" for name, size in plan.traffic.items() if size)
+        table.add_row("disk traffic", f"{parts}; {megabytes(plan.scratch_bytes)} of room while it runs")
+    return table
+
+
+def millions(count: int) -> str:
+    """A count of parameters for people: 134.5M, 7.24B."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f}B"
+    return f"{count / 1e6:.1f}M" if count >= 1e5 else f"{count:,}"
+
+
+def megabytes(size: int) -> str:
+    """A size in bytes for people: 269 MB, 14.5 GB (decimal units)."""
+    if size >= 1e9:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e3:,.0f} kB"

@@ -1,0 +1,218 @@
+"""The scratch folder of a run: who may use it, what an earlier run left in it, and when it goes.
+
+`run.json` in the folder says what the records belong to, in two parts: what the statistics depend on, and what only the
+results depend on. A run that was stopped is continued where both agree (`resume`); statistics alone serve another
+ratio, damping or selection (`reuse`).
+"""
+
+import fcntl
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import minisp
+from minisp.config import Resources
+from minisp.errors import ConfigError, OutputError
+from minisp.ranks import Ranks
+from minisp.scratch import DATA, INDEX, Folder, Memory, Scratch
+
+IDENTITY, LOCK = "run.json", "lock"
+# What a later run with other ratios can use; everything else goes when a run ends well.
+REUSABLE = re.compile(r"(statistics_\d+|windows)")
+RECORD = re.compile(r"(statistics|states|gradient|result|healed)_\d+|windows")
+
+Identity = Mapping[str, Mapping[str, Any]]
+"""{"statistics": …, "results": …}: plain values that decide the bits of each."""
+
+
+def scratch_path(out: Path | None, resources: Resources) -> Path | None:
+    """Where a run keeps what waits: the folder that was named, or a hidden one beside the output, or nowhere."""
+    if resources.scratch is not None:
+        return Path(resources.scratch).expanduser().absolute()
+    return out.with_name(f".{out.name}.scratch") if out is not None else None
+
+
+@contextmanager
+def open_scratch(
+    out: Path | None, resources: Resources, identity: Identity | None, ranks: Ranks
+) -> Iterator[tuple[Scratch, Scratch]]:
+    """The scratch of one run, locked while it is in use: what its processes share, and what is this process's own.
+
+    When the block ends well, a hidden folder goes, and a named one keeps what `reuse` needs. When it does not, whatever
+    is complete stays for `resume`.
+
+    Args:
+        out: the output folder, or None.
+        resources: scratch, resume, reuse.
+        ranks: the processes of the run; the first one locks and clears the folder.
+        identity: what the run is; None where it cannot be continued (a model in memory).
+
+    Raises:
+        ConfigError: resume or reuse where nothing can be continued.
+        OutputError: the folder cannot be used, is in use, or holds another run.
+    """
+    path = scratch_path(out, resources)
+    wanted = "resume" if resources.resume else "reuse" if resources.reuse else None
+    if wanted and (identity is None or path is None):
+        raise ConfigError(
+            f"Option {wanted}: expected a checkpoint on disk and an output folder, whose runs leave something to "
+            "continue, got a run in memory. Leave the option out."
+        )
+    if path is None:
+        memory = Memory()
+        yield memory, memory
+        return
+    own_path = path if ranks.size == 1 else path / f"rank-{ranks.rank}-of-{ranks.size}"
+    with _made(path), _locked(path) if ranks.first else nullcontext(), _made(own_path):
+        shared = Folder(path)
+        own = shared if own_path == path else Folder(own_path)
+        try:
+            if ranks.first:
+                _claim(path, identity, resources)
+                _drop_useless(shared, resources)
+            ranks.wait()
+            if own is not shared:
+                _drop_useless(own, resources)
+            yield shared, own
+            shared.settle()
+            own.settle()
+            ranks.wait()
+        except BaseException:
+            shared.close()
+            own.close()
+            if ranks.first and (identity is None or not any(_records(path))):
+                _clear(path)
+            raise
+        shared.close()
+        own.close()
+        if own is not shared:
+            _clear(own_path)
+        if ranks.first:
+            _clear(path, keep=REUSABLE if resources.scratch is not None and identity is not None else None)
+
+
+def _claim(path: Path, identity: Identity | None, resources: Resources) -> None:
+    """Make sure that what lies in the folder belongs to this run, and say whose it is."""
+    found = any(_records(path))
+    if found and not (resources.resume or resources.reuse):
+        raise OutputError(
+            f"Scratch folder {path}: expected an empty one, got what an earlier run left. Continue that run by "
+            "--resume, use its statistics with other options by --reuse, or delete the folder."
+        )
+    if resources.reuse and not resources.resume and not found:
+        raise OutputError(
+            f"Scratch folder {path}: expected statistics of an earlier run (--reuse), found none. Name the --scratch "
+            "folder of a run that was given one, or leave --reuse out."
+        )
+    if identity is None:
+        return
+    plain = json.loads(json.dumps({**identity, "version": minisp.__version__}))
+    earlier = _earlier(path)
+    for part in ("version", "statistics") if resources.reuse else ("version", "statistics", "results"):
+        if found and earlier.get(part) != plain[part]:
+            raise OutputError(
+                f"Scratch folder {path}: expected what a run with these options left, got another one: "
+                f"{_difference(part, earlier.get(part), plain[part])}. Repeat the earlier options, or delete the "
+                "folder" + (", or use its statistics alone by --reuse." if part == "results" else ".")
+            )
+    unfinished = path / f"{IDENTITY}.unfinished"
+    unfinished.write_text(json.dumps(plain, indent=1), encoding="utf-8")
+    os.rename(unfinished, path / IDENTITY)
+
+
+def _drop_useless(folder: Folder, resources: Resources) -> None:
+    """Drop records that a power failure has torn, and results where only statistics are wanted."""
+    for name in folder.names():
+        if resources.reuse and name.startswith(("result", "healed")):
+            folder.drop(name)
+        elif not folder.intact(name):
+            warnings.warn(f"Scratch folder {folder.path}: {name} is damaged and will be computed anew.", stacklevel=2)
+            folder.drop(name)
+
+
+def _difference(part: str, earlier: Any, now: Any) -> str:
+    if not isinstance(earlier, dict) or not isinstance(now, dict):
+        return f"{part} {earlier!r} instead of {now!r}"
+    changed = [
+        f"{key} {earlier.get(key)!r} instead of {value!r}" for key, value in now.items() if earlier.get(key) != value
+    ]
+    return ", ".join(changed)
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads((path / IDENTITY).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _records(path: Path) -> Iterator[Path]:
+    """The index files of the records of a run, which prove that there is something to continue."""
+    return (file for file in path.glob(f"*{INDEX}") if RECORD.fullmatch(file.stem))
+
+
+@contextmanager
+def _made(path: Path) -> Iterator[None]:
+    """The folder exists within the block; where it was made here and is empty at the end, it goes."""
+    try:
+        existed = path.is_dir()
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"Scratch folder {path}: cannot be made ({error}). Name another one by --scratch.") from error
+    try:
+        yield
+    finally:
+        if not existed or path.name.startswith("."):
+            with suppress(OSError):
+                path.rmdir()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[IO[str]]:
+    """Nobody else uses the folder within the block; the system releases the lock of a process that dies."""
+    try:
+        handle = open(path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise OutputError(f"Scratch folder {path}: cannot be written ({error}). Name another one.") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A run that ends removes its lock file: what was locked must still be the one in the folder.
+            taken = os.fstat(handle.fileno()).st_ino != (path / LOCK).stat().st_ino
+        except OSError:
+            taken = True
+        if taken:
+            handle.seek(0)
+            raise OutputError(
+                f"Scratch folder {path}: expected to be its only user, but process {handle.read() or '?'} has it. Wait "
+                "for that run, or use another folder."
+            )
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        try:
+            yield handle
+        finally:
+            if not any(_records(path)):
+                (path / LOCK).unlink(missing_ok=True)
+
+
+def _clear(path: Path, keep: re.Pattern[str] | None = None) -> None:
+    """Remove what a run leaves, and nothing else, from its folder and those of its processes."""
+    for folder in path.glob("rank-*-of-*"):
+        _clear(folder)
+        with suppress(OSError):
+            folder.rmdir()
+    for file in list(path.iterdir()):
+        ours = RECORD.fullmatch(file.stem) and file.suffix in (DATA, INDEX, ".unfinished")
+        if ours and not (keep and keep.fullmatch(file.stem) and file.suffix != ".unfinished"):
+            file.unlink(missing_ok=True)
+    if keep is None:
+        for name in (IDENTITY, f"{IDENTITY}.unfinished", LOCK):
+            (path / name).unlink(missing_ok=True)

@@ -1,0 +1,62 @@
+"""What a run has besides the model: where records wait, who takes part, who is told.
+
+Everything that a phase finishes is a record of its layer: `states_0007`, the hidden states that enter layer 7, and
+`gradient_0007`, the gradient there, one tensor per micro-batch; `statistics_0007`; `result_0007`; and `healed_0007`,
+the states that enter layer 7 in the pruned model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from minisp.ranks import Ranks
+from minisp.reconstruction import Reconstruction
+from minisp.scratch import Scratch
+from minisp.statistics import LayerStatistics
+
+Progress = Callable[[str, int, int], None]
+"""Called with the phase, the steps done and the steps in all."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a sweep works with besides the model.
+
+    Attributes:
+        shared: records of the whole run: statistics and results.
+        own: records of this process's windows: states and gradients.
+        ranks: the processes of the run.
+        progress: told about every step.
+    """
+
+    shared: Scratch
+    own: Scratch
+    ranks: Ranks
+    progress: Progress
+
+    def statistics(self, layer: int, *, gram: bool, device: torch.device | str = "cpu") -> LayerStatistics:
+        """The statistics of a layer that the saliency sweep has left; `gram`: with the Gram matrix."""
+        name = record("statistics", layer)
+        return LayerStatistics.from_tensors(
+            lambda key: self.shared.read(name, key), gram=gram, device=torch.device(device)
+        )
+
+    def result(self, layer: int) -> Reconstruction:
+        """The reconstruction of a layer."""
+        name = record("result", layer)
+        keys = self.shared.keys(name)
+        down = self.shared.read(name, "down") if "down" in keys else None
+        return Reconstruction.from_facts(self.shared.facts(name), self.shared.read(name, "kept"), down)
+
+    def keep_result(self, result: Reconstruction) -> None:
+        """Make a layer's reconstruction a record."""
+        with self.shared.writing(record("result", result.layer), **result.facts()) as append:
+            append("kept", result.kept)
+            if result.down is not None:
+                append("down", result.down)
+
+
+def record(kind: str, layer: int) -> str:
+    """The name of a record of one layer."""
+    return f"{kind}_{layer:04d}"
