@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import minisp
 from minisp.config import Resources
-from minisp.errors import ConfigError, OutputError
+from minisp.errors import CheckpointError, ConfigError, OutputError
 from minisp.ranks import Ranks
 from minisp.scratch import DATA, INDEX, Folder, Memory, Scratch
 
@@ -82,10 +82,10 @@ def open_scratch(
             shared.settle()
             own.settle()
             ranks.wait()
-        except BaseException:
+        except BaseException as error:
             shared.close()
             own.close()
-            if ranks.first and (identity is None or not any(_records(path))):
+            if ranks.first and not (identity and _worth_keeping(path, error)):
                 _clear(path)
             raise
         shared.close()
@@ -94,6 +94,13 @@ def open_scratch(
             _clear(own_path)
         if ranks.first:
             _clear(path, keep=REUSABLE if resources.scratch is not None and identity is not None else None)
+
+
+def _worth_keeping(path: Path, error: BaseException) -> bool:
+    """Whether what a failed run leaves helps another one: not where the source is at fault, nor for a text alone."""
+    if isinstance(error, CheckpointError):
+        return False
+    return any(file.stem != "windows" or isinstance(error, KeyboardInterrupt) for file in _records(path))
 
 
 def _claim(path: Path, identity: Identity | None, resources: Resources) -> None:
