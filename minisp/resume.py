@@ -19,7 +19,7 @@ import minisp
 from minisp.config import Resources
 from minisp.errors import CheckpointError, ConfigError, OutputError
 from minisp.ranks import Ranks
-from minisp.scratch import DATA, INDEX, Folder, Memory, Scratch
+from minisp.scratch import DATA, INDEX, Folder, Memory, Scratch, no_room
 
 IDENTITY, LOCK = "run.json", "lock"
 # What a later run with other ratios can use; everything else goes when a run ends well.
@@ -128,8 +128,11 @@ def _claim(path: Path, identity: Identity | None, resources: Resources) -> None:
                 "folder" + (", or use its statistics alone by --reuse." if part == "results" else ".")
             )
     unfinished = path / f"{IDENTITY}.unfinished"
-    unfinished.write_text(json.dumps(plain, indent=1), encoding="utf-8")
-    os.rename(unfinished, path / IDENTITY)
+    try:
+        unfinished.write_text(json.dumps(plain, indent=1), encoding="utf-8")
+        os.rename(unfinished, path / IDENTITY)
+    except OSError as error:
+        raise no_room(path, error) from error
 
 
 def _drop_useless(folder: Folder, resources: Resources) -> None:
