@@ -68,7 +68,8 @@ def open_scratch(
         yield memory, memory
         return
     own_path = path if ranks.size == 1 else path / f"rank-{ranks.rank}-of-{ranks.size}"
-    with _made(path), _locked(path) if ranks.first else nullcontext(), _made(own_path):
+    with _made(path), _locked(path) if ranks.first else nullcontext():
+        own_path.mkdir(exist_ok=True)
         shared = Folder(path)
         own = shared if own_path == path else Folder(own_path)
         try:
@@ -81,7 +82,6 @@ def open_scratch(
             yield shared, own
             shared.settle()
             own.settle()
-            ranks.wait()
         except BaseException as error:
             shared.close()
             own.close()
@@ -90,8 +90,7 @@ def open_scratch(
             raise
         shared.close()
         own.close()
-        if own is not shared:
-            _clear(own_path)
+        ranks.wait()
         if ranks.first:
             _clear(path, keep=REUSABLE if resources.scratch is not None and identity is not None else None)
 
