@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths
 from minisp.errors import ConfigError
+from minisp.ridge import ROWS
 from minisp.statistics import PANEL_ROWS
 from minisp.stream import LOGIT_BYTES
 from minisp.sweep import HEAD_TOKENS
@@ -202,14 +203,14 @@ def _activations(shape: Shape, segment: int) -> int:
 def _reconstruction(shape: Shape, resident: dict[str, int]) -> dict[str, int]:
     """One layer's solve: G and W whole, G_SS, the gathered rest, right-hand sides and their products, in float32."""
     d, m, n = shape.hidden, shape.width, shape.kept
-    gathered = 4 * (m - n) * m
-    # W_S, W_P G_PS, the right-hand sides, W', and a product of that size while the residual is formed.
-    sides = 5 * 4 * d * n
+    # W_P, and G's rows gathered a few hundred at a time; W_S, W_P G_PS, the right-hand sides and W'.
+    gathered = 4 * d * (m - n) + 3 * 4 * ROWS * m
+    sides = 4 * 4 * d * n
     grams = shape.num_layers - 1 if not shape.writes and shape.gram else 0
     return {
         **_after_the_sweep(shape, resident),
         "Gram matrices": 4 * m * m * (1 + grams),
         "ridge system": 4 * n * n + gathered,
-        "right-hand sides": max(sides, 3 * 4 * d * m) + shape.stored_item * d * m,
+        "right-hand sides": sides + shape.stored_item * d * m,
         "buffers of the BLAS": BLAS_BYTES,
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 from minisp import cholesky, native
 from minisp.backend import Impl, choose
 
-# Rows of the Gram matrix gathered at once.
+# Rows of a matrix that are gathered or multiplied at once: what comes between stays small.
 ROWS = 512
 
 
@@ -54,15 +54,19 @@ class RidgeProblem:
     """
 
     def __init__(self, gram: Tensor, kept: Tensor, weight: Tensor):
-        weight = weight.to(gram.dtype)
-        removed = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
-        removed[kept] = False
-        removed = removed.nonzero().squeeze(1)
-        lost = weight[:, removed]
+        is_removed = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+        is_removed[kept] = False
+        removed = is_removed.nonzero().squeeze(1)
+        lost = weight[:, removed].to(gram.dtype)
         self.gram, self.kept = gram, kept
-        self.original = weight[:, kept]
-        self.cross = lost @ gram[removed][:, kept]
-        self.energy_sliced = max(_dot(lost, lost @ gram[removed][:, removed]), 0.0)
+        self.original = weight[:, kept].to(gram.dtype)
+        self.cross = torch.zeros_like(self.original)
+        energy = 0.0
+        for rows, lost_rows in zip(removed.split(ROWS), lost.split(ROWS, dim=1), strict=True):
+            gathered = gram[rows]
+            self.cross.addmm_(lost_rows, gathered[:, kept])
+            energy += _dot(lost_rows, lost @ gathered[:, removed].T)
+        self.energy_sliced = max(energy, 0.0)
 
     def solve(
         self, damping: float, *, to_zero: bool = False, probes: int = 0, refine: int = 0, impl: Impl = "auto"
@@ -141,9 +145,13 @@ def ridge_solve(
 
 def output_energy(gram: Tensor, weight: Tensor) -> float:
     """‖X Wᵀ‖² = tr(W G Wᵀ) for the weight (d, m)."""
-    weight = weight.to(gram.dtype)
-    return _dot(weight, weight @ gram)
+    total = 0.0
+    for rows in weight.split(ROWS):
+        exact = rows.to(gram.dtype)
+        total += _dot(exact, exact @ gram)
+    return total
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
-    return float((a * b).sum(dtype=torch.float64))
+    pairs = zip(a.split(ROWS), b.split(ROWS), strict=True)
+    return sum(float((x * y).sum(dtype=torch.float64)) for x, y in pairs)

@@ -1,0 +1,126 @@
+"""Running in little memory: layouts that fit a limit, embeddings and head left on disk, reads ahead of their use."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from minisp import fast
+from minisp.checkpoint import Checkpoint
+from minisp.config import parse_size
+from minisp.errors import CheckpointError, ConfigError
+from minisp.loader import Loader
+from minisp.memory import Shape, choose_layout
+from minisp.model import frozen
+from minisp.stream import Stream
+from minisp.sweep import saliency_sweep
+from minisp.workplace import Workplace
+from tests.models import LAYERS, MODEL_TYPES, VOCABULARY, save_checkpoint, tiny_model
+
+CPU = torch.device("cpu")
+WINDOWS = torch.arange(5 * 16).reshape(5, 16) * 37 % VOCABULARY
+
+# Llama 3B: 28 layers of 101M parameters, 128256 tokens, bfloat16.
+LARGE = Shape(
+    num_layers=28, hidden=3072, width=8192, vocabulary=128256, layer=100_667_392, vocabulary_weights=394_002_432,
+    outside=3072, tokenizer=0, tokens=4096, batch_tokens=512, item=2, stored_item=2, kept=8064, gram=True, streams=True,
+    writes=True,
+)  # fmt: skip
+
+
+def test_a_layout_fits_its_limit_and_more_memory_is_never_slower() -> None:
+    layouts = [choose_layout(LARGE, int(gb * 1e9), None, "Limit") for gb in (1.3, 2, 3, 6, 20)]
+    for gb, layout in zip((1.3, 2, 3, 6, 20), layouts, strict=True):
+        assert layout.peak <= gb * 1e9
+        assert set(layout.peaks) >= {"saliency sweep", "reconstruction", "writing"}
+        assert ("head" in layout.peaks) == layout.stream_vocabulary
+    assert [layout.segment for layout in layouts[2:]] == sorted(layout.segment for layout in layouts[2:])
+    assert (layouts[0].stream_vocabulary, layouts[0].segment) == (True, 1)
+    assert (layouts[-1].stream_vocabulary, layouts[-1].segment) == (False, 28)
+
+
+def test_the_peak_depends_neither_on_layers_nor_on_tokens() -> None:
+    values = vars(LARGE)
+    for key, factor in (("num_layers", 4), ("tokens", 100)):
+        larger = Shape(**{**values, key: values[key] * factor})
+        assert choose_layout(larger, int(1.3e9), 1, "Limit").peak == choose_layout(LARGE, int(1.3e9), 1, "Limit").peak
+
+
+def test_what_never_fits_is_refused_with_what_it_would_take() -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose_layout(LARGE, 10**9, None, "Option host_memory")
+    found = re.search(
+        r"Option host_memory: expected at least ([\d.]+) GB .* got 1\.00 GB\. Most of it is", str(caught.value)
+    )
+    assert found is not None
+    assert choose_layout(LARGE, int(float(found[1]) * 1e9 + 1e7), None, "Option host_memory")
+
+
+def test_sizes() -> None:
+    assert [parse_size(text) for text in ("2GB", "2gb", "1.5GiB", "512MiB", "7", 7)] == [
+        2 * 10**9, 2 * 10**9, 3 * 2**29, 2**29, 7, 7,
+    ]  # fmt: skip
+    for wrong in ("much", "-1GB", "0GB", "GB"):
+        with pytest.raises(ConfigError, match="Option host_memory: expected a size such as 16GB"):
+            fast.plan("nowhere", host_memory=wrong)
+
+
+def statistics(stream: Stream, segment: int) -> list[tuple[Tensor, Tensor]]:
+    work = Workplace.in_memory()
+    segments = [range(i, min(i + segment, LAYERS)) for i in range(0, LAYERS, segment)]
+    with frozen(stream.model):
+        saliency_sweep(stream, WINDOWS.split(2), segments, work, gram=True)
+    found = [work.statistics(layer, gram=True) for layer in range(LAYERS)]
+    assert all(record.gram is not None for record in found)
+    return [(record.saliency, record.gram) for record in found if record.gram is not None]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_streamed_vocabulary_gives_the_same_statistics(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Blocks of 5 rows of the vocabulary, two micro-batches for the head at once.
+    monkeypatch.setattr("minisp.vocabulary.BLOCK_BYTES", 4 * 60 * 5)
+    monkeypatch.setattr("minisp.sweep.HEAD_TOKENS", 64)
+    checkpoint = Checkpoint.open(save_checkpoint(tmp_path, tiny_model(model_type)))
+    held = statistics(Stream.from_checkpoint(checkpoint, CPU, torch.float32), LAYERS)
+    stream = Stream.from_checkpoint(checkpoint, CPU, torch.float32, num_slots=2, stream_vocabulary=True)
+    assert stream.model.get_input_embeddings().weight.is_meta
+    for (saliency, gram), (expected, expected_gram) in zip(statistics(stream, 1), held, strict=True):
+        torch.testing.assert_close(saliency, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gram, expected_gram, rtol=1e-5, atol=1e-5)
+    ids = WINDOWS[:3]
+    hidden = torch.randn(3, 16, stream.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    loss, gradient = stream.loss_gradient(hidden, ids)
+    with frozen(stream.model):
+        expected_loss, expected = Stream.from_checkpoint(checkpoint, CPU, torch.float32).loss_gradient(hidden, ids)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_slots", [1, 2])
+def test_the_loader_gives_what_is_stored(num_slots: int, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    checkpoint = Checkpoint.open(save_checkpoint(tmp_path, model, max_shard_size="8KB"))
+    loader = Loader(checkpoint, CPU, num_slots)
+    names = [[name for name in checkpoint.tensors if f".{layer}." in name] for layer in range(LAYERS)]
+    reading = [loader.start(group) for group in names[:num_slots]]
+    for place, group in enumerate(names):
+        tensors = reading[place].result()
+        assert sorted(tensors) == sorted(group)
+        assert all(torch.equal(tensors[name], model.state_dict()[name]) for name in group)
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors.values())
+        if place + num_slots < LAYERS:
+            reading.append(loader.start(names[place + num_slots]))
+
+
+def test_a_shard_that_shrinks_meanwhile_is_a_typed_error(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(save_checkpoint(tmp_path, tiny_model("llama")))
+    shard = tmp_path / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:2000])
+    with pytest.raises(CheckpointError, match=r"cannot be read \(the file ends too early\)"):
+        Loader(checkpoint, CPU, 1).start(list(checkpoint.tensors)).result()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        dict(checkpoint.read(checkpoint.tensors))
