@@ -67,6 +67,17 @@ def test_split_update_is_right_and_repeatable(
     assert torch.equal(gram.tril().nan_to_num(nan=0.0), again.tril().nan_to_num(nan=0.0))
 
 
+@pytest.mark.kernel
+@pytest.mark.usefixtures("large_gpu")
+@pytest.mark.parametrize("num_tokens", [30, 200])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_lies_above_the_diagonal_keeps_its_value(dtype: torch.dtype, num_tokens: int, device: str) -> None:
+    # NaN shows what is read; a number shows what is written.
+    gram = torch.full((150, 150), 7.0, device=device)
+    kernel.gram_update_(gram, torch.ones(num_tokens, 150, device=device).to(dtype))
+    assert torch.equal(gram, torch.full_like(gram, 7.0) + torch.full_like(gram, num_tokens).tril())
+
+
 def test_splits_fill_the_gpu_and_bound_the_workspace() -> None:
     for processors in (1, 58, 108, 132, 192):
         for tiles in (1, 2, 15, 78, 263, 264, 300, 5000):
