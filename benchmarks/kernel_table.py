@@ -32,8 +32,8 @@ COPY_ENGINE = "cp.async.bulk.tensor"
 WIDE = ("ld.global.v4", "st.global.v4")
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS: dict[str, dict[str, int]] = {
-    "row-major": {"stride_x_unit": 1, "stride_y_unit": 1},
-    "column-major": {"stride_x_token": 1, "stride_y_token": 1},
+    "aligned": {"stride_x_unit": 1, "stride_y_unit": 1},
+    "unaligned": {"stride_x_unit": 1, "stride_y_unit": 1},
     "strided": {},
 }
 RESULT = Path(__file__).parent / "results" / "kernel_table.csv"
@@ -48,7 +48,7 @@ class Shipped:
         kernel: the jitted function.
         signature: type of every argument that is no constant.
         constants: compile-time constants, launch options left out.
-        options: num_warps and num_stages.
+        options: num_warps, num_stages, maxnreg.
         aligned: arguments that are multiples of 16, as the launcher finds out from their values.
         capabilities: the GPUs it is launched on.
         needs: PTX instructions that must appear, {matrix} standing for the matrix unit's.
@@ -86,11 +86,8 @@ def products() -> Iterator[Shipped]:
         for dtype in TYPES:
             for precision in cross.PRECISIONS if dtype == "fp32" else ("ieee",):
                 for layout, strides in LAYOUTS.items():
-                    # Column-major differs from strided by one constant: tried once.
-                    if layout == "column-major" and (dtype != "bf16" or weighted):
-                        continue
                     constants: dict[str, Any] = cross.config(
-                        TYPES[dtype], unit_stride=layout == "row-major", input_precision=precision
+                        TYPES[dtype], aligned=layout == "aligned", input_precision=precision
                     )
                     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
                     constants |= {"LOWER": lower, "WEIGHTED": weighted, "PRECISION": precision, **strides}
@@ -106,7 +103,7 @@ def products() -> Iterator[Shipped]:
                         constants=constants,
                         options=options,
                         aligned=()
-                        if layout == "strided"
+                        if layout != "aligned"
                         else ("p_out", "p_x", "p_y", "p_weight", "p_partial", "num_rows", "num_cols", *integers[4:]),
                         needs=("{matrix}",) if on_matrix_units else (),
                         forbids=() if on_matrix_units else ("mma.",),
@@ -141,7 +138,9 @@ def around_products() -> Iterator[Shipped]:
 def passes() -> Iterator[Shipped]:
     """The element-wise passes, in every type, activation and form."""
     options = {"num_warps": saliency.TILE["num_warps"]}
-    tile = {name: saliency.TILE[name] for name in ("TILE_T", "TILE_M")}
+    tile, unaligned = (
+        {name: options[name] for name in ("TILE_T", "TILE_M")} for options in (saliency.TILE, saliency.TILE_UNALIGNED)
+    )
     sizes = dict.fromkeys(("num_tokens", "width", "stride_token"), "i32")
     for dtype in TYPES:
         for kind, number in saliency.KINDS.items():
@@ -149,10 +148,15 @@ def passes() -> Iterator[Shipped]:
                 name = f"{dtype} {kind}{' gated' if has_up else ''}"
                 constants = {"KIND": number, "HAS_UP": has_up, **tile}
                 signature = dict.fromkeys(("p_gate", "p_up", "p_grad"), f"*{dtype}") | {"p_sums": "*fp32"} | sizes
+                backward = constants | {"TOKENS": saliency.TOKENS_PER_PROGRAM}
+                most = options | {"maxnreg": saliency.MAX_REGISTERS}
                 yield Shipped(
-                    f"saliency {name}", saliency.activation_backward_kernel, signature,
-                    constants | {"TOKENS": saliency.TOKENS_PER_PROGRAM}, options,
+                    f"saliency {name}", saliency.activation_backward_kernel, signature, backward, most,
                     tuple(name for name in signature if name != "num_tokens"), needs=WIDE,
+                )  # fmt: skip
+                yield Shipped(
+                    f"saliency {name} unaligned", saliency.activation_backward_kernel, signature,
+                    backward | unaligned, most, (),
                 )  # fmt: skip
                 signature = dict.fromkeys(("p_gate", "p_up", "p_out"), f"*{dtype}") | sizes | {"stride_out": "i32"}
                 yield Shipped(

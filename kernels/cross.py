@@ -169,8 +169,10 @@ def add_product_(
     """
     if out.numel() == 0:
         return
-    unit_stride = x.stride(1) == 1 and y.stride(1) == 1
-    options = config(x.dtype, unit_stride=unit_stride, input_precision=input_precision)
+    # Multiples of 16 are what the compiler is told about, and what it needs to load 16 bytes at a time.
+    sizes = (*out.shape, x.stride(0), y.stride(0), x.data_ptr(), y.data_ptr(), out.data_ptr())
+    aligned = x.stride(1) == y.stride(1) == 1 and all(size % 16 == 0 for size in sizes)
+    options = config(x.dtype, aligned=aligned, input_precision=input_precision)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     precision = input_precision if x.dtype == torch.float32 else "ieee"
     rows, cols = (-(-n // options["TILE"]) for n in out.shape)
@@ -192,16 +194,17 @@ def add_product_(
                 )
 
 
-def config(dtype: torch.dtype, *, unit_stride: bool = True, input_precision: str = "ieee") -> dict[str, int]:
+def config(dtype: torch.dtype, *, aligned: bool = True, input_precision: str = "ieee") -> dict[str, int]:
     """Tile sizes and launch options: fixed, for tuning would run on the live accumulator.
 
-    All fit the 99 KB of shared memory of the smallest supported GPU (sm_86, sm_89, sm_120). Where neighbouring units
-    are not neighbours in memory (`unit_stride` false), the addresses of a large tile would not fit the registers; nor
-    would the operands of IEEE products on the ordinary units, nor the parts of a threefold product.
+    All fit the 99 KB of shared memory of the smallest supported GPU (sm_86, sm_89, sm_120). Where rows are not whole
+    vectors of 16 bytes (`aligned` false: odd widths, units apart), every element has an address, and those of a large
+    tile would not fit the registers; nor would the operands of IEEE products on the ordinary units, nor the parts of a
+    threefold product.
     """
-    if dtype != torch.float32 and unit_stride:
+    if dtype != torch.float32 and aligned:
         return {"TILE": 128, "TILE_T": 64, "num_warps": 8, "num_stages": 3}
-    if input_precision == "tf32" and unit_stride:
+    if input_precision == "tf32" and aligned:
         return {"TILE": 128, "TILE_T": 32, "num_warps": 8, "num_stages": 3}
     return {"TILE": 64, "TILE_T": 32, "num_warps": 8, "num_stages": 2}
 

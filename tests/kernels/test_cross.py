@@ -24,7 +24,7 @@ def assert_is_updated(cross: Tensor, before: Tensor, x: Tensor, y: Tensor, weigh
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 64, 131])
-@pytest.mark.parametrize(("width", "hidden"), [(1, 1), (3, 130), (129, 5), (65, 64), (128, 200)])
+@pytest.mark.parametrize(("width", "hidden"), [(1, 1), (3, 130), (129, 5), (65, 64), (128, 200), (144, 80)])
 def test_update_is_right_for_ragged_shapes(
     width: int, hidden: int, num_tokens: int, dtype: torch.dtype, device: str
 ) -> None:
@@ -40,9 +40,9 @@ def test_update_is_right_for_ragged_shapes(
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_split_update_is_right_and_repeatable(dtype: torch.dtype, weighted: bool, device: str) -> None:
-    x, y = (torch.randn(301, n, device=device).to(dtype) for n in (150, 70))
+    x, y = (torch.randn(301, n, device=device).to(dtype) for n in (160, 80))
     weights = torch.randn(301, device=device) if weighted else None
-    cross = torch.randn(150, 70, device=device)
+    cross = torch.randn(160, 80, device=device)
     before, again = cross.clone(), cross.clone()
     kernel.cross_update_(cross, x, y, weights=weights)
     assert_is_updated(cross, before, x, y, weights)
