@@ -48,7 +48,7 @@ class Shipped:
         kernel: the jitted function.
         signature: type of every argument that is no constant.
         constants: compile-time constants, launch options left out.
-        options: num_warps, num_stages, maxnreg.
+        options: num_warps and num_stages.
         aligned: arguments that are multiples of 16, as the launcher finds out from their values.
         capabilities: the GPUs it is launched on.
         needs: PTX instructions that must appear, {matrix} standing for the matrix unit's.
@@ -138,9 +138,7 @@ def around_products() -> Iterator[Shipped]:
 def passes() -> Iterator[Shipped]:
     """The element-wise passes, in every type, activation and form."""
     options = {"num_warps": saliency.TILE["num_warps"]}
-    tile, unaligned = (
-        {name: options[name] for name in ("TILE_T", "TILE_M")} for options in (saliency.TILE, saliency.TILE_UNALIGNED)
-    )
+    tile = {name: saliency.TILE[name] for name in ("TILE_T", "TILE_M")}
     sizes = dict.fromkeys(("num_tokens", "width", "stride_token"), "i32")
     for dtype in TYPES:
         for kind, number in saliency.KINDS.items():
@@ -149,14 +147,13 @@ def passes() -> Iterator[Shipped]:
                 constants = {"KIND": number, "HAS_UP": has_up, **tile}
                 signature = dict.fromkeys(("p_gate", "p_up", "p_grad"), f"*{dtype}") | {"p_sums": "*fp32"} | sizes
                 backward = constants | {"TOKENS": saliency.TOKENS_PER_PROGRAM}
-                most = options | {"maxnreg": saliency.MAX_REGISTERS}
                 yield Shipped(
-                    f"saliency {name}", saliency.activation_backward_kernel, signature, backward, most,
+                    f"saliency {name}", saliency.activation_backward_kernel, signature, backward, options,
                     tuple(name for name in signature if name != "num_tokens"), needs=WIDE,
                 )  # fmt: skip
                 yield Shipped(
                     f"saliency {name} unaligned", saliency.activation_backward_kernel, signature,
-                    backward | unaligned, most, (),
+                    backward | {"TILE_M": saliency.TILE_UNALIGNED["TILE_M"]}, options, (),
                 )  # fmt: skip
                 signature = dict.fromkeys(("p_gate", "p_up", "p_out"), f"*{dtype}") | sizes | {"stride_out": "i32"}
                 yield Shipped(

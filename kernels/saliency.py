@@ -18,12 +18,11 @@ from torch import Tensor
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 # Tokens that one program sums: many programs for every multiprocessor, few partial sums.
 TOKENS_PER_PROGRAM = 256
-# A row of a tile is 16 bytes of bfloat16 for each of 32 threads; eight rows keep enough loads in flight.
-TILE = {"TILE_T": 8, "TILE_M": 256, "num_warps": 4}
+# A row of a tile is 16 bytes of bfloat16 for each thread of a warp; more rows would cost the registers that keep
+# several programs, and with them enough loads, in flight.
+TILE = {"TILE_T": 4, "TILE_M": 256, "num_warps": 4}
 # Where rows are not whole vectors of 16 bytes, every element has an address: fewer elements fit the registers.
-TILE_UNALIGNED = {"TILE_T": 8, "TILE_M": 128, "num_warps": 4}
-# Left alone, the assembler stops at 128 registers in one case (ReLU in float16 on sm_100), and spills.
-MAX_REGISTERS = 255
+TILE_UNALIGNED = {"TILE_T": 4, "TILE_M": 128, "num_warps": 4}
 
 
 @triton.jit
@@ -120,13 +119,15 @@ def activation_backward_(gate: Tensor, up: Tensor | None, grad_x: Tensor, kind: 
     """
     _check(kind, gate, up, grad_x)
     num_tokens, width = gate.shape
-    parts, tile = -(-num_tokens // TOKENS_PER_PROGRAM), _tile(gate, up, grad_x)
+    parts = -(-num_tokens // TOKENS_PER_PROGRAM)
+    sizes = [width, gate.stride(0), *(t.data_ptr() for t in (gate, up, grad_x) if t is not None)]
+    tile = TILE if all(size % 16 == 0 for size in sizes) else TILE_UNALIGNED
     partial = torch.empty(parts, 3, width, dtype=torch.float32, device=gate.device)
     if gate.numel():
         with torch.cuda.device_of(gate):
             activation_backward_kernel[(-(-width // tile["TILE_M"]), parts)](
                 gate, gate if up is None else up, grad_x, partial, num_tokens, width, gate.stride(0),
-                KIND=KINDS[kind], HAS_UP=up is not None, TOKENS=TOKENS_PER_PROGRAM, **tile, maxnreg=MAX_REGISTERS,
+                KIND=KINDS[kind], HAS_UP=up is not None, TOKENS=TOKENS_PER_PROGRAM, **tile,
             )  # fmt: skip
     return partial.sum(0)
 
@@ -157,11 +158,6 @@ def activation(gate: Tensor, up: Tensor | None, kind: str, *, out: Tensor) -> Te
                 KIND=KINDS[kind], HAS_UP=up is not None, **TILE,
             )  # fmt: skip
     return out
-
-
-def _tile(gate: Tensor, *others: Tensor | None) -> dict[str, int]:
-    sizes = [gate.shape[1], gate.stride(0), *(t.data_ptr() for t in (gate, *others) if t is not None)]
-    return TILE if all(size % 16 == 0 for size in sizes) else TILE_UNALIGNED
 
 
 def _check(kind: str, gate: Tensor, *others: Tensor | None) -> None:
