@@ -1,7 +1,7 @@
 """The Gram update for GPUs with a tensor memory accelerator (sm_90, sm_100): 16-bit inputs, wide matrices.
 
-The same sums as `gram.gram_update_kernel`, on rectangular tiles whose operands the copy engine brings to shared memory
-while the matrix units multiply: no addresses in registers, which leaves them to a (128, 256) float32 accumulator.
+The same sums as `cross.cross_update_kernel`, on rectangular tiles whose operands the copy engine brings to shared
+memory while the matrix units multiply: no addresses in registers, only a (128, 256) float32 accumulator.
 Arithmetic per byte from the second-level cache: 2·128·256/(2·(128 + 256)) = 85 FLOPs, against 64 of a 128-tile.
 """
 
@@ -68,6 +68,7 @@ def serves(gram: Tensor, x: Tensor) -> bool:
     """Whether the copy engine can reach G and x (T, m): a GPU that has one, 16-bit x, rows on 16-byte borders."""
     return (
         x.is_cuda
+        and torch.version.cuda is not None
         and gram.data_ptr() % 16 == 0
         and gram.shape[0] % 4 == 0
         and torch.cuda.get_device_capability(x.device) in CAPABILITIES
@@ -75,19 +76,21 @@ def serves(gram: Tensor, x: Tensor) -> bool:
         and x.stride(1) == 1
         and x.data_ptr() % 16 == 0
         and x.stride(0) % 8 == 0
+        # Rows that overlap are no matrix to the copy engine.
+        and x.stride(0) >= x.shape[1]
     )
 
 
 def gram_update_(gram: Tensor, x: Tensor) -> None:
     """Add XᵀX to the lower triangle of G; arguments as for `gram.gram_update_`, which has checked them."""
     num_tokens, width = x.shape
-    rows = -(-width // TILE["TILE_R"])
-    pairs, odd = divmod(rows, 2)
-    tiles = pairs * (pairs + 1) + odd * (pairs + 1)
+    pairs, odd = divmod(-(-width // TILE["TILE_R"]), 2)
+    tiles = (pairs + odd) * (pairs + 1)
     tile, tokens = TILE["TILE_R"], TILE["TILE_T"]
     descriptors = (
         TensorDescriptor.from_tensor(x, [tokens, tile]),
         TensorDescriptor.from_tensor(x, [tokens, 2 * tile]),
         TensorDescriptor.from_tensor(gram, [tile, tile // 2]),
     )
-    gram_update_tma_kernel[(tiles,)](*descriptors, num_tokens, **TILE, **OPTIONS)
+    with torch.cuda.device_of(gram):
+        gram_update_tma_kernel[(tiles,)](*descriptors, num_tokens, **TILE, **OPTIONS)

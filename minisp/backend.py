@@ -1,10 +1,28 @@
 """Who computes an operation: the choice behind every `impl` argument."""
 
+from importlib.util import find_spec
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from minisp.errors import BackendError
 
 Impl = Literal["auto", "torch", "native", "triton"]
+
+
+def serves_triton(*tensors: Tensor | None, any_strides: bool = False) -> bool:
+    """Whether the kernels of `minisp.kernels` take these tensors (None: absent): on a GPU, in one known dtype.
+
+    Unless any strides will do, the tensors must be alike in strides too, with the last axis contiguous.
+    """
+    given = [t for t in tensors if t is not None]
+    return (
+        find_spec("triton") is not None
+        and all(t.is_cuda and t.dtype in (torch.bfloat16, torch.float16, torch.float32) for t in given)
+        and len({t.dtype for t in given}) == 1
+        and (any_strides or (len({t.stride() for t in given}) == 1 and given[0].stride(-1) == 1))
+    )
 
 
 def choose(op: str, impl: Impl, *, native: bool = False, triton: bool = False) -> Impl:

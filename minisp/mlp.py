@@ -35,7 +35,8 @@ class WatchedMlp:
             return leaving
         flat = hidden.reshape(-1, hidden.shape[-1])
         gate, up = self.project(flat)
-        x = ops.activation(gate, up, self.kind)
+        # Nothing else needs the gate: x takes its place.
+        x = ops.activation(gate, up, self.kind, out=gate)
         self.statistics.update_(x, None)
         return functional.linear(x, self.weights.down, self.weights.down_bias).view_as(hidden)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from minisp import native
-from minisp.backend import Impl, choose
+from minisp.backend import Impl, choose, serves_triton
 from minisp.ridge import RidgeSolution, output_energy, ridge_solve
 
 __all__ = [
@@ -27,7 +27,9 @@ __all__ = [
     "activation_backward_",
     "causal_attention",
     "cross_entropy_gradient",
+    "cross_update_",
     "gram_update_",
+    "implementations",
     "mirror_",
     "output_energy",
     "ridge_solve",
@@ -42,10 +44,43 @@ GRAM_TILE = 512
 CROSS_ENTROPY_ELEMENTS = 2**21
 
 
-def activation(gate: Tensor, up: Tensor | None, kind: str) -> Tensor:
-    """x = act(gate) ⊙ up, or act(gate): (T, m) in the dtype of `gate`; see `reference.activation`."""
-    value = _activate(gate, kind)
-    return value if up is None else value.mul_(up)
+def implementations(device: torch.device, dtype: torch.dtype, kind: str) -> dict[str, Impl]:
+    """Who serves each operation of the engine on a device, for a dtype and an activation kind: "auto", answered.
+
+    Asked of the same tests that the operations ask, with a tensor of one element there.
+    """
+    x = torch.empty(1, 1, dtype=dtype, device=device)
+    heads = x.view(1, 1, 1, 1)
+    on_triton = serves_triton(x)
+    able = {
+        "activation": {"triton": on_triton},
+        "activation_backward_": {"triton": on_triton, "native": native.serves(x, kind=kind)},
+        "causal_attention": {"native": native.serves_attention(heads, heads, heads)},
+        "cross_entropy_gradient": {"triton": on_triton, "native": native.serves(x)},
+        "cross_update_": {"triton": on_triton},
+        "gram_update_": {"triton": on_triton, "native": native.serves_gram(x)},
+        "ridge_solve": {"native": native.serves_cholesky(x.device, torch.float32)},
+    }
+    return {name: choose(name, "auto", **who) for name, who in able.items()}
+
+
+def activation(gate: Tensor, up: Tensor | None, kind: str, *, out: Tensor | None = None, impl: Impl = "auto") -> Tensor:
+    """x = act(gate) ⊙ up, or act(gate): (T, m) in the dtype of `gate`; see `reference.activation`.
+
+    Args:
+        gate, up: (T, m) pre-activations; `up` None for a plain MLP. No gradients flow.
+        out: where x goes, contiguous (T, m) or `gate` itself; None makes a new tensor.
+
+    Raises:
+        BackendError: `impl` cannot serve these tensors.
+    """
+    out = torch.empty_like(gate) if out is None else out
+    if choose("activation", impl, triton=serves_triton(gate, up, out)) == "triton":
+        from minisp.kernels import saliency as kernel
+
+        return kernel.activation(gate, up, kind, out=out)
+    _activate(gate, kind, out)
+    return out if up is None else out.mul_(up)
 
 
 def activation_backward_(
@@ -61,9 +96,8 @@ def activation_backward_(
     Raises:
         BackendError: `impl` cannot serve these tensors.
     """
-    chosen = choose(
-        "activation_backward_", impl, native=native.serves(gate, up, grad_x, kind=kind), triton=gate.is_cuda
-    )
+    is_native, is_triton = native.serves(gate, up, grad_x, kind=kind), serves_triton(gate, up, grad_x)
+    chosen = choose("activation_backward_", impl, native=is_native, triton=is_triton)
     if chosen == "native":
         return grad_x, native.activation_backward_(gate, up, grad_x, kind)
     if chosen == "triton":
@@ -108,30 +142,53 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *,
     return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
 
 
-def gram_update_(gram: Tensor, x: Tensor, *, impl: Impl = "auto") -> None:
-    """G += XᵀX on and below the diagonal tiles; `mirror_` completes the matrix once, at the end.
+def gram_update_(gram: Tensor, x: Tensor, *, weights: Tensor | None = None, impl: Impl = "auto") -> None:
+    """G += Xᵀ diag(w) X on and below the diagonal tiles; `mirror_` completes the matrix once, at the end.
 
     Args:
-        gram: (m, m) float32. Above the diagonal its content is unspecified until `mirror_`.
+        gram: (m, m) float32, contiguous. Above the diagonal its content is unspecified until `mirror_`.
         x: (T, m) bfloat16, float16 or float32. Products of 16-bit inputs are exact in float32, sums are float32.
+        weights: (T,) float32, for every token; None weighs all alike. The weighted row is rounded once to the dtype of
+            `x`, as `reference.cross` says.
 
     Raises:
         BackendError: `impl` cannot serve these tensors.
     """
-    chosen = choose("gram_update_", impl, native=native.serves_gram(x), triton=x.is_cuda)
+    is_native = weights is None and native.serves_gram(x)
+    chosen = choose("gram_update_", impl, native=is_native, triton=serves_triton(x, any_strides=True))
     if chosen == "triton":
         from minisp.kernels import gram as kernel
 
-        kernel.gram_update_(gram, x)
+        kernel.gram_update_(gram, x, weights=weights)
         return
     if chosen == "native":
         native.gram_update_(gram, x)
         return
     with _sixteen_bit_products(x.dtype):
-        x = x.float()
+        left, right = _weighted(x, weights), x.float()
         for start in range(0, x.shape[1], GRAM_TILE):
             stop = min(start + GRAM_TILE, x.shape[1])
-            gram[start:stop, :stop] += x[:, start:stop].T @ x[:, :stop]
+            gram[start:stop, :stop] += left[:, start:stop].T @ right[:, :stop]
+
+
+def cross_update_(cross: Tensor, x: Tensor, y: Tensor, *, weights: Tensor | None = None, impl: Impl = "auto") -> None:
+    """C += Xᵀ diag(w) Y, what a target from another stream needs beside G.
+
+    Args:
+        cross: (m, d) float32, contiguous.
+        x, y: (T, m) and (T, d) of one dtype: bfloat16, float16 or float32.
+        weights: as for `gram_update_`.
+
+    Raises:
+        BackendError: `impl` cannot serve these tensors.
+    """
+    if choose("cross_update_", impl, triton=serves_triton(x, y, any_strides=True)) == "triton":
+        from minisp.kernels import cross as kernel
+
+        kernel.cross_update_(cross, x, y, weights=weights)
+        return
+    with _sixteen_bit_products(x.dtype):
+        cross.addmm_(_weighted(x, weights).T, y.float())
 
 
 def mirror_(gram: Tensor) -> Tensor:
@@ -160,9 +217,15 @@ def cross_entropy_gradient(logits: Tensor, targets: Tensor, *, impl: Impl = "aut
         BackendError: `impl` cannot serve these tensors.
     """
     rows, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1, 1)
-    if choose("cross_entropy_gradient", impl, native=native.serves(rows)) == "native":
+    chosen = choose("cross_entropy_gradient", impl, native=native.serves(rows), triton=serves_triton(rows))
+    if chosen == "native":
         loss, gradient = native.cross_entropy_gradient(rows, wanted)
         return loss, gradient.view_as(logits)
+    if chosen == "triton":
+        from minisp.kernels import cross_entropy as kernel
+
+        losses, gradient = kernel.cross_entropy_gradient(rows, wanted.flatten())
+        return float(losses.sum(dtype=torch.float64)), gradient.view_as(logits)
     gradient = torch.empty_like(rows)
     loss = 0.0
     step = max(1, CROSS_ENTROPY_ELEMENTS // rows.shape[1])
@@ -178,13 +241,21 @@ def cross_entropy_gradient(logits: Tensor, targets: Tensor, *, impl: Impl = "aut
     return loss, gradient.view_as(logits)
 
 
-def _activate(z: Tensor, kind: str) -> Tensor:
+def _weighted(x: Tensor, weights: Tensor | None) -> Tensor:
+    """diag(w) X in float32, rounded once to the dtype of X."""
+    return x.float() if weights is None else (x.float() * weights[:, None]).to(x.dtype).float()
+
+
+def _activate(z: Tensor, kind: str, out: Tensor | None = None) -> Tensor:
+    """act(z), into `out` where given, which may be z."""
+    out = torch.empty_like(z) if out is None else out
     if kind == "silu":
-        return functional.silu(z)
-    if kind in ("gelu", "gelu_tanh"):
-        return functional.gelu(z, approximate="tanh" if kind == "gelu_tanh" else "none")
-    value = functional.relu(z)
-    return value.square_() if kind == "relu2" else value
+        torch.ops.aten.silu.out(z, out=out)
+    elif kind in ("gelu", "gelu_tanh"):
+        torch.ops.aten.gelu.out(z, approximate="tanh" if kind == "gelu_tanh" else "none", out=out)
+    else:
+        torch.clamp_min(z, 0, out=out)
+    return out.square_() if kind == "relu2" else out
 
 
 def _activation_grad(z: Tensor, grad: Tensor, kind: str) -> Tensor:

@@ -64,14 +64,58 @@ def test_the_callers_stream_is_used() -> None:
 def test_operations_against_the_reference(impl: ops.Impl) -> None:
     gate, up, grad = (torch.randn(1000, 300).to(torch.bfloat16) for _ in range(3))
     exact = reference.activation_backward(gate.double(), up.double(), grad.double(), "silu")
+    forward = ops.activation(gate.cuda(), up.cuda(), "silu", impl=impl)
     z, u, g = gate.cuda(), up.cuda(), grad.cuda()
     x, sums = ops.activation_backward_(z, u, g, "silu", impl=impl)
-    gram = torch.zeros(300, 300, device="cuda")
-    ops.gram_update_(gram, x, impl=impl)
-    ops.mirror_(gram)
+    torch.testing.assert_close(forward.cpu().double(), exact[0], rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(x.cpu().double(), exact[0], rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(sums.cpu().double(), exact[3], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(gram.cpu().double(), reference.gram(x.cpu().double()), rtol=1e-4, atol=1e-3)
+    weights = torch.rand(1000)
+    for w, rtol in ((None, 1e-4), (weights, 4e-3)):
+        gram, cross = torch.zeros(300, 300, device="cuda"), torch.zeros(300, 300, device="cuda")
+        ops.gram_update_(gram, x, weights=w if w is None else w.cuda(), impl=impl)
+        ops.cross_update_(cross, x, up.cuda(), weights=w if w is None else w.cuda(), impl=impl)
+        wide, double = x.cpu().double(), None if w is None else w.double()
+        scale = float(wide.square().sum(0).max())
+        for ours, true in (
+            (ops.mirror_(gram), reference.gram(wide, double)),
+            (cross, reference.cross(wide, up.double(), double)),
+        ):
+            torch.testing.assert_close(ours.cpu().double(), true, rtol=rtol, atol=rtol * scale)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_cross_entropy_against_the_reference(impl: ops.Impl) -> None:
+    logits, targets = (torch.randn(70, 32003) * 4).to(torch.bfloat16), torch.randint(32003, (70,))
+    loss, gradient = ops.cross_entropy_gradient(logits.cuda(), targets.cuda(), impl=impl)
+    true_loss, exact = reference.cross_entropy_gradient(logits.double(), targets)
+    assert loss == pytest.approx(float(true_loss), rel=1e-5)
+    torch.testing.assert_close(gradient.cpu().double(), exact, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1536, 4096, 6144])
+def test_gram_of_many_tokens(width: int) -> None:
+    # Split sums, whole ones and, where the GPU has them, descriptors; and twice the same bits.
+    x = torch.randn(5000, width, device="cuda").to(torch.bfloat16)
+    results = []
+    for _ in range(2):
+        gram = torch.zeros(width, width, device="cuda")
+        ops.gram_update_(gram, x, impl="triton")
+        results.append(gram.tril())
+    assert torch.equal(*results)
+    exact = reference.gram(x.double()).tril()
+    torch.testing.assert_close(results[0].double(), exact, rtol=1e-4, atol=1e-4 * 5000)
+
+
+def test_everything_on_a_gpu_is_served_by_kernels() -> None:
+    who = ops.implementations(torch.device("cuda"), torch.bfloat16, "silu")
+    assert {name for name, impl in who.items() if impl == "triton"} == {
+        "activation",
+        "activation_backward_",
+        "cross_entropy_gradient",
+        "cross_update_",
+        "gram_update_",
+    }
 
 
 def test_a_model_on_the_gpu_gives_what_the_cpu_gives() -> None:

@@ -46,6 +46,17 @@ def test_activation(dtype: torch.dtype, kind: str, plain: bool) -> None:
     check(ops.activation(gate, up, kind), reference.activation(gate, up, kind), exact)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_activation_goes_where_it_is_told(kind: str, in_place: bool) -> None:
+    gate, up, _ = inputs(torch.bfloat16, False)
+    expected, before = ops.activation(gate, up, kind), gate.clone()
+    out = gate if in_place else torch.full_like(gate, torch.nan)
+    assert ops.activation(gate, up, kind, out=out) is out
+    assert torch.equal(out, expected)
+    assert in_place or torch.equal(gate, before)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,6 +124,54 @@ def test_gram(dtype: torch.dtype, shape: tuple[int, int], impl: ops.Impl) -> Non
         check(gram, x.float().T @ x.float(), exact, terms=shape[0])
     else:
         assert not gram.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_weights(dtype: torch.dtype) -> None:
+    x, weights = torch.randn(70, 600).to(dtype), torch.randn(70)
+    gram = torch.zeros(600, 600)
+    for part in (slice(0, 33), slice(33, 70)):
+        ops.gram_update_(gram, x[part], weights=weights[part])
+    exact = reference.gram(x.double(), weights.double())
+    # Eager in the same dtype: weighted rows are rounded to it, sums are float32.
+    eager = (x.float() * weights[:, None]).to(dtype).float().T @ x.float()
+    lower = torch.ones(600, 600).tril()
+    check(gram * lower, eager * lower, exact * lower, terms=70)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [(0, 5, 3), (1, 1, 1), (33, 130, 64), (257, 7, 70)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross(dtype: torch.dtype, shape: tuple[int, int, int], weighted: bool) -> None:
+    tokens, width, hidden = shape
+    x, y = torch.randn(tokens, width).to(dtype), torch.randn(tokens, hidden).to(dtype)
+    weights = torch.randn(tokens) if weighted else None
+    cross = torch.ones(width, hidden)
+    ops.cross_update_(cross, x, y, weights=weights)
+    exact = 1 + reference.cross(x.double(), y.double(), weights.double() if weights is not None else None)
+    left = x.float() if weights is None else (x.float() * weights[:, None]).to(dtype).float()
+    check(cross, 1 + left.T @ y.float(), exact, terms=tokens + 1)
+
+
+def test_a_weighted_row_is_rounded_once() -> None:
+    x, weights = torch.randn(50, 20).to(torch.bfloat16), torch.rand(50)
+    exact = reference.gram(x.double(), weights.double())
+    gram = torch.zeros(20, 20)
+    ops.gram_update_(gram, x, weights=weights)
+    # Half a unit in the last place of bfloat16 for every term, and no more.
+    scale = reference.gram(x.double().abs(), weights.double())
+    assert ((gram - exact).abs() <= (2.0**-9 + 1e-6) * scale).all()
+
+
+def test_implementations_are_those_that_auto_takes() -> None:
+    cpu = torch.device("cpu")
+    for dtype in DTYPES:
+        who = ops.implementations(cpu, dtype, "silu")
+        assert who["activation_backward_"] == ("native" if HAS_EXTENSION else "torch")
+        assert who["cross_update_"] == who["activation"] == "torch"
+        assert who["gram_update_"] == ("native" if native.serves_gram(torch.zeros(1, 1, dtype=dtype)) else "torch")
+        assert set(who) <= set(ops.__all__)
+    assert ops.implementations(cpu, torch.float32, "gelu")["activation_backward_"] == "torch"
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -262,6 +321,10 @@ def test_ridge_solve_names_what_is_wrong() -> None:
     [
         lambda: ops.gram_update_(torch.zeros(4, 4), torch.zeros(2, 4), impl="triton"),
         lambda: ops.gram_update_(torch.zeros(4, 4), torch.zeros(2, 4), impl="native"),
+        lambda: ops.gram_update_(torch.zeros(4, 4), torch.zeros(2, 4), weights=torch.ones(2), impl="native"),
+        lambda: ops.cross_update_(torch.zeros(4, 4), torch.zeros(2, 4), torch.zeros(2, 4), impl="triton"),
+        lambda: ops.cross_entropy_gradient(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64), impl="triton"),
+        lambda: ops.activation(torch.zeros(2, 4), None, "silu", impl="triton"),
         lambda: ops.activation_backward_(*(torch.zeros(2, 4) for _ in range(3)), "silu", impl="triton"),
         lambda: ops.ridge_solve(torch.eye(4), torch.arange(2), torch.ones(1, 4), 0.1, impl="triton"),
     ],

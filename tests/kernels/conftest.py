@@ -1,4 +1,4 @@
-"""Where kernels run in the tests, and how they are compiled without a GPU.
+"""Where kernels run in the tests.
 
 A test marked `kernel` launches one. Without a GPU that needs Triton's interpreter, which is chosen by
 TRITON_INTERPRET=1 before triton is imported: `test_interpreter.py` starts a process for it. Everything else runs
@@ -6,10 +6,6 @@ outside the interpreter.
 """
 
 import os
-import re
-import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +16,6 @@ triton = pytest.importorskip("triton")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HERE = Path(__file__).parent
-# Bytes of shared memory that one launch may ask for, by compute capability.
-SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -43,67 +37,37 @@ def device() -> str:
     return "cpu" if INTERPRETED else "cuda"
 
 
-@pytest.fixture(autouse=INTERPRETED)
-def _sound_bfloat16_dot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter keeps bfloat16 as bare 16-bit integers and multiplies those; widen the operands first."""
-    from triton.language import bfloat16, float32
-    from triton.runtime.interpreter import InterpreterBuilder
+@pytest.fixture
+def large_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many multiprocessors, and as short splits, as split a small product; workspaces are full of NaN at first."""
+    from minisp.kernels import cross
 
-    original = InterpreterBuilder.create_dot
+    original = torch.Tensor.new_empty
+    monkeypatch.setattr(cross, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(cross, "TOKENS_PER_SPLIT", 40)
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda self, *size, **how: original(self, *size, **how).fill_(torch.nan)
+    )
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def _sound_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter keeps bfloat16 as bare 16-bit integers: it multiplies those in a dot, and cuts casts off."""
+    from triton.language import bfloat16, float32
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    original_dot, original_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         a, b = (self.cast_impl(side, float32) if side.dtype.scalar == bfloat16 else side for side in (a, b))
-        return original(self, a, b, *rest)
+        return original_dot(self, a, b, *rest)
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        if (src.dtype.scalar, dst_type.scalar) != (float32, bfloat16):
+            return original_cast(self, src, dst_type)
+        rounded = torch.tensor(src.data, dtype=torch.float32).to(torch.bfloat16)
+        return TensorHandle(rounded.view(torch.uint16).numpy(), bfloat16)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What the compiler made of a kernel for one GPU: bytes of shared memory and of stack, machine code as text."""
-
-    shared: int
-    stack: int
-    sass: str
-
-    def assert_fits(self, capability: int) -> None:
-        assert self.stack == 0
-        assert not re.findall(r"\b(?:STL|LDL)\b", self.sass), "registers spill to local memory"
-        assert self.shared <= SHARED_LIMIT[capability]
-
-
-@pytest.fixture
-def compile_for(tmp_path: Path) -> Callable[..., Compiled]:
-    """compile_for(capability, kernel, signature, constants, aligned, **options) compiles without a GPU.
-
-    `aligned` names the arguments that are multiples of 16, as the launcher finds out from their values.
-    """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-    def compile_for(
-        capability: int,
-        kernel: Any,
-        signature: dict[str, str],
-        constants: dict[str, int],
-        aligned: tuple[str, ...],
-        **options: int,
-    ) -> Compiled:
-        signature = signature | dict.fromkeys(constants, "constexpr")
-        attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-        source = ASTSource(kernel, signature, constants, attrs)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        cubin = tmp_path / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _output(tools / "cuobjdump", "--dump-resource-usage", cubin)
-        stack = re.search(r"STACK:(\d+)", usage)
-        assert stack, usage
-        return Compiled(compiled.metadata.shared, int(stack[1]), _output(tools / "nvdisasm", "-c", cubin))
-
-    return compile_for
-
-
-def _output(*command: str | Path) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for name in ("cast_impl", "create_fp_trunc"):
+        monkeypatch.setattr(InterpreterBuilder, name, cast_impl)

@@ -1,6 +1,4 @@
-"""kernels/gram.py against the float64 reference, and what the compilers make of it."""
-
-from collections.abc import Callable
+"""kernels/gram.py and kernels/gram_tma.py against the float64 reference."""
 
 import pytest
 import torch
@@ -9,11 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from minisp import reference
+from minisp.kernels import cross, gram_tma
 from minisp.kernels import gram as kernel
-from minisp.kernels import gram_tma
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TRITON_NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 
 def poisoned_gram(width: int, device: str) -> Tensor:
@@ -22,11 +19,17 @@ def poisoned_gram(width: int, device: str) -> Tensor:
     return lower.masked_fill_(torch.ones_like(lower, dtype=torch.bool).triu(1), float("nan"))
 
 
-def assert_is_updated(gram: Tensor, before: Tensor, x: Tensor) -> None:
-    """Lower triangle: |ours − fp64| ≤ |float32 eager − fp64| + eps·√terms·Σ|terms|. Upper triangle: still poisoned."""
-    exact = before.double() + reference.gram(x.double())
-    eager = before + x.float().T @ x.float()
-    scale = before.abs().double() + reference.gram(x.abs().double())
+def assert_is_updated(gram: Tensor, before: Tensor, x: Tensor, weights: Tensor | None = None) -> None:
+    """Lower triangle: |ours − fp64| ≤ |eager − fp64| + eps·√terms·Σ|terms|. Upper triangle: still poisoned.
+
+    Eager is float32 arithmetic on what the dtype of x can hold: the weighted rows are rounded there too.
+    """
+    wide = None if weights is None else weights.double()
+    exact = before.double() + reference.gram(x.double(), wide)
+    left = x.float() if weights is None else (x.float() * weights[:, None]).to(x.dtype).float()
+    eager = before + left.T @ x.float()
+    terms = x.abs().double() if wide is None else x.abs().double() * wide.abs()[:, None]
+    scale = before.abs().double() + terms.T @ x.abs().double()
     slack = torch.finfo(torch.float32).eps * (x.shape[0] + 1) ** 0.5 * scale
     excess = (gram - exact).abs() - (eager - exact).abs() - slack
     assert (excess.tril() <= 0).all()
@@ -37,7 +40,7 @@ def assert_is_updated(gram: Tensor, before: Tensor, x: Tensor) -> None:
 @pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_tokens", [1, 33, 64, 130])
-@pytest.mark.parametrize("width", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("width", [1, 63, 64, 65, 128, 176, 200])
 def test_update_is_right_for_ragged_shapes(width: int, num_tokens: int, dtype: torch.dtype, device: str) -> None:
     x = torch.randn(num_tokens, width, device=device).to(dtype)
     gram = poisoned_gram(width, device)
@@ -47,16 +50,81 @@ def test_update_is_right_for_ragged_shapes(width: int, num_tokens: int, dtype: t
 
 
 @pytest.mark.kernel
+@pytest.mark.usefixtures("large_gpu")
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_wide_matrices_use_larger_tiles(dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    narrow = kernel.config(200, dtype)
-    monkeypatch.setattr(kernel, "NARROW", 200)
-    assert (kernel.config(200, dtype) == narrow) == (dtype == torch.float32)
-    x = torch.randn(70, 200, device=device).to(dtype)
-    gram = poisoned_gram(200, device)
+@pytest.mark.parametrize(("num_tokens", "width"), [(79, 20), (80, 80), (300, 131), (333, 272)])
+def test_split_update_is_right_and_repeatable(
+    num_tokens: int, width: int, dtype: torch.dtype, weighted: bool, device: str
+) -> None:
+    x = torch.randn(num_tokens, width, device=device).to(dtype)
+    weights = torch.randn(num_tokens, device=device) if weighted else None
+    gram = poisoned_gram(width, device)
+    before, again = gram.clone(), gram.clone()
+    kernel.gram_update_(gram, x, weights=weights)
+    assert_is_updated(gram, before, x, weights)
+    kernel.gram_update_(again, x, weights=weights)
+    assert torch.equal(gram.tril().nan_to_num(nan=0.0), again.tril().nan_to_num(nan=0.0))
+
+
+@pytest.mark.kernel
+@pytest.mark.usefixtures("large_gpu")
+@pytest.mark.parametrize("num_tokens", [30, 200])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_lies_above_the_diagonal_keeps_its_value(dtype: torch.dtype, num_tokens: int, device: str) -> None:
+    # NaN shows what is read; a number shows what is written.
+    gram = torch.full((144, 144), 7.0, device=device)
+    kernel.gram_update_(gram, torch.ones(num_tokens, 144, device=device).to(dtype))
+    assert torch.equal(gram, torch.full_like(gram, 7.0) + torch.full_like(gram, num_tokens).tril())
+
+
+def test_splits_fill_the_gpu_and_bound_the_workspace() -> None:
+    for processors in (1, 58, 108, 132, 192):
+        for tiles in (1, 2, 15, 78, 263, 264, 300, 5000):
+            for num_tokens in (1, 63, 1024, 2048, 8192, 16384):
+                splits, tokens = cross.split_tokens(tiles, num_tokens, processors)
+                assert (splits - 1) * tokens < num_tokens <= splits * tokens, "every split has tokens, and all have one"
+                assert tokens % 64 == 0
+                assert splits == 1 or tokens >= cross.TOKENS_PER_SPLIT
+                assert splits == 1 or splits * tiles <= 2 * processors
+    assert cross.split_tokens(78, 8192, 132)[0] == 3
+    assert cross.split_tokens(300, 8192, 132)[0] == 1
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_of_any_sign(dtype: torch.dtype, device: str) -> None:
+    x = torch.randn(130, 140, device=device).to(dtype)
+    storage = torch.randn(260, device=device)
+    storage[6::20] = 0
+    gram = poisoned_gram(140, device)
     before = gram.clone()
-    kernel.gram_update_(gram, x)
-    assert_is_updated(gram, before, x)
+    kernel.gram_update_(gram, x, weights=storage[::2])
+    assert_is_updated(gram, before, x, storage[::2])
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_of_one_change_no_bit(dtype: torch.dtype, device: str) -> None:
+    x = torch.randn(70, 100, device=device).to(dtype)
+    plain = poisoned_gram(100, device)
+    weighted = plain.clone()
+    kernel.gram_update_(plain, x)
+    kernel.gram_update_(weighted, x, weights=torch.ones(70, device=device))
+    assert torch.equal(plain.tril().nan_to_num(nan=0.0), weighted.tril().nan_to_num(nan=0.0))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("input_precision", cross.PRECISIONS)
+def test_every_precision_is_close_to_what_it_says(input_precision: str, device: str) -> None:
+    # The interpreter multiplies all of them as float32; on a GPU each has its own error.
+    x = torch.randn(130, 200, device=device)
+    gram = torch.zeros(200, 200, device=device)
+    kernel.gram_update_(gram, x, input_precision=input_precision)
+    exact, scale = reference.gram(x.double()), reference.gram(x.double().abs())
+    allowed = {"ieee": 2**-23, "tf32": 2**-9, "tf32x3": 2**-19}[input_precision]
+    assert ((gram - exact).abs().tril() <= allowed * 131**0.5 * scale).all()
+    assert not gram.triu(1).any()
 
 
 @pytest.mark.kernel
@@ -70,6 +138,23 @@ def test_descriptor_update_is_right(num_tokens: int, width: int, dtype: torch.dt
     before = gram.clone()
     gram_tma.gram_update_(gram, x)
     assert_is_updated(gram, before, x)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("weighted", [False, True])
+def test_wide_matrices_without_weights_take_the_descriptors(
+    weighted: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    monkeypatch.setattr(kernel, "NARROW", 64)
+    monkeypatch.setattr(cross, "TOKENS_PER_LAUNCH", 48)
+    monkeypatch.setattr(gram_tma, "serves", lambda gram, x: True)
+    monkeypatch.setattr(gram_tma, "gram_update_", lambda gram, x: taken.append(len(x)))
+    x = torch.randn(100, 72, device=device).to(torch.bfloat16)
+    for width in (64, 72):
+        weights = torch.ones(100, device=device) if weighted else None
+        kernel.gram_update_(torch.zeros(width, width, device=device), x[:, :width], weights=weights)
+    assert taken == ([] if weighted else [48, 48, 4])
 
 
 @triton.jit
@@ -89,14 +174,16 @@ def test_the_staircase_index_is_exact(device: str) -> None:
 
 
 @pytest.mark.kernel
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_update_takes_any_strides(dtype: torch.dtype, device: str) -> None:
+def test_update_takes_any_strides(dtype: torch.dtype, weighted: bool, device: str) -> None:
     wide = torch.randn(140, 300, device=device).to(dtype)
     for x in (wide[::2, 5:75], wide[:70, ::4], wide.T[:70, :70], wide[:1].expand(70, -1)[:, :70]):
+        weights = torch.randn(70, device=device) if weighted else None
         gram = poisoned_gram(x.shape[1], device)
         before = gram.clone()
-        kernel.gram_update_(gram, x)
-        assert_is_updated(gram, before, x)
+        kernel.gram_update_(gram, x, weights=weights)
+        assert_is_updated(gram, before, x, weights)
 
 
 @pytest.mark.kernel
@@ -115,19 +202,23 @@ def test_addresses_beyond_int32(num_tokens: int, stride: int, device: str) -> No
 
 
 @pytest.mark.kernel
-def test_long_inputs_are_split_into_launches(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "TOKENS_PER_LAUNCH", 48)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_long_inputs_are_split_into_launches(weighted: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross, "TOKENS_PER_LAUNCH", 48)
     x = torch.randn(100, 20, device=device).to(torch.bfloat16)
+    weights = torch.randn(100, device=device) if weighted else None
     gram = poisoned_gram(20, device)
     before, pieces = gram.clone(), gram.clone()
-    kernel.gram_update_(gram, x)
-    assert_is_updated(gram, before, x)
-    for piece in x.split(48):
-        kernel.gram_update_(pieces, piece)
+    kernel.gram_update_(gram, x, weights=weights)
+    assert_is_updated(gram, before, x, weights)
+    for start in range(0, 100, 48):
+        part = slice(start, start + 48)
+        kernel.gram_update_(pieces, x[part], weights=None if weights is None else weights[part])
     assert torch.equal(gram.tril(), pieces.tril())
 
 
 @pytest.mark.kernel
+@pytest.mark.usefixtures("large_gpu")
 @pytest.mark.parametrize("shape", [(0, 70), (5, 0), (0, 0)])
 def test_nothing_to_add_changes_nothing(shape: tuple[int, int], device: str) -> None:
     gram = poisoned_gram(shape[1], device)
@@ -147,18 +238,22 @@ def test_mirror_overwrites_the_poison_exactly(width: int, device: str) -> None:
 
 
 @pytest.mark.kernel
-def test_every_tile_of_the_triangle_is_visited_once(device: str) -> None:
+@pytest.mark.parametrize("tile", [64, 128])
+def test_every_tile_of_the_triangle_is_visited_once(tile: int, device: str) -> None:
     # With one token of ones every visit adds exactly one; 12 rows of tiles exercise the index well past its starts.
-    width = 12 * 64
+    width = 12 * tile
     gram = torch.zeros(width, width, device=device)
-    kernel.gram_update_(gram, torch.ones(1, width, dtype=torch.bfloat16, device=device))
+    dtype = torch.float32 if tile == 64 else torch.bfloat16
+    assert cross.config(dtype)["TILE"] == tile
+    assert cross.config(dtype, aligned=False)["TILE"] == 64
+    kernel.gram_update_(gram, torch.ones(1, width, dtype=dtype, device=device))
     assert torch.equal(gram, torch.ones_like(gram).tril())
 
 
 @triton.jit
 def triangle_kernel(p_index, p_row, p_col, TILE: tl.constexpr):
     offsets = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    row, col = kernel._triangle(tl.load(p_index + offsets))
+    row, col = cross.triangle(tl.load(p_index + offsets))
     tl.store(p_row + offsets, row)
     tl.store(p_col + offsets, col)
 
@@ -176,73 +271,24 @@ def test_the_triangular_index_is_exact(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gram", "x"),
+    ("gram", "x", "options"),
     [
-        (torch.zeros(4, 5), torch.zeros(3, 4)),
-        (torch.zeros(4, 4, dtype=torch.float64), torch.zeros(3, 4)),
-        (torch.zeros(4, 8)[:, ::2], torch.zeros(3, 4)),
-        (torch.zeros(4, 4), torch.zeros(3, 5)),
-        (torch.zeros(4, 4), torch.zeros(4)),
-        (torch.zeros(4, 4), torch.zeros(3, 4, dtype=torch.int32)),
-        (torch.zeros(4, 4), torch.zeros(3, 4, device="meta")),
+        (torch.zeros(4, 5), torch.zeros(3, 4), {}),
+        (torch.zeros(4, 4, dtype=torch.float64), torch.zeros(3, 4), {}),
+        (torch.zeros(4, 8)[:, ::2], torch.zeros(3, 4), {}),
+        (torch.zeros(()), torch.zeros(3, 4), {}),
+        (torch.zeros(4, 4), torch.zeros(3, 5), {}),
+        (torch.zeros(4, 4), torch.zeros(4), {}),
+        (torch.zeros(4, 4), torch.zeros(()), {}),
+        (torch.zeros(4, 4), torch.zeros(3, 4, dtype=torch.int32), {}),
+        (torch.zeros(4, 4), torch.zeros(3, 4, device="meta"), {}),
+        (torch.zeros(4, 4), torch.zeros(3, 4), {"weights": torch.ones(4)}),
+        (torch.zeros(4, 4), torch.zeros(3, 4), {"weights": torch.ones(3, dtype=torch.bfloat16)}),
+        (torch.zeros(4, 4), torch.zeros(3, 4), {"weights": torch.ones(3, device="meta")}),
+        (torch.zeros(4, 4), torch.zeros(3, 4), {"input_precision": "bf16x9"}),
     ],
 )
-def test_bad_arguments_are_refused(gram: Tensor, x: Tensor) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        kernel.gram_update_(gram, x)
+def test_bad_arguments_are_refused(gram: Tensor, x: Tensor, options: dict) -> None:
+    with pytest.raises(ValueError, match=r"expected .*, got .*\. [A-Z]"):
+        kernel.gram_update_(gram, x, **options)
     assert not gram.any()
-
-
-@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
-@pytest.mark.parametrize(
-    ("width", "dtype", "layout"),
-    [
-        (1536, torch.bfloat16, "row-major"),
-        (11008, torch.bfloat16, "row-major"),
-        (11008, torch.bfloat16, "column-major"),
-        (11008, torch.bfloat16, "strided"),
-        (11008, torch.float16, "row-major"),
-        (11008, torch.float32, "row-major"),
-        (11008, torch.float32, "strided"),
-    ],
-)
-def test_update_compiles_without_spills(
-    width: int, dtype: torch.dtype, layout: str, capability: int, compile_for: Callable
-) -> None:
-    options = kernel.config(width, dtype, unit_stride=layout == "row-major")
-    constants = {name: options.pop(name) for name in ("TILE", "TILE_T")}
-    # The launcher turns a stride of one into a constant.
-    constants |= {"row-major": {"stride_unit": 1}, "column-major": {"stride_token": 1}, "strided": {}}[layout]
-    signature = {"p_gram": "*fp32", "p_x": TRITON_NAMES[dtype]}
-    signature |= dict.fromkeys(("num_tokens", "width", "stride_token", "stride_unit"), "i32")
-    aligned = tuple(name for name in signature if name not in constants and layout != "strided")
-    compiled = compile_for(capability, kernel.gram_update_kernel, signature, constants, aligned, **options)
-    compiled.assert_fits(capability)
-    matrix_unit = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}[capability]
-    # IEEE float32 products do not exist on the matrix units: finding one would mean TF32.
-    assert (matrix_unit in compiled.sass) == (dtype != torch.float32)
-
-
-@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
-def test_mirror_compiles_without_spills(capability: int, compile_for: Callable) -> None:
-    signature = {"p_gram": "*fp32", "width": "i32"}
-    compiled = compile_for(capability, kernel.mirror_kernel, signature, {"TILE": 64}, ("p_gram", "width"), num_warps=4)
-    compiled.assert_fits(capability)
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("capability", [90, 100])
-def test_descriptor_update_compiles_without_spills(capability: int, dtype: str, compile_for: Callable) -> None:
-    rows, tokens = gram_tma.TILE["TILE_R"], gram_tma.TILE["TILE_T"]
-    signature = {
-        "d_row": f"tensordesc<{dtype}[{tokens}, {rows}]>",
-        "d_col": f"tensordesc<{dtype}[{tokens}, {2 * rows}]>",
-        "d_gram": f"tensordesc<fp32[{rows}, {rows // 2}]>",
-        "num_tokens": "i32",
-    }
-    compiled = compile_for(
-        capability, gram_tma.gram_update_tma_kernel, signature, gram_tma.TILE, (), **gram_tma.OPTIONS
-    )
-    compiled.assert_fits(capability)
-    assert {90: "HGMMA", 100: "UTCHMMA"}[capability] in compiled.sass
-    assert "UTMALDG" in compiled.sass, "the copy engine brings the operands"

@@ -1,0 +1,258 @@
+"""Registers, shared memory and instructions of every Triton kernel as shipped, for every GPU generation. Needs no GPU.
+
+    python benchmarks/kernel_table.py [--write]     # with --write: to benchmarks/results/kernel_table.csv
+
+Triton compiles for a GPU that is not there; its PTX and cuobjdump, which comes with it, say what came out. A kernel
+that spills registers to memory, or asks for more shared memory than a launch may have, would be slow or refused on a
+machine that nobody tried: tests/kernels/test_compiles.py lets none through.
+"""
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minisp.kernels import cross, cross_entropy, gram, gram_tma, saliency
+
+# Bytes of shared memory that one launch may ask for, by compute capability.
+SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+# What drives the matrix units in PTX, the copy engine, and loads and stores of 16 bytes a thread or more.
+MATRIX_UNIT = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+COPY_ENGINE = "cp.async.bulk.tensor"
+WIDE = ("ld.global.v4", "st.global.v4")
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LAYOUTS: dict[str, dict[str, int]] = {
+    "aligned": {"stride_x_unit": 1, "stride_y_unit": 1},
+    "unaligned": {"stride_x_unit": 1, "stride_y_unit": 1},
+    "strided": {},
+}
+RESULT = Path(__file__).parent / "results" / "kernel_table.csv"
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """One kernel as a launcher would compile it.
+
+    Attributes:
+        name: kernel and variant.
+        kernel: the jitted function.
+        signature: type of every argument that is no constant.
+        constants: compile-time constants, launch options left out.
+        options: num_warps and num_stages.
+        aligned: arguments that are multiples of 16, as the launcher finds out from their values.
+        capabilities: the GPUs it is launched on.
+        needs: PTX instructions that must appear, {matrix} standing for the matrix unit's.
+        forbids: the same for what must not appear.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, int]
+    aligned: tuple[str, ...]
+    capabilities: tuple[int, ...] = tuple(SHARED_LIMIT)
+    needs: tuple[str, ...] = ()
+    forbids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the compiler made of it for one GPU: per thread registers, bytes of stack; per program bytes of shared."""
+
+    name: str
+    capability: int
+    warps: int
+    registers: int
+    stack: int
+    shared: int
+
+
+def products() -> Iterator[Shipped]:
+    """The kernel behind the Gram update and the cross product, in every type, precision, layout and form."""
+    integers = ("num_tokens", "tokens_per_split", "num_rows", "num_cols")
+    integers += ("stride_x_token", "stride_x_unit", "stride_y_token", "stride_y_unit")
+    for lower, weighted in ((True, False), (True, True), (False, False), (False, True)):
+        for dtype in TYPES:
+            for precision in cross.PRECISIONS if dtype == "fp32" else ("ieee",):
+                for layout, strides in LAYOUTS.items():
+                    constants: dict[str, Any] = cross.config(
+                        TYPES[dtype], aligned=layout == "aligned", input_precision=precision
+                    )
+                    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+                    constants |= {"LOWER": lower, "WEIGHTED": weighted, "PRECISION": precision, **strides}
+                    # IEEE float32 products do not exist on the matrix units: finding one would mean TF32.
+                    on_matrix_units = dtype != "fp32" or precision != "ieee"
+                    words = ["gram" if lower else "cross", dtype, *([precision] if dtype == "fp32" else [])]
+                    yield Shipped(
+                        name=" ".join([*words, *(["weighted"] if weighted else []), layout]),
+                        kernel=cross.cross_update_kernel,
+                        signature={"p_out": "*fp32", "p_x": f"*{dtype}", "p_y": f"*{dtype}"}
+                        | {"p_weight": "*fp32", "p_partial": "*fp32"}
+                        | {name: "i32" for name in integers if name not in strides},
+                        constants=constants,
+                        options=options,
+                        aligned=()
+                        if layout != "aligned"
+                        else ("p_out", "p_x", "p_y", "p_weight", "p_partial", "num_rows", "num_cols", *integers[4:]),
+                        needs=("{matrix}",) if on_matrix_units else (),
+                        forbids=() if on_matrix_units else ("mma.",),
+                    )
+
+
+def around_products() -> Iterator[Shipped]:
+    """What goes with the products: partial sums, the mirror step, and the Gram update by descriptors."""
+    pointers, sizes = {"p_out": "*fp32", "p_partial": "*fp32"}, ("num_partials", "num_rows", "num_cols")
+    for lower in (True, False):
+        for tile in sorted({cross.config(dtype)["TILE"] for dtype in TYPES.values()}):
+            name = f"partial sums of {'gram' if lower else 'cross'}, tile {tile}"
+            constants = {"LOWER": lower, "TILE": tile}
+            signature = pointers | dict.fromkeys(sizes, "i32")
+            yield Shipped(name, cross.add_partials_kernel, signature, constants, {"num_warps": 8}, tuple(pointers))
+    signature = {"p_gram": "*fp32", "width": "i32"}
+    yield Shipped("mirror", gram.mirror_kernel, signature, {"TILE": 64}, {"num_warps": 4}, ("p_gram", "width"))
+    rows, tokens = gram_tma.TILE["TILE_R"], gram_tma.TILE["TILE_T"]
+    for dtype in ("bf16", "fp16"):
+        signature = {
+            "d_row": f"tensordesc<{dtype}[{tokens}, {rows}]>",
+            "d_col": f"tensordesc<{dtype}[{tokens}, {2 * rows}]>",
+            "d_gram": f"tensordesc<fp32[{rows}, {rows // 2}]>",
+            "num_tokens": "i32",
+        }
+        yield Shipped(
+            f"gram {dtype} by descriptors", gram_tma.gram_update_tma_kernel, signature, dict(gram_tma.TILE),
+            gram_tma.OPTIONS, (), capabilities=(90, 100), needs=("{matrix}", COPY_ENGINE),
+        )  # fmt: skip
+
+
+def passes() -> Iterator[Shipped]:
+    """The element-wise passes, in every type, activation and form."""
+    options = {"num_warps": saliency.TILE["num_warps"]}
+    tile = {name: saliency.TILE[name] for name in ("TILE_T", "TILE_M")}
+    sizes = dict.fromkeys(("num_tokens", "width", "stride_token"), "i32")
+    for dtype in TYPES:
+        for kind, number in saliency.KINDS.items():
+            for has_up in (True, False):
+                name = f"{dtype} {kind}{' gated' if has_up else ''}"
+                constants = {"KIND": number, "HAS_UP": has_up, **tile}
+                signature = dict.fromkeys(("p_gate", "p_up", "p_grad"), f"*{dtype}") | {"p_sums": "*fp32"} | sizes
+                backward = constants | {"TOKENS": saliency.TOKENS_PER_PROGRAM}
+                yield Shipped(
+                    f"saliency {name}", saliency.activation_backward_kernel, signature, backward, options,
+                    tuple(name for name in signature if name != "num_tokens"), needs=WIDE,
+                )  # fmt: skip
+                yield Shipped(
+                    f"saliency {name} unaligned", saliency.activation_backward_kernel, signature,
+                    backward | {"TILE_M": saliency.TILE_UNALIGNED["TILE_M"]}, options, (),
+                )  # fmt: skip
+                signature = dict.fromkeys(("p_gate", "p_up", "p_out"), f"*{dtype}") | sizes | {"stride_out": "i32"}
+                yield Shipped(
+                    f"activation {name}", saliency.activation_kernel, signature, constants, options,
+                    tuple(name for name in signature if name != "num_tokens"), needs=WIDE,
+                )  # fmt: skip
+        signature = {"p_logits": f"*{dtype}", "p_target": "*i64", "p_gradient": f"*{dtype}", "p_loss": "*fp32"}
+        signature |= {"vocabulary": "i32", "stride_token": "i32"}
+        tile_v, warps = cross_entropy.TILE["TILE_V"], cross_entropy.TILE["num_warps"]
+        yield Shipped(
+            f"cross entropy {dtype}", cross_entropy.cross_entropy_gradient_kernel, signature, {"TILE_V": tile_v},
+            {"num_warps": warps}, tuple(signature), needs=WIDE,
+        )  # fmt: skip
+
+
+def shipped() -> list[Shipped]:
+    """Every kernel in every form that a launcher asks for."""
+    return [*products(), *around_products(), *passes()]
+
+
+def compile_one(number: int, capability: int) -> tuple[Row, str]:
+    """Compile entry `number` of `shipped()` for a GPU; what came out, and its PTX."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    entry = shipped()[number]
+    signature = entry.signature | dict.fromkeys(entry.constants, "constexpr")
+    attrs = {(entry.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in entry.aligned}
+    attrs = {place: hint for place, hint in attrs.items() if entry.kernel.arg_names[place[0]] not in entry.constants}
+    source = ASTSource(entry.kernel, signature, entry.constants, attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=entry.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        command = [tool, "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack = (re.search(rf"{word}:(\d+)", usage) for word in ("REG", "STACK"))
+    assert registers and stack, usage
+    warps, shared = entry.options["num_warps"], compiled.metadata.shared
+    row = Row(entry.name, capability, warps, int(registers[1]), int(stack[1]), shared)
+    return row, compiled.asm["ptx"]
+
+
+def faults(entry: Shipped, row: Row, ptx: str) -> list[str]:
+    """What is wrong with a compiled kernel; empty where nothing is."""
+    needs = [word.format(matrix=MATRIX_UNIT[row.capability]) for word in entry.needs]
+    return [
+        # Registers spill to the stack.
+        *([f"a stack of {row.stack} bytes"] if row.stack else []),
+        *([f"{row.shared} bytes of shared memory"] if row.shared > SHARED_LIMIT[row.capability] else []),
+        *(f"no {word}" for word in needs if word not in ptx),
+        *(f"{word} where there must be none" for word in entry.forbids if word in ptx),
+    ]
+
+
+def compile_all(numbers: Sequence[int]) -> list[tuple[Row, list[str]]]:
+    """Rows and faults of these entries of `shipped()` for all their GPUs, on all cores."""
+    everything = shipped()
+    jobs = [(n, capability) for n in numbers for capability in everything[n].capabilities]
+    # Fresh processes: a forked one would inherit the locks of this one's threads.
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        return list(pool.map(_row_and_faults, *zip(*jobs, strict=True), chunksize=8))
+
+
+def _row_and_faults(number: int, capability: int) -> tuple[Row, list[str]]:
+    row, ptx = compile_one(number, capability)
+    return row, faults(shipped()[number], row, ptx)
+
+
+def table_lines(rows: Sequence[Row]) -> list[str]:
+    """The table as text: one line a kernel, registers / kilobytes of shared memory under each GPU."""
+    by_name: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        by_name.setdefault(row.name, {})[row.capability] = row
+    lines = [f"{'registers / KB shared':<42}" + "".join(f"{f'sm_{c}':>12}" for c in SHARED_LIMIT)]
+    for name, cells in by_name.items():
+        texts = (f"{cells[c].registers} / {cells[c].shared / 1024:.0f}" if c in cells else "" for c in SHARED_LIMIT)
+        lines.append(f"{name:<42}" + "".join(f"{text:>12}" for text in texts))
+    return lines
+
+
+def main() -> None:
+    """Compile, print, and write if asked."""
+    parser = argparse.ArgumentParser(description="What the compilers make of the Triton kernels.")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
+    args = parser.parse_args()
+    results = compile_all(range(len(shipped())))
+    print("\n".join(table_lines([row for row, _ in results])))
+    wrong = [f"{row.name}, sm_{row.capability}: {', '.join(found)}" for row, found in results if found]
+    if args.write:
+        with RESULT.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(Row.__dataclass_fields__)
+            writer.writerows(vars(row).values() for row, _ in results)
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
