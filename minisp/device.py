@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import time
 from contextlib import suppress
 
 import psutil
@@ -11,8 +12,9 @@ from minisp.config import MinifyConfig, Resources, parse_size
 from minisp.errors import ConfigError
 
 CPU = torch.device("cpu")
-# Share of the free memory that a run may plan with where no limit is given; the rest is for the other processes.
-MEMORY_SHARE = 0.5
+# Share of the free memory that a run may plan with where no limit is given; the rest is for other processes, of which a
+# GPU has fewer.
+MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.85}
 # malloc.h: the parameter of mallopt. Blocks from 4 MB on cost more to compute on than to map anew.
 M_MMAP_THRESHOLD, PROMPT_BYTES = -3, 4 * 2**20
 
@@ -55,9 +57,17 @@ def compute_dtype(config: MinifyConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
-def fits_in_memory(num_bytes: int) -> bool:
-    """Whether so many bytes fit the share of the free host memory that a run may use."""
-    return bool(num_bytes <= MEMORY_SHARE * psutil.virtual_memory().available)
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of matrix products of one size that is large for the device, the fastest of a few: takes under a second."""
+    size = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        # Reading one value waits for a GPU.
+        (a @ b)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
 
 
 def free_promptly() -> None:
@@ -82,8 +92,8 @@ def memory_limit(resources: Resources, device: torch.device, base: int) -> tuple
         share = torch.cuda.get_per_process_memory_fraction(device)
         free = min(free, int(share * total) - torch.cuda.memory_reserved(device))
         if resources.device_memory is None:
-            return f"Memory of {device}", int(MEMORY_SHARE * free)
+            return f"Memory of {device}", int(MEMORY_SHARE["cuda"] * free)
         return "Option device_memory", min(parse_size(resources.device_memory), free)
     if resources.host_memory is None:
-        return "Main memory", int(MEMORY_SHARE * psutil.virtual_memory().available)
+        return "Main memory", int(MEMORY_SHARE["cpu"] * psutil.virtual_memory().available)
     return "Option host_memory", parse_size(resources.host_memory) - base

@@ -11,7 +11,6 @@ from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer
 from minisp.errors import ConfigError
 from minisp.ridge import ROWS
 from minisp.statistics import PANEL_ROWS
-from minisp.stream import LOGIT_BYTES
 from minisp.sweep import HEAD_TOKENS
 from minisp.vocabulary import BLOCK_BYTES
 from minisp.writer import PIECE_BYTES
@@ -40,6 +39,8 @@ class Shape:
         item, stored_item: bytes of an element, in the compute type and as stored.
         kept: units that stay at most, in one layer.
         gram: whether the saliency sweep collects Gram matrices.
+        logits: bytes that a chunk of logits may take.
+        loaded: whether the model was in memory before the run: its weights are then no part of what the run needs.
         streams: whether weights stream from a checkpoint; else the model is in memory whole.
         writes: whether what waits goes to a scratch folder; else it waits in memory.
     """
@@ -58,6 +59,8 @@ class Shape:
     stored_item: int
     kept: int
     gram: bool
+    logits: int
+    loaded: bool
     streams: bool
     writes: bool
 
@@ -86,7 +89,7 @@ class Layout:
 
 def shape_of(model: CausalLM, *, tokens: int, batch_tokens: int, item: int, stored_item: int, **rest: int) -> Shape:
     """The shape of a model, whose weights may be on the meta device; `rest`:
-    tokenizer, kept, gram, streams, writes."""
+    tokenizer, kept, gram, logits, loaded, streams, writes."""
     row = architecture_of(model.config)
     layers = decoder_layers(model, row)
     parameters = [sum(p.numel() for p in layer.parameters()) for layer in layers]
@@ -154,8 +157,10 @@ def _peaks(shape: Shape, segment: int, num_slots: int, stream_vocabulary: bool) 
     converted = segment * shape.layer * item if shape.streams and shape.item != shape.stored_item else 0
     vocabulary = 0 if stream_vocabulary else shape.vocabulary_weights * item
     resident = {
-        "weights": held * shape.layer * (shape.stored_item if shape.streams else item) + converted,
-        "embeddings and head": vocabulary + shape.outside * item,
+        "weights": 0
+        if shape.loaded
+        else held * shape.layer * (shape.stored_item if shape.streams else item) + converted,
+        "embeddings and head": 0 if shape.loaded else vocabulary + shape.outside * item,
         "tokenizer": TOKENIZER_FACTOR * shape.tokenizer,
     }
     boundaries = -(-shape.num_layers // segment)
@@ -166,7 +171,7 @@ def _peaks(shape: Shape, segment: int, num_slots: int, stream_vocabulary: bool) 
         "Gram matrices": grams * 4 * m * m if shape.gram else 0,
         "activations": _activations(shape, segment),
         "boundary states": in_memory + 4 * shape.batch_tokens * d * item,
-        "logits": 0 if stream_vocabulary else min(LOGIT_BYTES, 2 * shape.tokens * shape.vocabulary) * 2,
+        "logits": 0 if stream_vocabulary else min(shape.logits, 2 * shape.tokens * shape.vocabulary) * 2,
         # Row panels on their way to the disk.
         "writing": 3 * PANEL_ROWS * 4 * m if shape.writes and shape.gram else 0,
     }

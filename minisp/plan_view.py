@@ -19,8 +19,8 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     return values
 
 
-def plan_table(plan: Plan) -> Table:
-    """The plan as a table for the terminal."""
+def plan_table(plan: Plan, seconds: float | None = None) -> Table:
+    """The plan as a table for the terminal; `seconds` that the computation is expected to take, where known."""
     config = plan.config
     table = Table(title=escape(f"Plan: {plan.model} ({plan.model_type})"), show_header=False, title_justify="left")
     table.add_column(style="bold")
@@ -42,7 +42,15 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("compute", f"{plan.device}, {plan.dtype}, {plan.batch} window(s) at once, {held}{ahead}")
     if layout.stream_vocabulary:
         table.add_row("", "embeddings and head stay on disk")
-    table.add_row("work", f"{plan.flops / 1e12:.1f} TFLOP in the sweeps, {plan.solve_flops / 1e12:.2f} in the solves")
+    kernels = dict.fromkeys(plan.implementations.values())
+    by = "; ".join(f"{who}: {', '.join(n for n, w in plan.implementations.items() if w == who)}" for who in kernels)
+    table.add_row("kernels", by)
+    time = (
+        f"; about {seconds / 60:.0f} min" if seconds and seconds > 90 else f"; about {seconds:.0f} s" if seconds else ""
+    )
+    table.add_row(
+        "work", f"{plan.flops / 1e12:.1f} TFLOP in the sweeps, {plan.solve_flops / 1e12:.2f} in the solves{time}"
+    )
     for phase, purposes in layout.peaks.items():
         parts = ", ".join(f"{name} {megabytes(size)}" for name, size in purposes.items() if size)
         table.add_row(f"memory, {phase}", f"{megabytes(sum(purposes.values()))}: {parts}")

@@ -6,15 +6,22 @@ from typing import Any
 import psutil
 import torch
 
-from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths, unit_axes
+from minisp.architecture import CausalLM, activation_kind, architecture_of, decoder_layers, layer_widths, unit_axes
 from minisp.checkpoint import DTYPE_OF, Checkpoint
 from minisp.config import MinifyConfig, Resources
-from minisp.device import memory_limit
+from minisp.device import memory_limit, product_rate
 from minisp.errors import CalibrationError, ConfigError
 from minisp.memory import Layout, Shape, choose_layout, shape_of
+from minisp.ops import implementations
 from minisp.selection import allocate_widths, default_alignment, uniform_widths
+from minisp.stream import LOGIT_BYTES
 
-TOKENS_PER_BATCH = {"cpu": 512, "cuda": 8192}
+# Share of the rate of large matrix products that sweeps and solves reach: between 0.4 and 0.6 where it was measured.
+REACHED = 0.5
+# Tokens of a micro-batch, the fastest first; the next one is tried where memory is so tight that layers are held in
+# more than a few segments.
+TOKENS_PER_BATCH = {"cpu": (512,), "cuda": (8192, 4096, 2048)}
+FEW_SEGMENTS = 4
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ class Plan:
         layout: what is held at once, and the memory that it takes by phase.
         streams: whether weights stream from disk.
         device, dtype: where and in what type it computes.
+        implementations: who computes each operation of the engine, see `ops.implementations`.
         flops: floating-point operations of the sweeps; solve_flops: those of the ridge solves, in float32.
         traffic: bytes read from and written to disk, by purpose.
         base_memory: bytes that the process had before.
@@ -101,6 +109,7 @@ class Plan:
     streams: bool
     device: str
     dtype: str
+    implementations: dict[str, str]
     flops: float
     solve_flops: float
     traffic: dict[str, int]
@@ -113,8 +122,8 @@ class Plan:
 
     @property
     def scratch_bytes(self) -> int:
-        """Disk that waiting states and statistics take at most."""
-        return (self.traffic.get("states", 0) + self.traffic.get("statistics", 0)) // 2
+        """Disk that waiting states, statistics and results take at most."""
+        return sum(self.traffic.get(name, 0) // 2 for name in ("states", "statistics", "refitted"))
 
     @property
     def peak_memory(self) -> int:
@@ -142,22 +151,14 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     layers = decoder_layers(model, row)
     per_unit = sum(layers[0].get_parameter(n).numel() for n in unit_axes(layers[0], row)) // widths[0]
     after = parameters - per_unit * (sum(widths) - kept_units)
-    batch = config.batch or max(1, TOKENS_PER_BATCH.get(source.device.type, 8192) // config.window)
-    shape = shape_of(
-        model,
-        tokens=-(-config.num_windows // ranks) * config.window,
-        batch_tokens=min(batch, config.num_windows) * config.window,
-        item=source.dtype.itemsize,
-        stored_item=source.stored_item,
-        tokenizer=source.tokenizer_bytes,
-        kept=max(widths) if config.keep == 1 else min(max(widths), max(widths) - alignment),
-        gram=config.inputs == "dense",
-        streams=source.streams,
-        writes=source.writes,
-    )
     base = psutil.Process().memory_info().rss
     what, limit = memory_limit(resources, source.device, base)
-    layout = choose_layout(shape, limit, resources.segment, what)
+    for tokens in TOKENS_PER_BATCH.get(source.device.type, TOKENS_PER_BATCH["cpu"]):
+        batch = config.batch or max(1, tokens // config.window)
+        shape = _shape(source, config, batch, ranks, max(widths) - (alignment if config.keep < 1 else 0))
+        layout = choose_layout(shape, limit, resources.segment, what)
+        if config.batch is not None or -(-len(layers) // layout.segment) <= FEW_SEGMENTS:
+            break
     segments = tuple(range(i, min(i + layout.segment, len(layers))) for i in range(0, len(layers), layout.segment))
     stored_bytes = source.stored_bytes
     bytes_after = round(stored_bytes * after / parameters)
@@ -180,11 +181,36 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
         streams=source.streams,
         device=str(source.device),
         dtype=str(source.dtype).removeprefix("torch."),
+        implementations={**implementations(source.device, source.dtype, activation_kind(model.config, row))},
         flops=_flops(model, config, len(segments), layout),
         solve_flops=_solve_flops(widths, kept_units / sum(widths), shape.hidden),
         traffic=_traffic(shape, layout, widths, bytes_after),
         base_memory=base,
     )
+
+
+def _shape(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: int) -> Shape:
+    return shape_of(
+        source.model,
+        tokens=-(-config.num_windows // ranks) * config.window,
+        batch_tokens=min(batch, config.num_windows) * config.window,
+        item=source.dtype.itemsize,
+        stored_item=source.stored_item,
+        tokenizer=source.tokenizer_bytes,
+        kept=kept,
+        gram=config.inputs == "dense",
+        logits=LOGIT_BYTES.get(source.device.type, LOGIT_BYTES["cpu"]),
+        loaded=source.checkpoint is None,
+        streams=source.streams,
+        writes=source.writes,
+    )
+
+
+def expected_seconds(plan: Plan) -> float:
+    """About how long the sweeps and solves take, from the rates of matrix products measured here and now."""
+    device = torch.device(plan.device)
+    sweeps = plan.flops / product_rate(device, getattr(torch, plan.dtype))
+    return (sweeps + plan.solve_flops / product_rate(device, torch.float32)) / REACHED
 
 
 def check_window(model_config: Any, window: int) -> None:
@@ -254,7 +280,8 @@ def _traffic(shape: Shape, layout: Layout, widths: list[int], bytes_after: int) 
         if shape.streams
         else 0,
         # States and gradients of every boundary, written and read.
-        "states": 2 * state * (forward + num_segments - 1) if num_segments > 1 else 0,
+        "states": 2 * state * (forward + num_segments - 1),
         "statistics": 2 * panels,
+        "refitted": 2 * sum(widths) * shape.hidden * shape.stored_item,
         "result": bytes_after,
     }

@@ -36,8 +36,9 @@ from minisp.loader import Loader
 from minisp.model import materialise_, skeleton, stored_names
 from minisp.vocabulary import StreamedVocabulary
 
-# Logits of one chunk of tokens: 16-bit logits and their gradient stay within this many bytes.
-LOGIT_BYTES = 48 * 2**20
+# Logits of one chunk of tokens: 16-bit logits and their gradient stay within this many bytes. A GPU reads the head's
+# weights from memory for every chunk: few chunks then.
+LOGIT_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,8 @@ class Stream:
         gradient = torch.zeros_like(hidden)
         step = hidden.shape[1]
         if self.vocabulary is None:
-            step = max(1, LOGIT_BYTES // (4 * self.model.config.vocab_size * hidden.shape[0]))
+            room = LOGIT_BYTES.get(self.device.type, LOGIT_BYTES["cpu"])
+            step = max(1, room // (4 * self.model.config.vocab_size * hidden.shape[0]))
         loss = 0.0
         for start in range(0, hidden.shape[1] - 1, step):
             stop = min(start + step, hidden.shape[1] - 1)
