@@ -112,12 +112,15 @@ def minify(
 @app.command(epilog="Example: minisp plan ./llama --keep 0.7")
 @with_config_options
 def plan(model: Model, as_json: Json = False, quiet: Quiet = False, **options: Any) -> None:
-    """Say what minify would do: sizes, work, memory. Reads no weights, takes seconds."""
+    """Say what minify would do: sizes, work, memory, time. Reads no weights, takes seconds."""
     from minisp import fast, plan_view
+    from minisp.planner import expected_seconds
 
     with _errors():
         planned = fast.plan(model, **options)
-    _show(plan_view.plan_dict(planned), as_json, quiet, plan_view.plan_table(planned), [])
+        seconds = expected_seconds(planned)
+    values = {**plan_view.plan_dict(planned), "expected_seconds": seconds}
+    _show(values, as_json, quiet, plan_view.plan_table(planned, seconds), [])
 
 
 @app.command("eval", epilog="Example: minisp eval ./llama-70 --text test.txt --window 2048")

@@ -58,7 +58,7 @@ def compute_dtype(config: MinifyConfig, device: torch.device) -> torch.dtype:
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of matrix products of one size that is large for the device, the fastest of a few: takes under a second."""
+    """FLOP/s of matrix products of a size that is large for the device, the fastest of a few; takes under a second."""
     size = 8192 if device.type == "cuda" else 1536
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")

@@ -111,7 +111,8 @@ def test_plan_prints_a_table_or_json_or_nothing(model: Path) -> None:
     found = json.loads(as_json.stdout)
     # The process itself grows a little from one plan to the next.
     assert found["peak_memory"] - found["base_memory"] == planned["peak_memory"] - planned["base_memory"]
-    changing = ("peak_memory", "base_memory")
+    changing = ("peak_memory", "base_memory", "expected_seconds")
+    assert found["expected_seconds"] > 0
     assert {k: v for k, v in found.items() if k not in changing} == {
         k: v for k, v in planned.items() if k not in changing
     }
