@@ -189,3 +189,37 @@ def test_processes_share_the_windows_and_give_one_result(size: int, source: Path
     for a, b in zip(one["layers"], many["layers"], strict=True):
         assert a["residual"] == pytest.approx(b["residual"], rel=1e-4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", text.name, "together"]
+
+
+LOST = """
+import os, signal, sys, torch
+from minisp import fast
+from tests.test_resume import OPTIONS, WINDOWS
+
+def progress(phase, done, total):
+    if os.environ["RANK"] == "1" and phase == "saliency, layers 1-1" and "--resume" not in sys.argv:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+resume = "--resume" in sys.argv
+fast.minify(sys.argv[1], out=sys.argv[2], calibration=WINDOWS, progress=progress, resume=resume, **OPTIONS)
+"""
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_run_which_resumes(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "alone")
+    (tmp_path / "lost.py").write_text(LOST)
+    root = Path(fast.__file__).parents[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command = [*launcher, str(tmp_path / "lost.py"), str(source), str(tmp_path / "out")]
+    lost = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert lost.returncode != 0 and "Signal 9 (SIGKILL)" in lost.stderr
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.scratch").is_dir()
+    done = subprocess.run([*command, "--resume"], cwd=root, env=environment, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
+    kept = [
+        [layer["kept"] for layer in json.loads((tmp_path / name / "minisp.json").read_text())["layers"]]
+        for name in ("alone", "out")
+    ]
+    assert kept[0] == kept[1]
