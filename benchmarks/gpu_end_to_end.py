@@ -8,6 +8,7 @@ Floor of naive.py: weight gradients too, 10.4 PFLOP, and 2.0 PFLOP of float32 Gr
 Gram matrices alone, 32 · 11008² · 4 bytes, are 15.5 GB, its weights and their gradients 27 GB.
 """
 
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -69,9 +70,15 @@ def capped(gigabytes: int, checkpoint: Path | None, windows: torch.Tensor) -> di
         raise SystemExit(f"Capped run: expected a finished checkpoint, found none at {checkpoint}. See its log.")
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total))
+    # Boundary states of many segments are tens of gigabytes: they wait where there is most room, which may be memory.
+    roomy = max((checkpoint.parent, Path("/dev/shm")), key=lambda path: shutil.disk_usage(path).free)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=checkpoint.parent) as folder:
-        report = minify(checkpoint, keep=0.8, out=Path(folder) / "out", calibration=windows, progress=lambda *_: None)
+    with (
+        tempfile.TemporaryDirectory(dir=checkpoint.parent) as folder,
+        tempfile.TemporaryDirectory(dir=roomy) as waiting,
+    ):
+        out, silent = Path(folder) / "out", lambda *_: None
+        report = minify(checkpoint, keep=0.8, out=out, calibration=windows, progress=silent, scratch=waiting)
         torch.cuda.synchronize()
         elapsed = time.perf_counter() - start
     segments = [list(segment) for segment in getattr(report.plan, "segments", ())]

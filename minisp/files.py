@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,6 +59,16 @@ class WriteBehind:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def checksum(data: memoryview) -> int:
+    """The sum of the 64-bit words modulo 2⁶⁴, the last bytes counted one by one: finds what was torn or zeroed.
+
+    Ten times as fast as a CRC-32, which would cost more than reading the data does.
+    """
+    words = len(data) // 8 * 8
+    total = int(np.frombuffer(data[:words], dtype=np.uint64).sum(dtype=np.uint64)) + sum(data[words:])
+    return total % 2**64
 
 
 def write_tensor(handle: IO[bytes], tensor: Tensor) -> memoryview:

@@ -1,7 +1,7 @@
 """What waits between the phases of a run: named records of tensors, in the scratch folder or in memory.
 
-In a folder, a record is `NAME.data`, raw tensors one after the other, and `NAME.json`, which lists them with their
-CRC-32 and is renamed into place last: a record exists exactly when that file does. Nothing is synced to the disk: a
+In a folder, a record is `NAME.data`, raw tensors one after the other, and `NAME.json`, which lists them with a
+checksum each and is renamed into place last: a record exists exactly when that file does. Nothing is synced to the disk: a
 process that is killed loses nothing that it wrote, and what a power failure tears fails its checksum.
 
 Writing happens behind the computation, in a thread of its own, in order.
@@ -9,7 +9,6 @@ Writing happens behind the computation, in a thread of its own, in order.
 
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from minisp.checkpoint import DTYPE_OF, DTYPES
 from minisp.errors import OutputError
-from minisp.files import WriteBehind, read_pieces, tensor_bytes, write_tensor
+from minisp.files import WriteBehind, checksum, read_pieces, tensor_bytes, write_tensor
 
 DATA, INDEX = ".data", ".json"
 
@@ -123,7 +122,7 @@ class Folder:
             read_pieces(path, [(row["offset"], tensor_bytes(tensor))])
         except OSError as error:
             raise OutputError(f"{path}: cannot be read ({error}). Delete it and run again with --resume.") from error
-        if zlib.crc32(tensor_bytes(tensor)) != row["crc32"]:
+        if checksum(tensor_bytes(tensor)) != row["checksum"]:
             raise OutputError(
                 f"{path}: expected {key} as it was written, got other bytes. Delete {path.stem}{INDEX} beside it and "
                 "run again with --resume, which computes it anew."
@@ -220,7 +219,7 @@ class _Unfinished:
             "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "offset": self._offset,
-            "crc32": zlib.crc32(data),
+            "checksum": checksum(data),
         }
         self._offset += len(data)
         self._whole = True
