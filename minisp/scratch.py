@@ -1,8 +1,8 @@
 """What waits between the phases of a run: named records of tensors, in the scratch folder or in memory.
 
 In a folder, a record is `NAME.data`, raw tensors one after the other, and `NAME.json`, which lists them with a
-checksum each and is renamed into place last: a record exists exactly when that file does. Nothing is synced to the disk: a
-process that is killed loses nothing that it wrote, and what a power failure tears fails its checksum.
+checksum each and is renamed into place last: a record exists exactly when that file does. Nothing is synced to the
+disk: a process that is killed loses nothing that it wrote, and what a power failure tears fails its checksum.
 
 Writing happens behind the computation, in a thread of its own, in order.
 """
