@@ -6,6 +6,7 @@ The options of `minify` and `plan` are the fields of `MinifyConfig`, with its do
 import inspect
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -99,6 +100,9 @@ def minify(
     from minisp import fast, plan_view, report
     from minisp.calibration import parse_source
 
+    if os.environ.get("RANK", "0") != "0":
+        # Of the processes that torchrun starts, one speaks.
+        as_json, quiet = False, True
     console = Console(stderr=True, quiet=quiet or as_json)
     with _errors():
         split_options(**options)
