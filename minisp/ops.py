@@ -27,6 +27,7 @@ __all__ = [
     "activation_backward_",
     "causal_attention",
     "cross_entropy_gradient",
+    "cross_update_",
     "gram_update_",
     "mirror_",
     "output_energy",
@@ -132,6 +133,17 @@ def gram_update_(gram: Tensor, x: Tensor, *, impl: Impl = "auto") -> None:
         for start in range(0, x.shape[1], GRAM_TILE):
             stop = min(start + GRAM_TILE, x.shape[1])
             gram[start:stop, :stop] += x[:, start:stop].T @ x[:, :stop]
+
+
+def cross_update_(cross: Tensor, x: Tensor, y: Tensor) -> None:
+    """C += XᵀY, what a target from another stream needs beside G.
+
+    Args:
+        cross: (m, d) float32, contiguous.
+        x, y: (T, m) and (T, d) of one dtype: bfloat16, float16 or float32.
+    """
+    with _sixteen_bit_products(x.dtype):
+        cross.addmm_(x.float().T, y.float())
 
 
 def mirror_(gram: Tensor) -> Tensor:

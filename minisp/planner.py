@@ -6,6 +6,7 @@ from typing import Any
 import psutil
 import torch
 
+from minisp.allocation import TRIAL_TOKENS
 from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths, unit_axes
 from minisp.checkpoint import DTYPE_OF, Checkpoint
 from minisp.config import MinifyConfig, Resources
@@ -151,7 +152,7 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
         stored_item=source.stored_item,
         tokenizer=source.tokenizer_bytes,
         kept=max(widths) if config.keep == 1 else min(max(widths), max(widths) - alignment),
-        gram=config.inputs == "dense",
+        gram=config.collects_gram,
         streams=source.streams,
         writes=source.writes,
     )
@@ -224,6 +225,12 @@ def _flops(model: CausalLM, config: MinifyConfig, num_segments: int, layout: Lay
     total = tokens * (2 * inside * (2 + recompute) + (6 if layout.stream_vocabulary else 4) * head + gram)
     if config.inputs == "pruned":
         total += tokens * 2 * inside * (1 + config.keep)
+    if config.inputs == "both":
+        # The dense model once, the pruned one at full width and then cut; the drift's Gram matrix and cross product.
+        total += tokens * (2 * inside * (2 + config.keep) + config.keep**2 * gram)
+        total += tokens * 2 * config.keep * sum(widths) * model.config.hidden_size
+    if config.measures:
+        total += TRIAL_TOKENS * len(layers) * (inside + 2 * head)
     return float(total)
 
 
