@@ -139,15 +139,17 @@ def real_systems(model: str, calibration: Path, windows: int) -> list[dict[str, 
     from minisp.checkpoint import Checkpoint
     from minisp.stream import Stream
     from minisp.sweep import saliency_sweep
+    from minisp.workplace import Workplace
 
     tokens = AutoTokenizer.from_pretrained(model)(calibration.read_text("utf-8"))["input_ids"][: windows * 512]
     stream = Stream.from_checkpoint(Checkpoint.open(model), torch.device("cpu"), torch.bfloat16)
     layers = len(stream.layers)
     batches = list(torch.tensor(tokens).view(windows, 1, 512))
     rows = []
-    for layer, statistics_ in saliency_sweep(stream, batches, [range(layers)], gram=True, progress=lambda *_: None):
-        if layer not in (0, layers // 2, layers - 1):
-            continue
+    work = Workplace.in_memory()
+    saliency_sweep(stream, batches, [range(layers)], work, gram=True)
+    for layer in (0, layers // 2, layers - 1):
+        statistics_ = work.statistics(layer, gram=True)
         assert statistics_.gram is not None
         kept = statistics_.score("fisher").sort(descending=True).indices[: len(statistics_.gram) * 4 // 5]
         for dtype in (torch.float32, torch.float64):

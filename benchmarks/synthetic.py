@@ -2,7 +2,7 @@
 
     python benchmarks/synthetic.py OUT --params 3B [--layers N] [--seed 0]
 
-Shards are written one tensor at a time, a large one in pieces, so that 70 billion parameters need little memory. Weights
+Shards are written one tensor at a time, a large one in pieces: 70 billion parameters need little memory. Weights
 are normal with standard deviation 0.02, norms are one. The tokenizer has one token per byte: any text can calibrate.
 """
 

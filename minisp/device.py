@@ -13,6 +13,8 @@ from minisp.errors import ConfigError
 CPU = torch.device("cpu")
 # Share of the free memory that a run may plan with where no limit is given; the rest is for the other processes.
 MEMORY_SHARE = 0.5
+# malloc.h: the parameter of mallopt. Blocks from 4 MB on cost more to compute on than to map anew.
+M_MMAP_THRESHOLD, PROMPT_BYTES = -3, 4 * 2**20
 
 
 def compute_device(config: MinifyConfig) -> torch.device:
@@ -56,6 +58,15 @@ def compute_dtype(config: MinifyConfig, device: torch.device) -> torch.dtype:
 def fits_in_memory(num_bytes: int) -> bool:
     """Whether so many bytes fit the share of the free host memory that a run may use."""
     return bool(num_bytes <= MEMORY_SHARE * psutil.virtual_memory().available)
+
+
+def free_promptly() -> None:
+    """Have the C library give large blocks back to the system as soon as they are freed, for the rest of the process.
+
+    By default, glibc keeps freed blocks of up to 32 MB; where a run must stay within a limit, they would count.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, PROMPT_BYTES)
 
 
 def trim_memory() -> None:

@@ -24,7 +24,7 @@ from minisp.architecture import CausalLM, cut_, record_widths_
 from minisp.calibration import Calibration, load_calibration, write_windows
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig, Resources, split_options
-from minisp.device import CPU, compute_device, compute_dtype
+from minisp.device import CPU, compute_device, compute_dtype, free_promptly
 from minisp.errors import ConfigError, OutputError, UnsupportedModelError
 from minisp.evaluate import checkpoint_bytes
 from minisp.export.folder import describe, export_checkpoint, export_module
@@ -33,7 +33,7 @@ from minisp.hub import load_tokenizer, local_folder
 from minisp.model import frozen, load_model, skeleton
 from minisp.planner import Plan, Source, make_plan
 from minisp.ranks import Ranks, joined
-from minisp.reconstruction import reconstruct
+from minisp.reconstruction import Reconstruction, reconstruct
 from minisp.report import MinifyReport, make_report, progress_bar
 from minisp.resume import open_scratch
 from minisp.selection import allocate_widths, select, uniform_widths
@@ -172,6 +172,8 @@ def _open(model: Any, checkpoint: Checkpoint | None, plan: Plan) -> Stream:
     if not plan.streams:
         return Stream.from_module(load_model(checkpoint, device, dtype))
     layout = plan.layout
+    if len(plan.segments) > 1:
+        free_promptly()
     return Stream.from_checkpoint(
         checkpoint, device, dtype, num_slots=layout.num_slots, stream_vocabulary=layout.stream_vocabulary
     )
@@ -253,15 +255,22 @@ def _reconstruct_dense(stream: Stream, kept: Sequence[Tensor], config: MinifyCon
     stream.release()
     for layer in work.ranks.share(range(len(kept))):
         if not work.shared.has(record("result", layer)):
-            statistics = work.statistics(layer, gram=True, device=stream.device)
-            result = reconstruct(layer, statistics, kept[layer], stream.down_weight(layer), config)
-            if stream.checkpoint is None and result.down is not None:
-                cut_(stream.layers[layer], stream.row, kept[layer].to(stream.device), result.down)
-                result = replace(result, down=None)
-            work.keep_result(result)
+            work.keep_result(_reconstruct_layer(stream, layer, kept[layer], config, work))
         work.progress("reconstruction", layer + 1, len(kept))
     work.shared.settle()
     work.ranks.wait()
+
+
+def _reconstruct_layer(
+    stream: Stream, layer: int, kept: Tensor, config: MinifyConfig, work: Workplace
+) -> Reconstruction:
+    """One layer's reconstruction; a model in memory is cut at once, and the record then goes without the weights."""
+    statistics = work.statistics(layer, gram=True, device=stream.device)
+    result = reconstruct(layer, statistics, kept, stream.down_weight(layer), config)
+    if stream.checkpoint is None and result.down is not None:
+        cut_(stream.layers[layer], stream.row, kept.to(stream.device), result.down)
+        return replace(result, down=None)
+    return result
 
 
 def _write(stream: Stream, kept: Sequence[Tensor], work: Workplace, folder: Path | None) -> None:

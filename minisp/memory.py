@@ -9,14 +9,17 @@ from dataclasses import dataclass
 
 from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths
 from minisp.errors import ConfigError
-from minisp.export.tensors import PIECE_BYTES
 from minisp.statistics import PANEL_ROWS
 from minisp.stream import LOGIT_BYTES
 from minisp.sweep import HEAD_TOKENS
 from minisp.vocabulary import BLOCK_BYTES
+from minisp.writer import PIECE_BYTES
 
 # Memory of a loaded tokenizer for each byte of its file: 60 MB for SmolLM2's 3.5 MB, measured.
 TOKENIZER_FACTOR = 18
+
+# What the BLAS keeps for its packed operands.
+BLAS_BYTES = 64 * 2**20
 
 Peaks = dict[str, dict[str, int]]
 """Phase → purpose → bytes."""
@@ -169,8 +172,9 @@ def _peaks(shape: Shape, segment: int, num_slots: int, stream_vocabulary: bool) 
     peaks = {"saliency sweep": sweep}
     if stream_vocabulary:
         tokens = min(max(HEAD_TOKENS, shape.batch_tokens), shape.tokens)
-        # The hidden states, twice; float32 copies inside the final norm; the float32 gradient and what is added to it.
-        states = tokens * d * (2 * item + 3 * 4 + 2 * 4 + item)
+        # Hidden states and gradients as read, joined and parted; the final norm's float32 copies, forward and backward;
+        # the float32 gradient and what is added to it.
+        states = tokens * d * (4 * item + 9 * 4)
         rows = 2 * (BLOCK_BYTES // (4 * tokens)) * d * item
         peaks["head"] = {**resident, "states and gradients": states, "logits": 4 * BLOCK_BYTES + rows}
     peaks["reconstruction"] = _reconstruction(shape, resident)
@@ -199,11 +203,13 @@ def _reconstruction(shape: Shape, resident: dict[str, int]) -> dict[str, int]:
     """One layer's solve: G and W whole, G_SS, the gathered rest, right-hand sides and their products, in float32."""
     d, m, n = shape.hidden, shape.width, shape.kept
     gathered = 4 * (m - n) * m
-    sides = 4 * d * (m + 4 * n)
+    # W_S, W_P G_PS, the right-hand sides, W', and a product of that size while the residual is formed.
+    sides = 5 * 4 * d * n
     grams = shape.num_layers - 1 if not shape.writes and shape.gram else 0
     return {
         **_after_the_sweep(shape, resident),
         "Gram matrices": 4 * m * m * (1 + grams),
         "ridge system": 4 * n * n + gathered,
-        "right-hand sides": sides + shape.stored_item * d * m,
+        "right-hand sides": max(sides, 3 * 4 * d * m) + shape.stored_item * d * m,
+        "buffers of the BLAS": BLAS_BYTES,
     }

@@ -17,9 +17,9 @@ from typing import IO, Any
 
 import minisp
 from minisp.config import Resources
-from minisp.errors import ConfigError, OutputError
+from minisp.errors import CheckpointError, ConfigError, OutputError
 from minisp.ranks import Ranks
-from minisp.scratch import DATA, INDEX, Folder, Memory, Scratch
+from minisp.scratch import DATA, INDEX, Folder, Memory, Scratch, no_room
 
 IDENTITY, LOCK = "run.json", "lock"
 # What a later run with other ratios can use; everything else goes when a run ends well.
@@ -68,7 +68,8 @@ def open_scratch(
         yield memory, memory
         return
     own_path = path if ranks.size == 1 else path / f"rank-{ranks.rank}-of-{ranks.size}"
-    with _made(path), _locked(path) if ranks.first else nullcontext(), _made(own_path):
+    with _made(path), _locked(path) if ranks.first else nullcontext():
+        own_path.mkdir(exist_ok=True)
         shared = Folder(path)
         own = shared if own_path == path else Folder(own_path)
         try:
@@ -81,19 +82,24 @@ def open_scratch(
             yield shared, own
             shared.settle()
             own.settle()
-            ranks.wait()
-        except BaseException:
+        except BaseException as error:
             shared.close()
             own.close()
-            if ranks.first and (identity is None or not any(_records(path))):
+            if ranks.first and not (identity and _worth_keeping(path, error)):
                 _clear(path)
             raise
         shared.close()
         own.close()
-        if own is not shared:
-            _clear(own_path)
+        ranks.wait()
         if ranks.first:
             _clear(path, keep=REUSABLE if resources.scratch is not None and identity is not None else None)
+
+
+def _worth_keeping(path: Path, error: BaseException) -> bool:
+    """Whether what a failed run leaves helps another one: not where the source is at fault, nor for a text alone."""
+    if isinstance(error, CheckpointError):
+        return False
+    return any(file.stem != "windows" or isinstance(error, KeyboardInterrupt) for file in _records(path))
 
 
 def _claim(path: Path, identity: Identity | None, resources: Resources) -> None:
@@ -121,8 +127,11 @@ def _claim(path: Path, identity: Identity | None, resources: Resources) -> None:
                 "folder" + (", or use its statistics alone by --reuse." if part == "results" else ".")
             )
     unfinished = path / f"{IDENTITY}.unfinished"
-    unfinished.write_text(json.dumps(plain, indent=1), encoding="utf-8")
-    os.rename(unfinished, path / IDENTITY)
+    try:
+        unfinished.write_text(json.dumps(plain, indent=1), encoding="utf-8")
+        os.rename(unfinished, path / IDENTITY)
+    except OSError as error:
+        raise no_room(path, error) from error
 
 
 def _drop_useless(folder: Folder, resources: Resources) -> None:

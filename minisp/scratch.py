@@ -186,10 +186,15 @@ class Folder:
             else:
                 self._writer.submit(job, *arguments)
         except OSError as error:
-            raise OutputError(
-                f"Scratch folder {self.path}: expected room for what waits between the phases, got: {error}. Free some "
-                "space, or name a folder on another disk by --scratch; run again with --resume to go on."
-            ) from error
+            raise no_room(self.path, error) from error
+
+
+def no_room(path: Path, error: OSError) -> OutputError:
+    """The error to raise where a scratch folder cannot be written."""
+    return OutputError(
+        f"Scratch folder {path}: expected room for what waits between the phases, got: {error}. Free some space, or "
+        "name a folder on another disk by --scratch; run again with --resume to go on."
+    )
 
 
 Scratch: TypeAlias = Folder | Memory

@@ -24,7 +24,7 @@ from minisp.stream import Stream
 from minisp.workplace import Workplace, record
 
 # Tokens that a streamed head takes at once: each time, its weights are read twice.
-HEAD_TOKENS = 4096
+HEAD_TOKENS = 2048
 
 
 def saliency_sweep(
@@ -71,9 +71,7 @@ def saliency_sweep(
             statistics.sum_over_(work.ranks)
             statistics.finalize_(index)
             if work.ranks.first:
-                with work.shared.writing(record("statistics", index)) as append:
-                    for key, tensor in statistics.tensors():
-                        append(key, tensor)
+                work.keep_statistics(index, statistics)
             del statistics
         work.shared.settle()
         work.own.settle()

@@ -12,7 +12,7 @@ import torch
 
 from minisp.ranks import Ranks
 from minisp.reconstruction import Reconstruction
-from minisp.scratch import Scratch
+from minisp.scratch import Memory, Scratch
 from minisp.statistics import LayerStatistics
 
 Progress = Callable[[str, int, int], None]
@@ -35,12 +35,24 @@ class Workplace:
     ranks: Ranks
     progress: Progress
 
+    @classmethod
+    def in_memory(cls, progress: Progress = lambda phase, done, total: None) -> "Workplace":
+        """One process, whose records wait in memory."""
+        memory = Memory()
+        return cls(memory, memory, Ranks(), progress)
+
     def statistics(self, layer: int, *, gram: bool, device: torch.device | str = "cpu") -> LayerStatistics:
         """The statistics of a layer that the saliency sweep has left; `gram`: with the Gram matrix."""
         name = record("statistics", layer)
         return LayerStatistics.from_tensors(
             lambda key: self.shared.read(name, key), gram=gram, device=torch.device(device)
         )
+
+    def keep_statistics(self, layer: int, statistics: LayerStatistics) -> None:
+        """Make a layer's finalized statistics a record."""
+        with self.shared.writing(record("statistics", layer)) as append:
+            for key, tensor in statistics.tensors():
+                append(key, tensor)
 
     def result(self, layer: int) -> Reconstruction:
         """The reconstruction of a layer."""

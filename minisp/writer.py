@@ -22,6 +22,8 @@ from minisp.errors import OutputError
 from minisp.files import WriteBehind, write_tensor
 
 MAX_SHARD_BYTES = 5 * 10**9
+# Bytes of a large tensor that are in memory at once where it is only copied.
+PIECE_BYTES = 32 * 2**20
 
 ELEMENT_BYTES = {code: dtype.itemsize for dtype, code in DTYPES.items()}
 

@@ -19,6 +19,7 @@ import torch
 
 from minisp import fast, scratch, writer
 from minisp.export import folder
+from minisp.files import tensor_bytes
 from minisp.hub import load_tokenizer
 
 # 4 windows of 32 tokens that hold every token of a vocabulary of 64; one layer at a time, as for a large model.
@@ -30,7 +31,8 @@ OPTIONS: dict[str, Any] = {"window": 32, "num_windows": 4, "dtype": "float32", "
 def steps(strike: Callable[[int, str], None]) -> Iterator[list[str]]:
     """Within the block, `strike(number, name)` is called at every step of writing a checkpoint; yields their names.
 
-    A strike comes before its step, but for "tensor": there half of the bytes are in the file already.
+    A strike comes before its step, but for tensors: there half of the bytes are in the file already. Steps of the
+    writing threads are numbered as they come.
     """
     happened: list[str] = []
 
@@ -46,48 +48,41 @@ def steps(strike: Callable[[int, str], None]) -> Iterator[list[str]]:
 
         return stepping
 
-    def written(path: Any, *_: Any, **__: Any) -> bool:
+    def halving(function: Any, name: str) -> Any:
+        """Writes the first half of a tensor's bytes, strikes, and writes it all."""
+
+        def stepping(handle: Any, tensor: Any) -> Any:
+            place = handle.tell()
+            handle.write(tensor_bytes(tensor.contiguous())[: tensor.nbytes // 2])
+            handle.flush()
+            step(name)
+            handle.seek(place)
+            return function(handle, tensor)
+
+        return stepping
+
+    def in_output(path: Any, *_: Any, **__: Any) -> bool:
         return ".partial" in str(path)
 
+    def in_scratch(path: Any, *_: Any, **__: Any) -> bool:
+        return ".scratch" in str(path)
+
+    text = before("text", Path.write_text, in_output)
     replacements = [
-        (scratch, "TemporaryDirectory", before("scratch folder", scratch.TemporaryDirectory)),
-        (scratch, "save_file", before("statistics", scratch.save_file)),
-        (Path, "mkdir", before("output folder", Path.mkdir, written)),
-        (Path, "write_text", before("text", Path.write_text, written)),
+        (Path, "mkdir", before("output folder", before("scratch folder", Path.mkdir, in_scratch), in_output)),
+        (Path, "write_text", before("identity", text, in_scratch)),
+        (os, "rename", before("rename", before("record", os.rename, in_scratch), in_output)),
+        (scratch, "write_tensor", halving(scratch.write_tensor, "waiting tensor")),
+        (writer, "write_tensor", halving(writer.write_tensor, "tensor")),
         (shutil, "copyfile", before("copy", shutil.copyfile)),
         (writer, "_sync", before("sync", writer._sync)),
-        (os, "rename", before("rename", os.rename, written)),
         # Drawing takes longer than everything else here; to the disk it is a file like any other.
         (folder, "plot_layers", lambda report, path: path.write_text("a picture")),
     ]
     with ExitStack() as stack:
         for owner, name, replacement in replacements:
             stack.enter_context(patch.object(owner, name, replacement))
-        opened = before("shard", open)
-        stack.enter_context(
-            patch.object(writer, "open", lambda path, mode: _Halving(opened(path, mode), step), create=True)
-        )
         yield happened
-
-
-class _Halving:
-    """A file that interrupts every write half-way."""
-
-    def __init__(self, file: Any, step: Callable[[str], None]):
-        self._file, self._step = file, step
-
-    def __enter__(self) -> "_Halving":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._file.close()
-
-    def write(self, data: Any) -> None:
-        half = len(data) // 2
-        self._file.write(data[:half])
-        self._file.flush()
-        self._step("tensor")
-        self._file.write(data[half:])
 
 
 def first_and_last(names: list[str]) -> list[int]:
@@ -95,10 +90,10 @@ def first_and_last(names: list[str]) -> list[int]:
     return sorted({place for name in names for place in (names.index(name), len(names) - 1 - names[::-1].index(name))})
 
 
-def run(source: Path, out: Path, strike: Callable[[int, str], None]) -> list[str]:
+def run(source: Path, out: Path, strike: Callable[[int, str], None], **options: Any) -> list[str]:
     """Minify `source` into `out`, struck as `steps` says."""
     with steps(strike) as happened:
-        fast.minify(source, out=out, calibration=WINDOWS, **OPTIONS)
+        fast.minify(source, out=out, calibration=WINDOWS, **OPTIONS, **options)
     return happened
 
 

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 import minisp
 from minisp import errors, fast
 from minisp.cli import app
-from minisp.config import MinifyConfig
-from minisp.report import plan_dict
+from minisp.config import MinifyConfig, Resources
+from minisp.plan_view import plan_dict
 from tests.models import WIDTH, save_checkpoint, tiny_model
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -95,7 +95,8 @@ def test_the_demo_refuses_a_full_folder_before_it_fetches_anything(tmp_path: Pat
 @pytest.mark.parametrize("name", ["minify", "plan"])
 def test_every_field_of_the_config_is_an_option_with_its_default(name: str) -> None:
     defaults = {parameter.name: parameter.default for parameter in COMMANDS[name].params}
-    assert {field.name: defaults[field.name] for field in fields(MinifyConfig)} == MinifyConfig().as_dict()
+    for record in (MinifyConfig, Resources):
+        assert {field.name: defaults[field.name] for field in fields(record)} == asdict(record())
 
 
 def test_plan_prints_a_table_or_json_or_nothing(model: Path) -> None:

@@ -13,7 +13,7 @@ from minisp import fast
 from minisp.checkpoint import Checkpoint
 from minisp.cli import app
 from minisp.errors import CalibrationError, UnsupportedModelError
-from minisp.stream import skeleton
+from minisp.model import skeleton
 from tests.damage import OPTIONS, config, file, tensor
 from tests.models import save_checkpoint, tiny_model
 

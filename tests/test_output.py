@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -46,10 +45,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def full_disk(name: str) -> Exception:
-    """What a full disk looks like at a step: the safetensors package has an exception of its own."""
-    if name == "statistics":
-        return SafetensorError("I/O error: No space left on device (os error 28)")
+def full_disk() -> Exception:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -113,28 +109,45 @@ def test_an_empty_folder_is_filled_and_an_old_partial_one_replaced(
     assert list(there.iterdir()) == [there / "out"]
 
 
-def test_a_disk_that_fills_up_at_any_step_leaves_nothing(
-    source: Path, there: Path, clean: tuple[list[str], dict[str, bytes]]
+def test_a_disk_that_fills_up_at_any_step_leaves_what_a_resumed_run_ends_with(
+    source: Path, tmp_path: Path, clean: tuple[list[str], dict[str, bytes]]
 ) -> None:
-    names, _ = clean
-    assert {"scratch folder", "statistics", "output folder", "shard", "tensor", "text", "copy", "rename"} <= set(names)
+    names, files = clean
+    kinds = {
+        "scratch folder",
+        "identity",
+        "record",
+        "waiting tensor",
+        "output folder",
+        "tensor",
+        "text",
+        "copy",
+        "rename",
+    }
+    assert kinds <= set(names)
     # The last step makes the name of the finished folder durable; there is nothing to undo there.
-    for deadly in faults.first_and_last(names)[:-1]:
+    struck = faults.first_and_last(names)[:-1]
+    assert len(struck) >= 10
+    for deadly in struck:
+        there = tmp_path / str(deadly)
+        there.mkdir()
 
         def strike(number: int, name: str, deadly: int = deadly) -> None:
             if number == deadly:
-                raise full_disk(name)
+                raise full_disk()
 
-        with pytest.raises(OutputError, match=r"the disk is full|No space left") as caught:
+        with pytest.raises(OutputError, match=r"the disk is full|No space left"):
             faults.run(source, there / "out", strike)
-        assert "space" in str(caught.value) and list(there.iterdir()) == [], names[deadly]
-    faults.run(source, there / "out", lambda number, name: None)
+        assert {path.name for path in there.iterdir()} <= {".out.scratch"}, names[deadly]
+        faults.run(source, there / "out", lambda number, name: None, resume=True)
+        assert contents(there / "out") == files, names[deadly]
+        assert list(there.iterdir()) == [there / "out"]
 
 
 def test_a_module_in_memory_leaves_nothing_on_a_full_disk(there: Path) -> None:
     def strike(number: int, name: str) -> None:
         if name == "tensor":
-            raise full_disk(name)
+            raise full_disk()
 
     with faults.steps(strike), pytest.raises(OutputError, match="the disk is full"):
         fast.minify(tiny_model("llama"), out=there / "out", calibration=faults.WINDOWS, window=32, num_windows=4)
@@ -152,26 +165,36 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize(("size", "where"), [(6_000, "Statistics of layer 2"), (20_000, "could not be written")])
-def test_real_writes_that_fail_leave_nothing(size: int, where: str, source: Path, there: Path) -> None:
+@pytest.mark.parametrize(("size", "where"), [(6_000, "Scratch folder"), (20_000, "could not be written")])
+def test_real_writes_that_fail_can_be_resumed(
+    size: int, where: str, source: Path, there: Path, clean: tuple[list[str], dict[str, bytes]]
+) -> None:
     # Gram matrices of 48 × 48 float32 exceed the first limit, the weights the second.
     with largest_file(size), pytest.raises(OutputError, match=rf"{where}.*File too large"):
-        fast.minify(source, out=there / "out", calibration=faults.WINDOWS, **PLAIN)
-    assert list(there.iterdir()) == []
+        fast.minify(source, out=there / "out", calibration=faults.WINDOWS, **faults.OPTIONS)
+    assert not (there / "out").exists()
+    faults.run(source, there / "out", lambda number, name: None, resume=True)
+    assert contents(there / "out") == clean[1]
 
 
-@pytest.mark.parametrize("phase", ["saliency", "reconstruction"])
-def test_an_interrupted_run_leaves_nothing(phase: str, source: Path, there: Path) -> None:
+@pytest.mark.parametrize("phase", ["forward", "saliency", "reconstruction"])
+def test_an_interrupted_run_can_be_resumed(
+    phase: str, source: Path, there: Path, clean: tuple[list[str], dict[str, bytes]]
+) -> None:
     def interrupt(name: str, done: int, total: int) -> None:
         if name.startswith(phase):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fast.minify(source, out=there / "out", calibration=faults.WINDOWS, progress=interrupt, **PLAIN)
-    assert list(there.iterdir()) == []
+        fast.minify(source, out=there / "out", calibration=faults.WINDOWS, progress=interrupt, **faults.OPTIONS)
+    assert [path.name for path in there.iterdir()] == [".out.scratch"]
+    with pytest.raises(OutputError, match=r"got what an earlier run left\. Continue that run by --resume"):
+        fast.minify(source, out=there / "out", calibration=faults.WINDOWS, **faults.OPTIONS)
+    faults.run(source, there / "out", lambda number, name: None, resume=True)
+    assert contents(there / "out") == clean[1]
 
 
-def test_a_killed_run_leaves_nothing_that_loads_and_can_be_repeated(
+def test_a_killed_run_leaves_nothing_that_loads_and_can_be_resumed(
     source: Path, tmp_path: Path, clean: tuple[list[str], dict[str, bytes]]
 ) -> None:
     names, files = clean
@@ -194,8 +217,6 @@ def test_a_killed_run_leaves_nothing_that_loads_and_can_be_repeated(
             Checkpoint.open(out)
         with pytest.raises(OSError, match="out"):
             AutoModelForCausalLM.from_pretrained(out)
-    again = tmp_path / str(names.index("rename")) / "out"
-    assert again.with_name("out.partial").is_dir()
-    faults.run(source, again, lambda number, name: None)
-    assert contents(again) == files
-    assert not again.with_name("out.partial").exists()
+        faults.run(source, out, lambda number, name: None, resume=True)
+        assert contents(out) == files, names[step]
+        assert list(out.parent.iterdir()) == [out]

@@ -12,10 +12,7 @@ from torch import Tensor
 from minisp.architecture import Architecture, decoder_layers, layers_path, unit_axes
 from minisp.checkpoint import DTYPES, Checkpoint
 from minisp.reconstruction import Reconstruction
-from minisp.writer import Entry
-
-# Bytes of a copied tensor that are in memory at once.
-PIECE_BYTES = 32 * 2**20
+from minisp.writer import PIECE_BYTES, Entry
 
 
 @dataclass(frozen=True)

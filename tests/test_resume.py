@@ -1,0 +1,191 @@
+"""Scratch folders: what a run leaves is used by the right run only, and gives the same bits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from minisp import fast, sweep
+from minisp.cli import app
+from minisp.config import Resources
+from minisp.errors import ConfigError, OutputError
+from minisp.ranks import Ranks
+from minisp.resume import open_scratch
+from minisp.scratch import Folder
+from tests.models import LAYERS, save_checkpoint, tiny_model
+
+WINDOWS = torch.arange(128).reshape(4, 32) * 37 % 64
+OPTIONS: dict[str, Any] = {"dtype": "float32", "segment": 1, "batch": 1}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("source") / "model", tiny_model("llama"))
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def run(source: Path, out: Path, **options: Any) -> Any:
+    return fast.minify(source, out=out, **{"calibration": WINDOWS, **OPTIONS, **options})
+
+
+def test_statistics_are_reused_for_other_ratios_without_a_sweep(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    run(source, tmp_path / "a", keep=0.6, scratch=str(work))
+    run(source, tmp_path / "fresh", keep=0.8, damping=0.1)
+    monkeypatch.setattr(sweep, "_run_backward", None)
+    reused = run(
+        source, tmp_path / "b", keep=0.8, damping=0.1, scratch=str(work), reuse=True, calibration=None, window=32,
+        num_windows=4,
+    )  # fmt: skip
+    assert weights(tmp_path / "b") == weights(tmp_path / "fresh") != weights(tmp_path / "a")
+    assert reused.calibration == ("4 windows of 32 tokens from the given tokens",)
+    left = sorted(path.name for path in work.iterdir())
+    assert [name for name in left if name.endswith(".data")] == [
+        *(f"statistics_{layer:04d}.data" for layer in range(LAYERS)),
+        "windows.data",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"resume": True, "keep": 0.7}, r"got another one: keep 0\.6 instead of 0\.7.*statistics alone by --reuse"),
+        ({"reuse": True, "dtype": "bfloat16"}, r"got another one: dtype 'float32' instead of 'bfloat16'"),
+        ({"reuse": True, "calibration": WINDOWS.flip(0)}, "Calibration text: expected that of the run"),
+        ({}, "expected an empty one, got what an earlier run left"),
+    ],
+)
+def test_what_another_run_left_is_refused(options: dict[str, Any], says: str, source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "a", keep=0.6, scratch=str(tmp_path / "work"))
+    before = sorted((tmp_path / "work").iterdir())
+    with pytest.raises(OutputError, match=says):
+        run(source, tmp_path / "b", **{"keep": 0.6, "scratch": str(tmp_path / "work"), **options})
+    assert sorted((tmp_path / "work").iterdir()) == before
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_changed_source_is_another_run(source: Path, tmp_path: Path) -> None:
+    copy = save_checkpoint(tmp_path / "model", tiny_model("llama"))
+    run(copy, tmp_path / "a", scratch=str(tmp_path / "work"))
+    save_checkpoint(copy, tiny_model("llama", seed=1))
+    with pytest.raises(OutputError, match="got another one: modified"):
+        run(copy, tmp_path / "b", scratch=str(tmp_path / "work"), reuse=True)
+
+
+def test_nothing_to_reuse_is_an_error_and_nothing_to_resume_is_none(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"expected statistics of an earlier run \(--reuse\), found none"):
+        run(source, tmp_path / "a", scratch=str(tmp_path / "work"), reuse=True)
+    run(source, tmp_path / "a", resume=True)
+    for name in ("resume", "reuse"):
+        with pytest.raises(ConfigError, match=f"Option {name}: expected a checkpoint on disk and an output folder"):
+            fast.minify(tiny_model("llama"), calibration=WINDOWS, **{name: True})
+
+
+def interrupted(source: Path, out: Path, at: str, **options: Any) -> None:
+    """A run that stops when the phase `at` has made its second step."""
+    steps = 0
+
+    def interrupt(phase: str, done: int, total: int) -> None:
+        nonlocal steps
+        steps += phase.startswith(at)
+        if steps == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, out, progress=interrupt, **options)
+
+
+@pytest.mark.parametrize("inputs", ["dense", "pruned"])
+@pytest.mark.parametrize("segment", [1, 2, LAYERS])
+def test_a_run_resumes_with_other_segments_to_the_same_bits(
+    segment: int, inputs: str, source: Path, tmp_path: Path
+) -> None:
+    run(source, tmp_path / "whole", inputs=inputs)
+    for at in ("saliency, layers 1", "reconstruction" if inputs == "dense" else "heal, layer 1"):
+        out = tmp_path / at
+        interrupted(source, out, at, inputs=inputs)
+        run(source, out, inputs=inputs, segment=segment, resume=True)
+        assert weights(out) == weights(tmp_path / "whole")
+
+
+def test_a_damaged_record_is_computed_anew(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "whole")
+    interrupted(source, tmp_path / "out", "reconstruction")
+    torn = tmp_path / ".out.scratch" / "statistics_0001.data"
+    data = bytearray(torn.read_bytes())
+    data[len(data) // 2] ^= 1
+    torn.write_bytes(data)
+    with pytest.warns(UserWarning, match="statistics_0001 is damaged and will be computed anew"):
+        run(source, tmp_path / "out", resume=True)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_two_runs_cannot_share_a_folder(source: Path, tmp_path: Path) -> None:
+    resources = Resources(scratch=str(tmp_path / "work"))
+    with (
+        open_scratch(None, resources, None, Ranks()),
+        pytest.raises(OutputError, match=rf"expected to be its only user, but process {os.getpid()} has it"),
+    ):
+        run(source, tmp_path / "out", scratch=str(tmp_path / "work"), resume=True)
+    run(source, tmp_path / "out", scratch=str(tmp_path / "work"))
+
+
+def test_a_folder_of_someone_else_keeps_its_files(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    for name in ("precious.data", "run.txt", "statistics.json"):
+        (tmp_path / "work" / name).write_text("data")
+    run(source, tmp_path / "out", scratch=str(tmp_path / "work"))
+    assert all((tmp_path / "work" / name).read_text() == "data" for name in ("precious.data", "run.txt"))
+
+
+def test_a_record_exists_only_when_it_is_whole(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    value = torch.randn(5, 3).to(torch.bfloat16)
+    with folder.writing("states_0001", note="x") as append:
+        append("0", value)
+        append("1", value[:0])
+        append("2", torch.tensor(7))
+    with pytest.raises(RuntimeError), folder.writing("states_0002") as append:
+        append("0", value)
+        raise RuntimeError
+    folder.settle()
+    assert folder.names() == ["states_0001"] and not folder.has("states_0002")
+    again = Folder(tmp_path)
+    assert again.keys("states_0001") == ["0", "1", "2"] and again.facts("states_0001") == {"note": "x"}
+    assert torch.equal(again.read("states_0001", "0"), value) and int(again.read("states_0001", "2")) == 7
+    assert again.read("states_0001", "1").shape == (0, 3)
+    (tmp_path / "states_0001.data").write_bytes(b"\0" * (tmp_path / "states_0001.data").stat().st_size)
+    with pytest.raises(OutputError, match="expected 0 as it was written, got other bytes"):
+        again.read("states_0001", "0")
+    assert not again.intact("states_0001")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_share_the_windows_and_give_one_result(size: int, source: Path, text: Path, tmp_path: Path) -> None:
+    options = ["--num-windows", "10", "--window", "32", "--dtype", "float32", "--keep", "0.6", "-c", str(text), "-q"]
+    command = ["-m", "minisp", "minify", str(source), *options, "--segment", "2"]
+    alone = CliRunner().invoke(app, [*command[2:], "--out", str(tmp_path / "alone")])
+    assert alone.exit_code == 0, alone.output
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fast.__file__).parents[1])}
+    done = subprocess.run(
+        [*launcher, *command, "--out", str(tmp_path / "together")], env=environment, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    one, many = (json.loads((tmp_path / name / "minisp.json").read_text()) for name in ("alone", "together"))
+    assert [layer["kept"] for layer in one["layers"]] == [layer["kept"] for layer in many["layers"]]
+    for a, b in zip(one["layers"], many["layers"], strict=True):
+        assert a["residual"] == pytest.approx(b["residual"], rel=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", text.name, "together"]
