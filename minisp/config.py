@@ -24,8 +24,8 @@ class MinifyConfig:
         widths: `per-layer` lets one global ranking set every layer's width; `uniform` gives all layers the same.
         allocation: what widths per layer follow: `score`, the scores as they are; `measured`, the scores of each layer
             scaled by what a trial cut of it does to the model's output, see `minisp.allocation`.
-        alignment: widths are multiples of it (or untouched); None picks 128 for layers of at least 1024 units,
-            else the largest power of two that is at most an eighth of the width.
+        alignment: widths are multiples of it (or untouched); None picks the largest power of two that is at
+            most a 32nd of the width, and at most 128.
         min_keep: no layer keeps less than this fraction of its units, in [0, 1].
         inputs: what the kept units are refitted on: `dense`, the dense model's activations, in one sweep; `pruned`,
             the activations of the already pruned layers below, in a second sweep; `both`, the dense model's, and then,
@@ -50,11 +50,11 @@ class MinifyConfig:
     keep: float = 0.8
     saliency: SaliencyScore = "fisher"
     widths: Widths = "per-layer"
-    allocation: Allocation = "score"
+    allocation: Allocation = "measured"
     alignment: int | None = None
     min_keep: float = 0.1
-    inputs: Inputs = "dense"
-    damping: Damping = 1e-2
+    inputs: Inputs = "both"
+    damping: Damping = 0.05
     correction_damping: float = 1.0
     shrink_to: Shrinkage = "original"
     reconstruct: bool = True
