@@ -12,6 +12,7 @@ from minisp.checkpoint import DTYPE_OF, Checkpoint
 from minisp.config import MinifyConfig, Resources
 from minisp.device import memory_limit
 from minisp.errors import CalibrationError, ConfigError
+from minisp.heal import FEW_TOKENS
 from minisp.memory import Layout, Shape, choose_layout, shape_of
 from minisp.selection import allocate_widths, default_alignment, uniform_widths
 
@@ -227,10 +228,11 @@ def _flops(model: CausalLM, config: MinifyConfig, num_segments: int, layout: Lay
         total += tokens * 2 * inside * (1 + config.keep)
     if config.inputs == "both":
         # The dense model once, the pruned one at full width and then cut; the drift's Gram matrix and cross product.
-        total += tokens * (2 * inside * (2 + config.keep) + config.keep**2 * gram)
-        total += tokens * 2 * config.keep * sum(widths) * model.config.hidden_size
+        heals = tokens if tokens <= FEW_TOKENS else tokens / 2
+        total += heals * (2 * inside * (2 + config.keep) + config.keep**2 * gram)
+        total += heals * 2 * config.keep * sum(widths) * model.config.hidden_size
     if config.measures:
-        total += TRIAL_TOKENS * len(layers) * (inside + 2 * head)
+        total += TRIAL_TOKENS * len(layers) * (inside + head)
     return float(total)
 
 
