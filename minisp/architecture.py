@@ -4,7 +4,8 @@ A unit of an MLP is one row of `up` (and of `gate`, where there is one) and one 
 weights transposed (`Conv1D`); `weight_view` shows every weight as (out, in), so nothing else has to care.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -213,6 +214,19 @@ def cut_(layer: nn.Module, row: Architecture, kept: Tensor, new_down: Tensor) ->
         else:
             value = parameter.detach().index_select(axis, kept.to(parameter.device))
         replace_parameter_(layer, name, value)
+
+
+@contextmanager
+def other_down(layer: nn.Module, row: Architecture, down: Tensor) -> Iterator[None]:
+    """Within the block, the layer's down projection is `down` (d, m)."""
+    name = f"{row.down}.weight"
+    axis = unit_axes(layer, row)[name]
+    before = layer.get_parameter(name).data
+    replace_parameter_(layer, name, (down if axis == 1 else down.T).to(before.dtype).contiguous())
+    try:
+        yield
+    finally:
+        replace_parameter_(layer, name, before)
 
 
 def record_widths_(model: CausalLM, row: Architecture, widths: Sequence[int]) -> None:

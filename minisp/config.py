@@ -7,7 +7,8 @@ from minisp.errors import ConfigError
 
 SaliencyScore = Literal["taylor", "fisher", "signed"]
 Widths = Literal["per-layer", "uniform"]
-Inputs = Literal["dense", "pruned"]
+Allocation = Literal["score", "measured"]
+Inputs = Literal["dense", "pruned", "both"]
 Shrinkage = Literal["original", "zero"]
 Damping = float | Literal["auto"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
@@ -21,11 +22,16 @@ class MinifyConfig:
         keep: fraction of MLP units kept over all layers, in (0, 1]; a budget that rounding never exceeds.
         saliency: score of a unit from p = x·g per token: `taylor` Σ|p|, `fisher` Σp², `signed` |Σp|.
         widths: `per-layer` lets one global ranking set every layer's width; `uniform` gives all layers the same.
-        alignment: widths are multiples of it (or untouched); None picks 128 for layers of at least 1024 units,
-            else the largest power of two that is at most an eighth of the width.
+        allocation: what widths per layer follow: `score`, the scores as they are; `measured`, the scores of each layer
+            scaled by what a trial cut of it does to the model's output, see `minisp.allocation`.
+        alignment: widths are multiples of it (or untouched); None picks the largest power of two that is at
+            most a 32nd of the width, and at most 128.
         min_keep: no layer keeps less than this fraction of its units, in [0, 1].
         inputs: what the kept units are refitted on: `dense`, the dense model's activations, in one sweep; `pruned`,
-            the activations of the already pruned layers below, in a second sweep.
+            the activations of the already pruned layers below, in a second sweep; `both`, the dense model's, and then,
+            in a second sweep, the drift that the pruned layers below have left is corrected, see
+            `reconstruction.correct`.
+        correction_damping: ridge λ of that correction, relative to the mean diagonal of its Gram matrix, above 0.
         damping: ridge λ relative to the mean diagonal of the Gram matrix, at least 0; `auto` chooses it per layer by
             generalised cross-validation.
         shrink_to: where the ridge pulls the refitted weights: `original` (their old values) or `zero` (the paper).
@@ -44,10 +50,12 @@ class MinifyConfig:
     keep: float = 0.8
     saliency: SaliencyScore = "fisher"
     widths: Widths = "per-layer"
+    allocation: Allocation = "measured"
     alignment: int | None = None
     min_keep: float = 0.1
-    inputs: Inputs = "dense"
-    damping: Damping = 1e-2
+    inputs: Inputs = "both"
+    damping: Damping = 0.05
+    correction_damping: float = 1.0
     shrink_to: Shrinkage = "original"
     reconstruct: bool = True
     num_windows: int = 128
@@ -60,12 +68,16 @@ class MinifyConfig:
     def __post_init__(self) -> None:
         _require_choice("saliency", self.saliency, SaliencyScore)
         _require_choice("widths", self.widths, Widths)
+        _require_choice("allocation", self.allocation, Allocation)
         _require_choice("inputs", self.inputs, Inputs)
         _require_choice("shrink_to", self.shrink_to, Shrinkage)
         _require_choice("dtype", self.dtype, DtypeName)
         _require("keep", self.keep, "a number in (0, 1]", lambda v: 0 < v <= 1)
         _require("min_keep", self.min_keep, "a number in [0, 1]", lambda v: 0 <= v <= 1)
         _require("damping", self.damping, "a finite number, at least 0, or 'auto'", _is_damping)
+        _require(
+            "correction_damping", self.correction_damping, "a finite number above 0", lambda v: 0 < v < float("inf")
+        )
         for name in ("num_windows", "window"):
             _require(name, getattr(self, name), "a whole number, at least 1", _is_positive_integer)
         for name in ("alignment", "batch"):
@@ -73,6 +85,16 @@ class MinifyConfig:
             if value is not None:
                 _require(name, value, "a whole number, at least 1, or None", _is_positive_integer)
         _require("seed", self.seed, "a whole number in [0, 2**63)", lambda v: isinstance(v, int) and 0 <= v < 2**63)
+
+    @property
+    def measures(self) -> bool:
+        """Whether trial cuts decide the widths."""
+        return self.allocation == "measured" and self.widths == "per-layer" and self.keep < 1
+
+    @property
+    def collects_gram(self) -> bool:
+        """Whether the saliency sweep collects Gram matrices."""
+        return self.inputs != "pruned" or self.measures
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for manifests and reports."""
@@ -87,7 +109,7 @@ class MinifyConfig:
 
 # What can change without new statistics.
 RESULT_OPTIONS = (
-    "keep", "saliency", "widths", "alignment", "min_keep", "damping", "shrink_to", "reconstruct"
+    "keep", "saliency", "widths", "alignment", "min_keep", "damping", "correction_damping", "shrink_to", "reconstruct"
 )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minisp.allocation import layer_ratios
 from minisp.architecture import CausalLM, cut_, record_widths_
 from minisp.calibration import Calibration, load_calibration, write_windows
 from minisp.checkpoint import Checkpoint
@@ -98,10 +99,11 @@ def minify(
             text = _calibrate(stream, calibration, tokenizer, made_plan, work)
         batches = ranks.share(text.windows).split(made_plan.batch)
         with _timed(seconds, "saliency sweep"):
-            saliency_sweep(stream, batches, made_plan.segments, work, gram=config.inputs == "dense")
-            kept = _select(made_plan, work)
+            saliency_sweep(stream, batches, made_plan.segments, work, gram=config.collects_gram)
+            kept = _select(stream, text.windows, made_plan, work)
         with _timed(seconds, "reconstruction"):
-            if config.inputs == "dense":
+            nothing_drifts = config.keep == 1 or not config.reconstruct
+            if config.inputs == "dense" or (config.inputs == "both" and nothing_drifts):
                 _reconstruct_dense(stream, kept, config, work)
             else:
                 heal_sweep(stream, batches, kept, config, work)
@@ -234,13 +236,16 @@ def _new_windows(stream: Stream, source: Any, tokenizer: Any, plan: Plan, progre
     )
 
 
-def _select(plan: Plan, work: Workplace) -> list[Tensor]:
+def _select(stream: Stream, windows: Tensor, plan: Plan, work: Workplace) -> list[Tensor]:
     """The kept units (n,) of every layer, from the records that the saliency sweep has left."""
     config = plan.config
     scores = [work.statistics(layer, gram=False).score(config.saliency) for layer in range(len(plan.widths))]
     if config.widths == "uniform":
         widths = uniform_widths(plan.widths, config.keep, alignment=plan.alignment)
     else:
+        if config.measures:
+            ratios = layer_ratios(stream, windows, scores, config, work)
+            scores = [score * ratio for score, ratio in zip(scores, ratios, strict=True)]
         widths = allocate_widths(scores, config.keep, alignment=plan.alignment, min_keep=config.min_keep)
     return select(scores, widths)
 

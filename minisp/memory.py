@@ -208,7 +208,7 @@ def _activations(shape: Shape, segment: int) -> int:
 def _reconstruction(shape: Shape, resident: dict[str, int]) -> dict[str, int]:
     """One layer's solve: G and W whole, G_SS, the gathered rest, right-hand sides and their products, in float32."""
     d, m, n = shape.hidden, shape.width, shape.kept
-    # W_P, and a few hundred rows at a time: of G, read and gathered, and of products. W_S, W_P G_PS, the right-hand sides
+    # W_P, and a few hundred rows at a time: of G, read and gathered, and of products. W_S, W_P G_PS, right-hand sides
     # and W'.
     gathered = 4 * d * (m - n) + (3 + 2) * 4 * ROWS * m + 3 * 4 * PANEL_ROWS * m
     sides = 4 * 4 * d * n

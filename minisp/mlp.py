@@ -9,7 +9,7 @@ x is recomputed from gate and up in the same pass that makes their gradients, in
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,21 @@ from torch.nn import functional
 
 from minisp import ops
 from minisp.architecture import Architecture, MlpWeights, mlp_weights
-from minisp.statistics import LayerStatistics
+
+
+class Watcher(Protocol):
+    """Whoever is told what passes: x (T, m), and the saliency sums (3, m) of the same tokens after a backward."""
+
+    def update_(self, x: Tensor, sums: Tensor | None) -> None: ...
 
 
 @dataclass(frozen=True)
 class WatchedMlp:
-    """What one watched MLP needs: its weights, its activation kind, and the record that is fed."""
+    """What one watched MLP needs: its weights, its activation kind, and who is told."""
 
     weights: MlpWeights
     kind: str
-    statistics: LayerStatistics
+    statistics: Watcher
 
     def forward(self, hidden: Tensor) -> Tensor:
         """y (…, d) for h (…, d). With gradients on, the statistics are fed by the backward; without, by this call."""
@@ -74,7 +79,7 @@ class _WatchedFunction(torch.autograd.Function):
 
 
 @contextmanager
-def watch(layer: nn.Module, row: Architecture, kind: str, statistics: LayerStatistics) -> Iterator[None]:
+def watch(layer: nn.Module, row: Architecture, kind: str, statistics: Watcher) -> Iterator[None]:
     """Within the block, the layer's MLP feeds `statistics`; its parameters must be frozen."""
     watched = WatchedMlp(mlp_weights(layer, row), kind, statistics)
     if row.mlp is not None:

@@ -6,11 +6,13 @@ from typing import Any
 import psutil
 import torch
 
+from minisp.allocation import TRIAL_TOKENS
 from minisp.architecture import CausalLM, activation_kind, architecture_of, decoder_layers, layer_widths, unit_axes
 from minisp.checkpoint import DTYPE_OF, Checkpoint
 from minisp.config import MinifyConfig, Resources
 from minisp.device import memory_limit, product_rate
 from minisp.errors import CalibrationError, ConfigError
+from minisp.heal import FEW_TOKENS
 from minisp.memory import Layout, Shape, choose_layout, shape_of
 from minisp.ops import implementations
 from minisp.selection import allocate_widths, default_alignment, uniform_widths
@@ -198,7 +200,7 @@ def _shape(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: i
         stored_item=source.stored_item,
         tokenizer=source.tokenizer_bytes,
         kept=kept,
-        gram=config.inputs == "dense",
+        gram=config.collects_gram,
         logits=LOGIT_BYTES.get(source.device.type, LOGIT_BYTES["cpu"]),
         loaded=source.checkpoint is None,
         streams=source.streams,
@@ -250,6 +252,13 @@ def _flops(model: CausalLM, config: MinifyConfig, num_segments: int, layout: Lay
     total = tokens * (2 * inside * (2 + recompute) + (6 if layout.stream_vocabulary else 4) * head + gram)
     if config.inputs == "pruned":
         total += tokens * 2 * inside * (1 + config.keep)
+    if config.inputs == "both":
+        # The dense model once, the pruned one at full width and then cut; the drift's Gram matrix and cross product.
+        heals = tokens if tokens <= FEW_TOKENS else tokens / 2
+        total += heals * (2 * inside * (2 + config.keep) + config.keep**2 * gram)
+        total += heals * 2 * config.keep * sum(widths) * model.config.hidden_size
+    if config.measures:
+        total += TRIAL_TOKENS * len(layers) * (inside + head)
     return float(total)
 
 

@@ -1,7 +1,7 @@
 """Refitting what is left: the kept columns of the down projection. Knows neither files nor models."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from minisp import ops
 from minisp.config import MinifyConfig
 from minisp.damping import Curve, choose_damping
 from minisp.errors import NumericalError
-from minisp.ridge import RidgeProblem
+from minisp.ridge import RidgeProblem, ridge_fit
 from minisp.statistics import LayerStatistics
 
 
@@ -27,6 +27,8 @@ class Reconstruction:
         damping: the ridge λ that was used, relative to the mean diagonal of G; 0 where nothing was refitted.
         damping_curve: what was tried to find it, see `damping.Curve`; empty where it was given.
         backward_error, shift: of the solve, see `cholesky.Solved`.
+        drift_explained: share of ‖H_dense − H_pruned‖² behind the layer that its correction took away on the
+            calibration tokens; 0 where nothing was corrected.
     """
 
     layer: int
@@ -38,6 +40,7 @@ class Reconstruction:
     damping_curve: Curve = ()
     backward_error: float = 0.0
     shift: float = 0.0
+    drift_explained: float = 0.0
 
     def facts(self) -> dict[str, Any]:
         """Everything but the tensors, as plain values; `from_facts` takes them back."""
@@ -94,6 +97,42 @@ def reconstruct(
         backward_error=solution.backward_error,
         shift=solution.shift,
     )
+
+
+def correct(
+    result: Reconstruction, gram: Tensor, cross: Tensor, drift_energy: float, config: MinifyConfig
+) -> Reconstruction:
+    """Let a refitted down projection take over what it can of the drift that the layers below it have left.
+
+    With E = H_dense − H_pruned the drift behind the layer, and X_S its kept activations in the pruned model,
+
+        Δ = argmin Σ_t ‖e_t − Δ x_t‖² + μ‖Δ‖² = EᵀX_S (X_SᵀX_S + μI)⁻¹,    W'' = W' + Δ.
+
+    Little of the drift is a linear function of one layer's activations, but what is adds up from layer to layer. It
+    takes far more damping than the refit does: with little, the fit is to chance, and the result is worse than none.
+
+    Args:
+        result: the reconstruction on dense inputs, with its down projection (d, n).
+        gram: X_SᵀX_S (n, n) float32; overwritten.
+        cross: EᵀX_S (d, n) float32.
+        drift_energy: ‖E‖².
+        config: correction_damping.
+
+    Raises:
+        NumericalError: the system cannot be solved; the message names the layer.
+    """
+    assert result.down is not None
+    if drift_energy <= 0:
+        return result
+    mu = config.correction_damping * float(gram.diagonal().mean())
+    try:
+        delta = ridge_fit(gram, cross, config.correction_damping)
+    except NumericalError as error:
+        raise NumericalError(f"Layer {result.layer}, correction: {error}") from error
+    # Δ G = C − μΔ, so that ‖E‖² − ‖E − X Δᵀ‖² = 2 tr ΔCᵀ − tr ΔGΔᵀ = tr ΔCᵀ + μ‖Δ‖².
+    explained = float((delta * cross).sum() + mu * delta.square().sum()) / drift_energy
+    down = (result.down.to(delta) + delta).to(result.down.dtype)
+    return replace(result, down=down, drift_explained=explained)
 
 
 def _relative(energy: float, total: float) -> float:

@@ -29,7 +29,7 @@ class LayerReport:
     """One layer: width before and after, the relative residual of its output with and without refitting, its solve.
 
     `damping_curve` lists (damping, cross-validated relative residual) where damping was chosen; `backward_error` and
-    `shift` are those of `minisp.cholesky.Solved`.
+    `shift` are those of `minisp.cholesky.Solved`; `drift_explained` is the share of the drift that was corrected.
     """
 
     layer: int
@@ -41,6 +41,7 @@ class LayerReport:
     damping_curve: tuple[tuple[float, float], ...]
     backward_error: float
     shift: float
+    drift_explained: float
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def make_report(
             damping_curve=r.damping_curve,
             backward_error=r.backward_error,
             shift=r.shift,
+            drift_explained=r.drift_explained,
         )
         for r, width in zip(results, plan.widths, strict=True)
     )

@@ -143,6 +143,26 @@ def ridge_solve(
     return RidgeProblem(gram, kept, weight).solve(damping, to_zero=to_zero, probes=probes, refine=refine, impl=impl)
 
 
+def ridge_fit(gram: Tensor, cross: Tensor, damping: float, *, impl: Impl = "auto") -> Tensor:
+    """Δ (d, n) = argmin Σ_t ‖e_t − Δ x_t‖² + μ‖Δ‖² = C (G + μI)⁻¹, for a target that comes from elsewhere.
+
+    Args:
+        gram: G = XᵀX (n, n) float32 or float64, symmetric; overwritten.
+        cross: C = EᵀX (d, n) in the same dtype; not changed.
+        damping: μ relative to the mean diagonal of G, above 0.
+
+    Raises:
+        NumericalError: G holds values that are not finite, is not symmetric, or damped not positive definite.
+        BackendError: `impl` cannot serve these tensors.
+    """
+    chosen = choose("ridge_fit", impl, native=native.serves_cholesky(gram.device, gram.dtype))
+    assert chosen in ("torch", "native")
+    answer = cross.clone()
+    gram.diagonal().add_(damping * float(gram.diagonal().mean()))
+    cholesky.solve_(gram, answer, impl=chosen)
+    return answer
+
+
 def output_energy(gram: Tensor, weight: Tensor) -> float:
     """‖X Wᵀ‖² = tr(W G Wᵀ) for the weight (d, m)."""
     total = 0.0

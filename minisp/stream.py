@@ -232,6 +232,13 @@ class Stream:
             loss += chunk_loss
         return loss, gradient
 
+    @torch.no_grad()
+    def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Logits (B, L, V) for the states (B, L, d) behind all layers; where the head is streamed, its input."""
+        with self._stubs(partial(self._hand_over, hidden)):
+            leaving: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+        return leaving
+
     def _hand_over(self, chunk: Tensor, index: int, passing: Tensor, *_: Any, **__: Any) -> Tensor:
         """What a stub does where only the end of the model is wanted: the last one hands over `chunk`."""
         return chunk if index == len(self.layers) - 1 else passing

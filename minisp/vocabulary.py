@@ -9,7 +9,7 @@ without ever holding (T, V) values (the first: Milakov & Gimelshein, 2018, "Onli
 Work: 6·T·V·d FLOPs where a resident head takes 4, since the logits are formed twice; V·d elements are read twice.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -83,6 +83,30 @@ class StreamedVocabulary:
             gradient += share.to(self._dtype) @ rows
         return float((lse - score).sum(dtype=torch.float64)), gradient
 
+    def divergences(self, wanted: Tensor, others: Sequence[Tensor]) -> list[float]:
+        """Σ_t KL(softmax z_t ‖ softmax z'_t), in nats, of the head's logits z for `wanted` and z' for each of `others`.
+
+        One pass over the vocabulary: KL = Σ_v p_v (z_v − z'_v) − lse z + lse z', each sum kept relative to the largest
+        logit so far.
+
+        Args:
+            wanted, others: head inputs (T, d).
+        """
+        best = [hidden.new_full((len(hidden),), float("-inf"), dtype=torch.float32) for hidden in (wanted, *others)]
+        total = [torch.zeros_like(maximum) for maximum in best]
+        gap = [torch.zeros_like(maximum) for maximum in best[1:]]
+        for _, rows in self._blocks(len(wanted)):
+            logits = (wanted @ rows.T).float()
+            kept = _raise_maximum(logits, best, total, 0)
+            share = (logits - best[0][:, None]).exp_()
+            for place, hidden in enumerate(others):
+                theirs = (hidden @ rows.T).float()
+                _raise_maximum(theirs, best, total, place + 1)
+                gap[place].mul_(kept).add_((share * (logits - theirs)).sum(1))
+        lse = [maximum + part.log() for maximum, part in zip(best, total, strict=True)]
+        found = [g / total[0] - lse[0] + other for g, other in zip(gap, lse[1:], strict=True)]
+        return [float(kl.sum(dtype=torch.float64)) for kl in found]
+
     def _stored_name(self, model: CausalLM, module: Any) -> str:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             tied = model.all_tied_weights_keys.get(name, name) if model.config.tie_word_embeddings else name
@@ -109,6 +133,15 @@ class StreamedVocabulary:
             if start + step < self._num_rows:
                 reading = self._thread.submit(read, start + step)
             yield start, rows.to(self._device, self._dtype)
+
+
+def _raise_maximum(logits: Tensor, best: list[Tensor], total: list[Tensor], place: int) -> Tensor:
+    """Take a block of logits (T, v) into a running maximum and sum of exponentials; the factor (T,) of older sums."""
+    higher = torch.maximum(best[place], logits.amax(1))
+    factor = (best[place] - higher).exp_()
+    total[place].mul_(factor).add_((logits - higher[:, None]).exp_().sum(1))
+    best[place] = higher
+    return factor
 
 
 def _places(targets: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:

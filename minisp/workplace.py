@@ -1,8 +1,8 @@
 """What a run has besides the model: where records wait, who takes part, who is told.
 
 Everything that a phase finishes is a record of its layer: `states_0007`, the hidden states that enter layer 7, and
-`gradient_0007`, the gradient there, one tensor per micro-batch; `statistics_0007`; `result_0007`; and `healed_0007`,
-the states that enter layer 7 in the pruned model.
+`gradient_0007`, the gradient there, one tensor per micro-batch; `statistics_0007`; `result_0007`; `healed_0007`, the
+states that enter layer 7 in the pruned model, and `dense_0007`, those of the dense model beside it.
 """
 
 from collections.abc import Callable

@@ -158,7 +158,7 @@ def test_minify_weighs_its_sources_and_uniform_widths_need_no_code(
         "2 windows of 32 tokens from digits.txt",
     ]
     assert "trust_remote_code" not in report["load_line"]
-    assert AutoModelForCausalLM.from_pretrained(out).config.intermediate_size == 36
+    assert AutoModelForCausalLM.from_pretrained(out).config.intermediate_size == 38
 
 
 def test_quiet_leaves_only_notes(model: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:

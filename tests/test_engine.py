@@ -108,7 +108,7 @@ def test_the_sweep_leaves_a_model_as_it_was() -> None:
         assert parameter.grad is None
 
 
-@pytest.mark.parametrize("inputs", ["dense", "pruned"])
+@pytest.mark.parametrize("inputs", ["dense", "pruned", "both"])
 @pytest.mark.parametrize("widths", ["per-layer", "uniform"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_a_run_end_to_end(model_type: str, widths: str, inputs: str, tmp_path: Path) -> None:

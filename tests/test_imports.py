@@ -20,7 +20,7 @@ LEVELS = (
     ("plan_view",),
     ("planner",),
     ("memory",),
-    ("heal",),
+    ("allocation", "heal"),
     ("sweep",),
     ("resume", "workplace"),
     ("demo_model", "mlp", "scratch", "stream", "writer"),

@@ -177,7 +177,7 @@ def test_real_writes_that_fail_can_be_resumed(
     assert contents(there / "out") == clean[1]
 
 
-@pytest.mark.parametrize("phase", ["forward", "saliency", "reconstruction"])
+@pytest.mark.parametrize("phase", ["forward", "saliency", "heal"])
 def test_an_interrupted_run_can_be_resumed(
     phase: str, source: Path, there: Path, clean: tuple[list[str], dict[str, bytes]]
 ) -> None:

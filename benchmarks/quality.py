@@ -1,0 +1,256 @@
+"""What every method leaves of a model, on three domains: `python benchmarks/quality.py MODEL --calibration a --text b`.
+
+All rows share one set of statistics (kept under --cache) and are evaluated alike: perplexity over that of the dense
+model, windows of 1024 tokens, on the text given, on Python's documentation, and on source code. With --mixed,
+calibration takes equal parts of the calibration text, of documentation and of code; what is evaluated on is not among
+them. Every finished row is in the result file at once, and a run that is repeated goes on from there.
+
+Not in the table: SliceGPT (Ashkboos et al., 2024), which cuts the hidden size instead of units and needs a rotation in
+every residual connection that stock classes do not have; no equal budget could be drawn up that is fair to both.
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from naive import read_windows
+from opponents import OPPONENTS, Layer, apply_, look_at
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from minisp.allocation import layer_ratios
+from minisp.architecture import architecture_of, cut_, decoder_layers
+from minisp.attention import fast_attention
+from minisp.calibration import Calibration, code_text, documentation_text
+from minisp.checkpoint import Checkpoint
+from minisp.config import MinifyConfig
+from minisp.evaluate import perplexity
+from minisp.heal import heal_sweep
+from minisp.model import frozen, load_model
+from minisp.ranks import Ranks
+from minisp.reconstruction import reconstruct
+from minisp.scratch import Memory
+from minisp.selection import allocate_widths, default_alignment, select
+from minisp.statistics import LayerStatistics
+from minisp.stream import Stream
+from minisp.sweep import saliency_sweep
+from minisp.workplace import Workplace, record
+
+CPU = torch.device("cpu")
+KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
+# Characters of source code: the first are evaluated on, those from the second number on calibrate.
+CODE_EVALUATED, CODE_CALIBRATES = 60_000, 200_000
+
+OURS: dict[str, dict[str, Any]] = {
+    "minisp: score only": {"reconstruct": False, "inputs": "dense", "allocation": "score"},
+    "minisp: + refit": {"inputs": "dense", "allocation": "score"},
+    "minisp: + trial cuts": {"inputs": "dense", "allocation": "measured"},
+    "minisp: + correction": {"inputs": "both", "allocation": "measured"},
+}
+
+
+@dataclass(frozen=True)
+class Kit:
+    """What all rows share: the dense model, its records, its layers for the opponents, texts, windows."""
+
+    model: Any
+    work: Workplace
+    layers: list[Layer]
+    windows: Tensor
+    texts: dict[str, tuple[Tensor, int]]
+
+    def fresh(self) -> Any:
+        return copy.deepcopy(self.model)
+
+    def perplexities(self, model: Any) -> dict[str, float]:
+        with fast_attention(model.config):
+            return {name: perplexity(model, t, max_windows=n).value for name, (t, n) in self.texts.items()}
+
+
+def calibration_windows(arguments: argparse.Namespace, tokenizer: Any) -> Tensor:
+    """(N, L): of the calibration text alone, or of three domains in equal parts."""
+    count, window = arguments.windows, arguments.window
+    if not arguments.mixed:
+        return read_windows(arguments.model, arguments.calibration, count, window)
+    code = code_text(CODE_CALIBRATES + 6 * count * window)[CODE_CALIBRATES:]
+    texts = [arguments.calibration.read_text("utf-8"), documentation_text("even"), code]
+    parts = []
+    for text in texts:
+        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+        part = min(count // len(texts), len(tokens) // window)
+        parts.append(tokens[: part * window].view(part, window))
+    return torch.cat(parts)
+
+
+def evaluation_texts(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[Tensor, int]]:
+    """Domain → (tokens, windows of 1024 that are evaluated)."""
+    texts = {
+        "text": (arguments.text.read_text("utf-8"), 20),
+        "documentation": (documentation_text("odd"), 10),
+        "code": (code_text(CODE_EVALUATED), 10),
+    }
+    return {
+        name: (torch.tensor(tokenizer(text, verbose=False)["input_ids"]), count)
+        for name, (text, count) in texts.items()
+    }
+
+
+def collect(model: Any, windows: Tensor, cache: Path) -> tuple[Workplace, list[Tensor], float]:
+    """Records of every layer's statistics, the mean activations (m,), and the seconds that they took."""
+    work = Workplace(Memory(), Memory(), Ranks(), lambda *_: None)
+    name = cache / f"{Calibration(windows, ()).fingerprint[:16]}.pt"
+    row = architecture_of(model.config)
+    count = len(decoder_layers(model, row))
+    if name.exists():
+        saved = torch.load(name, weights_only=True)
+        for index, (tokens, saliency, gram) in enumerate(saved["layers"]):
+            _keep(work, index, LayerStatistics(tokens, saliency, gram))
+        return work, saved["means"], saved["seconds"]
+    start = time.perf_counter()
+    with frozen(model):
+        saliency_sweep(Stream.from_module(model), list(windows.split(1)), [range(count)], work, gram=True)
+    seconds = time.perf_counter() - start
+    # The means, which FLAP alone needs, and its time has no share in.
+    means = _means(model, row, windows)
+    found = [work.statistics(index, gram=True) for index in range(count)]
+    layers = [(x.num_tokens, x.saliency, x.gram) for x in found]
+    cache.mkdir(parents=True, exist_ok=True)
+    torch.save({"layers": layers, "means": means, "seconds": seconds}, name)
+    return work, means, seconds
+
+
+def _keep(work: Workplace, index: int, statistics: LayerStatistics) -> None:
+    with work.shared.writing(record("statistics", index)) as append:
+        for key, tensor in statistics.tensors():
+            append(key, tensor)
+
+
+@torch.no_grad()
+def _means(model: Any, row: Any, windows: Tensor) -> list[Tensor]:
+    downs = [layer.get_submodule(row.down) for layer in decoder_layers(model, row)]
+    sums = [torch.zeros(down.in_features) for down in downs]
+
+    def add(total: Tensor, _: Any, inputs: tuple[Tensor, ...]) -> None:
+        total += inputs[0].float().flatten(0, -2).sum(0)
+
+    handles = [d.register_forward_pre_hook(partial(add, total)) for d, total in zip(downs, sums, strict=True)]
+    with fast_attention(model.config):
+        for ids in windows.split(1):
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    for handle in handles:
+        handle.remove()
+    return [total / windows.numel() for total in sums]
+
+
+def ours(kit: Kit, keep: float, options: dict[str, Any]) -> Any:
+    """A copy of the model, minified by the engine with these options from the statistics at hand."""
+    config = MinifyConfig(keep=keep, **options)
+    model = kit.fresh()
+    stream, work = Stream.from_module(model), kit.work
+    for layer in range(len(kit.layers)):
+        work.shared.drop(record("result", layer))
+    scores = [layer.statistics.score(config.saliency) for layer in kit.layers]
+    with frozen(model):
+        if config.measures:
+            measured = layer_ratios(stream, kit.windows, scores, config, work)
+            scores = [score * ratio for score, ratio in zip(scores, measured, strict=True)]
+        alignment = config.alignment or default_alignment(min(len(score) for score in scores))
+        widths = allocate_widths(scores, keep, alignment=alignment, min_keep=config.min_keep)
+        kept = select(scores, widths)
+        if config.inputs != "dense":
+            heal_sweep(stream, list(kit.windows.split(1)), kept, config, work)
+            return model
+        for index, layer in enumerate(kit.layers):
+            result = reconstruct(index, layer.statistics, kept[index], stream.down_weight(index), config)
+            if result.down is not None:
+                cut_(stream.layers[index], stream.row, kept[index], result.down)
+    return model
+
+
+def theirs(kit: Kit, keep: float, name: str) -> Any:
+    """A copy of the model after an opponent."""
+    model = kit.fresh()
+    apply_(model, architecture_of(model.config), OPPONENTS[name](kit.layers, keep))
+    return model
+
+
+def measure_row(kit: Kit, name: str, keep: float) -> dict[str, Any]:
+    """One cell of the table: seconds beside the statistics, peak memory beside the model, perplexities."""
+    base = harness.start_peak(CPU)
+    start = time.perf_counter()
+    model = ours(kit, keep, OURS[name]) if name in OURS else theirs(kit, keep, name)
+    seconds, peak = time.perf_counter() - start, harness.peak(CPU) - base
+    return {"seconds": seconds, "peak_bytes": peak, "perplexity": kit.perplexities(model)}
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table: ratios to the dense model by domain."""
+    dense, rows = result["dense"], []
+    domains = list(dense)
+    for key, cell in sorted(result["rows"].items(), key=lambda item: (-item[1]["keep"], item[1]["place"])):
+        values = [cell["perplexity"][domain] / dense[domain] for domain in domains]
+        mean = sum(values) / len(values)
+        rows.append([key, *(f"{v:.4f}" for v in (*values, mean)), f"{cell['seconds']:.0f}", cell["peak_bytes"] >> 20])
+    title = "dense: " + ", ".join(f"{domain} {value:.3f}" for domain, value in dense.items())
+    columns = ["kept, method", *domains, "mean", "seconds", "peak MiB"]
+    harness.print_table(f"Perplexity / dense ({title}); statistics {result['seconds']:.0f} s", columns, rows)
+
+
+def cells(arguments: argparse.Namespace) -> Iterator[tuple[str, float]]:
+    """(row, keep) of everything that was asked for."""
+    names = [*OPPONENTS, *OURS]
+    wanted = names if arguments.only is None else [n for n in names if any(part in n for part in arguments.only)]
+    for keep in arguments.keep:
+        for name in wanted:
+            yield name, keep
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="Hugging Face folder of a Llama-shaped model")
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True, help="evaluation text")
+    parser.add_argument("--mixed", action="store_true", help="calibrate on three domains")
+    parser.add_argument("--windows", type=int, default=291)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--keep", type=float, nargs="+", default=KEEPS)
+    parser.add_argument("--only", nargs="+", help="parts of row names")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/minisp/quality")
+    arguments = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = load_model(Checkpoint.open(arguments.model), CPU, torch.bfloat16)
+    windows = calibration_windows(arguments, tokenizer)
+    work, means, seconds = collect(model, windows, arguments.cache)
+    row = architecture_of(model.config)
+    statistics = [work.statistics(index, gram=True) for index in range(len(means))]
+    layers = look_at(model, row, statistics, means)
+    kit = Kit(model, work, layers, windows, evaluation_texts(arguments, tokenizer))
+    name = f"quality-{'mixed' if arguments.mixed else 'text'}-{harness.machine_slug(harness.machine())}"
+    key = Calibration(windows, ()).fingerprint
+    path = harness.RESULTS / f"{name}.json"
+    result = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if result.get("calibration") != key:
+        dense = kit.perplexities(model)
+        result = {"calibration": key, "tokens": windows.numel(), "seconds": seconds, "dense": dense, "rows": {}}
+    for method, keep in cells(arguments):
+        cell = f"{keep:.0%} {method}"
+        if cell not in result["rows"]:
+            place = [*OPPONENTS, *OURS].index(method)
+            result["rows"][cell] = {"keep": keep, "place": place, **measure_row(kit, method, keep)}
+            result.pop("machine", None)
+            harness.write_json(name, result)
+    show(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The heal sweep: correcting on the pruned model what has drifted away from the dense one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from minisp import fast
+from minisp.config import MinifyConfig
+from minisp.reconstruction import Reconstruction, correct
+from minisp.ridge import ridge_fit
+from tests.models import VOCABULARY, save_checkpoint, tiny_model
+
+
+def windows(count: int = 40, length: int = 32) -> Tensor:
+    return torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(1))
+
+
+def test_a_fit_is_the_ridge_regression() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 6, dtype=torch.float64, generator=generator)
+    e = torch.randn(50, 4, dtype=torch.float64, generator=generator)
+    gram, mu = x.T @ x, 0.3 * float((x.T @ x).diagonal().mean())
+    # Damping as more rows of data: an oracle that knows no normal equations.
+    rows = torch.cat([x, mu**0.5 * torch.eye(6, dtype=torch.float64)])
+    wanted = torch.linalg.lstsq(rows, torch.cat([e, e.new_zeros(6, 4)])).solution.T
+    torch.testing.assert_close(ridge_fit(gram, e.T @ x, 0.3), wanted)
+
+
+def test_a_correction_explains_the_share_that_it_says() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(80, 5, generator=generator)
+    e = x @ torch.randn(5, 3, generator=generator) + torch.randn(80, 3, generator=generator)
+    kept, down = torch.arange(5), torch.randn(3, 5, generator=generator)
+    before = Reconstruction(2, kept, down.clone(), 0.5, 0.6)
+    config = MinifyConfig(correction_damping=0.2)
+    after = correct(before, x.T @ x, e.T @ x, float(e.square().sum()), config)
+    assert after.down is not None
+    left = e - x @ (after.down - down).T
+    share = 1 - float(left.square().sum() / e.square().sum())
+    assert 0.3 < share < 1
+    assert after.drift_explained == pytest.approx(share, abs=1e-5)
+    assert torch.equal(before.down, down)
+
+
+def test_no_drift_needs_no_correction() -> None:
+    before = Reconstruction(0, torch.arange(3), torch.ones(2, 3), 0.0, 0.0)
+    assert correct(before, torch.eye(3), torch.zeros(2, 3), 0.0, MinifyConfig()) is before
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
+def test_a_corrected_model_stays_closer_to_the_dense_one(model_type: str, tmp_path: Path) -> None:
+    ids, dense = windows(), tiny_model(model_type)
+    options: dict[str, Any] = {"keep": 0.6, "dtype": "float32", "alignment": 4, "batch": 4, "correction_damping": 0.01}
+    distance = {}
+    with torch.no_grad():
+        wanted = dense(ids).logits
+        for inputs in ("dense", "both"):
+            model = tiny_model(model_type)
+            report = fast.minify(model, calibration=ids, inputs=inputs, **options)
+            distance[inputs] = float((model(ids).logits - wanted).square().mean())
+            assert any(layer.drift_explained > 0 for layer in report.layers) == (inputs == "both")
+    assert distance["both"] < 0.985 * distance["dense"]
+    source, out = save_checkpoint(tmp_path / "source", dense), tmp_path / "out"
+    written = fast.minify(source, out=out, calibration=ids, inputs="both", **options)
+    loaded = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids[:2]).logits, model(ids[:2]).logits, rtol=0, atol=2e-4)
+    assert [layer.kept for layer in written.layers] == [layer.kept for layer in report.layers]
+
+
+def test_without_refitting_nothing_is_corrected() -> None:
+    results = []
+    for inputs in ("dense", "both"):
+        model = tiny_model("llama")
+        fast.minify(model, calibration=windows(), keep=0.6, inputs=inputs, reconstruct=False, alignment=4)
+        results.append(dict(model.named_parameters()))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
