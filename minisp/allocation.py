@@ -10,7 +10,7 @@ turns its scores into nats. One ranking of r_l·s_j over all layers then sets th
 SmolLM2-135M the sum of such KL over all layers of an allocation was close to the loss that it had.
 
 All trials run in one forward sweep: at layer l the dense states pass, so do those of the l trials of the layers below,
-and a new trial begins. Work: L²/2 layers for `TRIAL_TOKENS` tokens; memory: L sets of hidden states of as many.
+and a new trial begins. Work: L²/2 layers for `TRIAL_TOKENS` tokens; the trials' states wait in the scratch folder.
 
 Shapes: B windows, L tokens per window, d hidden size, V vocabulary.
 """
@@ -24,14 +24,16 @@ from minisp.architecture import other_down
 from minisp.attention import fast_attention
 from minisp.config import MinifyConfig
 from minisp.reconstruction import reconstruct
-from minisp.stream import LOGIT_BYTES, Stream
-from minisp.workplace import Workplace
+from minisp.stream import Stream
+from minisp.workplace import Workplace, record
 
-RECORD = "ratios"
+RATIOS = "ratios"
 # Enough for ratios that repeat within a tenth on SmolLM2-135M.
 TRIAL_TOKENS = 2048
 # The head is the dearer half of a trial: only at every second token is its output compared.
 TRIAL_STRIDE = 2
+# Trials whose states are in memory at once, while their outputs are compared with the dense model's.
+COMPARED_AT_ONCE = 8
 # Deep enough to stand clear of rounding in bfloat16; on SmolLM2-135M the ratios for a sixth, a third and a half of the
 # units were within a sixth of each other in 28 of 30 layers.
 TRIAL_CUT = 1 / 3
@@ -43,13 +45,13 @@ def layer_ratios(
     stream: Stream, windows: Tensor, scores: Sequence[Tensor], config: MinifyConfig, work: Workplace
 ) -> list[float]:
     """`measure_ratios`, run by the first process of a run; a record of its own, which the others read."""
-    if work.ranks.first and not work.shared.has(RECORD):
+    if work.ranks.first and not work.shared.has(RATIOS):
         measured = measure_ratios(stream, windows, scores, config, work)
-        with work.shared.writing(RECORD) as append:
-            append(RECORD, torch.tensor(measured, dtype=torch.float64))
+        with work.shared.writing(RATIOS) as append:
+            append(RATIOS, torch.tensor(measured, dtype=torch.float64))
         work.shared.settle()
     work.ranks.wait()
-    found: list[float] = work.shared.read(RECORD, RECORD).tolist()
+    found: list[float] = work.shared.read(RATIOS, RATIOS).tolist()
     return found
 
 
@@ -70,21 +72,30 @@ def measure_ratios(
     count = len(scores)
     ids = windows[spread(len(windows), max(1, TRIAL_TOKENS // windows.shape[1]))]
     dense = stream.embed(ids)
-    trials: list[Tensor] = []
     removed: list[float] = []
     for segment in stream.visit([range(index, index + 1) for index in range(count)]):
         index, calls = segment.start, stream.calls(ids)
-        with fast_attention(stream.model.config):
-            trials = [stream.run_layer(index, trial, calls) for trial in trials]
+        keeping = work.own.writing(record("trials", index + 1))
+        with keeping as append, fast_attention(stream.model.config):
+            for trial in range(index):
+                states = work.own.read(record("trials", index), str(trial)).to(stream.device)
+                append(str(trial), stream.run_layer(index, states, calls))
             order = scores[index].argsort(descending=True, stable=True)
             kept = order[: len(order) - max(1, int(TRIAL_CUT * len(order)))].sort().values.cpu()
             removed.append(float(scores[index].sum() - scores[index][kept].sum()))
             with other_down(stream.layers[index], stream.row, _trial_down(stream, index, kept, config, work)):
-                trials.append(stream.run_layer(index, dense, calls))
+                append(str(index), stream.run_layer(index, dense, calls))
             dense = stream.run_layer(index, dense, calls)
+        work.own.drop(record("trials", index))
         work.progress("trial cuts", index + 1, count)
+    measured: list[float] = []
     few = slice(None, None, TRIAL_STRIDE)
-    return ratios(divergences(stream, dense[:, few], [trial[:, few] for trial in trials], ids[:, few]), removed)
+    for start in range(0, count, COMPARED_AT_ONCE):
+        names = map(str, range(start, min(start + COMPARED_AT_ONCE, count)))
+        trials = [work.own.read(record("trials", count), name)[:, few].to(stream.device) for name in names]
+        measured += divergences(stream, dense[:, few], trials, ids[:, few])
+    work.own.drop(record("trials", count))
+    return ratios(measured, removed)
 
 
 def ratios(measured: Sequence[float], removed: Sequence[float]) -> list[float]:
@@ -109,7 +120,7 @@ def divergences(stream: Stream, dense: Tensor, trials: Sequence[Tensor], ids: Te
         flat = [stream.logits(states, ids).flatten(0, 1) for states in (dense, *trials)]
         return [total / ids.numel() for total in stream.vocabulary.divergences(flat[0], flat[1:])]
     totals = [0.0] * len(trials)
-    step = max(1, LOGIT_BYTES // (4 * stream.model.config.vocab_size * len(ids)))
+    step = max(1, stream.logit_bytes // (4 * stream.model.config.vocab_size * len(ids)))
     for start in range(0, ids.shape[1], step):
         part = slice(start, start + step)
         wanted = stream.logits(dense[:, part], ids[:, part]).float()

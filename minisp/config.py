@@ -104,12 +104,13 @@ class MinifyConfig:
         """The options in two parts: those that the statistics depend on, and those that only the results do."""
         values = self.as_dict()
         results = {name: values.pop(name) for name in RESULT_OPTIONS}
-        return {"statistics": values, "results": results}
+        return {"statistics": {**values, "gram": self.collects_gram}, "results": results}
 
 
 # What can change without new statistics.
 RESULT_OPTIONS = (
-    "keep", "saliency", "widths", "alignment", "min_keep", "damping", "correction_damping", "shrink_to", "reconstruct"
+    "keep", "saliency", "widths", "allocation", "alignment", "min_keep", "inputs", "damping", "correction_damping",
+    "shrink_to", "reconstruct",
 )  # fmt: skip
 
 

@@ -100,7 +100,9 @@ def minify(
         batches = ranks.share(text.windows).split(made_plan.batch)
         with _timed(seconds, "saliency sweep"):
             saliency_sweep(stream, batches, made_plan.segments, work, gram=config.collects_gram)
+            stream.release()
             kept = _select(stream, text.windows, made_plan, work)
+            stream.release()
         with _timed(seconds, "reconstruction"):
             nothing_drifts = config.keep == 1 or not config.reconstruct
             if config.inputs == "dense" or (config.inputs == "both" and nothing_drifts):
@@ -252,7 +254,6 @@ def _select(stream: Stream, windows: Tensor, plan: Plan, work: Workplace) -> lis
 
 def _reconstruct_dense(stream: Stream, kept: Sequence[Tensor], config: MinifyConfig, work: Workplace) -> None:
     """Leave a record of every layer's reconstruction from the Gram matrix of the dense model; layers are shared out."""
-    stream.release()
     for layer in work.ranks.share(range(len(kept))):
         if not work.shared.has(record("result", layer)):
             work.keep_result(_reconstruct_layer(stream, layer, kept[layer], config, work))

@@ -7,6 +7,7 @@ largest layer's. A phase is over before the next one begins, so the peak is the 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from minisp.allocation import COMPARED_AT_ONCE, TRIAL_CUT, TRIAL_TOKENS
 from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths
 from minisp.errors import ConfigError
 from minisp.ridge import ROWS
@@ -39,6 +40,7 @@ class Shape:
         item, stored_item: bytes of an element, in the compute type and as stored.
         kept: units that stay at most, in one layer.
         gram: whether the saliency sweep collects Gram matrices.
+        trials: whether trial cuts decide the widths; heals: whether layers are refitted on the pruned model.
         logits: bytes that a chunk of logits may take.
         loaded: whether the model was in memory before the run: its weights are then no part of what the run needs.
         streams: whether weights stream from a checkpoint; else the model is in memory whole.
@@ -59,6 +61,8 @@ class Shape:
     stored_item: int
     kept: int
     gram: bool
+    trials: bool
+    heals: bool
     logits: int
     loaded: bool
     streams: bool
@@ -89,7 +93,7 @@ class Layout:
 
 def shape_of(model: CausalLM, *, tokens: int, batch_tokens: int, item: int, stored_item: int, **rest: int) -> Shape:
     """The shape of a model, whose weights may be on the meta device; `rest`:
-    tokenizer, kept, gram, logits, loaded, streams, writes."""
+    tokenizer, kept, gram, trials, heals, logits, loaded, streams, writes."""
     row = architecture_of(model.config)
     layers = decoder_layers(model, row)
     parameters = [sum(p.numel() for p in layer.parameters()) for layer in layers]
@@ -183,11 +187,39 @@ def _peaks(shape: Shape, segment: int, num_slots: int, stream_vocabulary: bool) 
         states = tokens * d * (4 * item + 9 * 4)
         rows = 2 * (BLOCK_BYTES // (4 * tokens)) * d * item
         peaks["head"] = {**resident, "states and gradients": states, "logits": 4 * BLOCK_BYTES + rows}
-    peaks["reconstruction"] = _reconstruction(shape, resident)
+    after = _after_the_sweep(shape, resident)
+    solve = _reconstruction(shape, shape.kept)
+    peaks["reconstruction"] = after | solve
+    layer = num_slots * shape.layer * shape.stored_item + converted // segment
+    again = after | {"weights": layer if shape.streams else after["weights"]}
+    if shape.trials:
+        peaks |= _trials(shape, again, stream_vocabulary)
+    if shape.heals:
+        # The refit, or, while the layer runs at full width with zeros, X_SᵀX_S and X_SᵀE, of which there is a transpose.
+        drift = {
+            "Gram matrices": 4 * shape.kept**2 + 2 * 4 * shape.kept * d,
+            "activations": shape.batch_tokens * (4 * item * m + 6 * 4 * d),
+            "full width": 2 * shape.stored_item * d * m,
+        }
+        peaks["heal sweep"] = again | max(solve, drift, key=lambda part: sum(part.values()))
     if shape.writes:
         layer = 2 * shape.layer * shape.stored_item
         peaks["writing"] = _after_the_sweep(shape, resident) | {"a layer": layer, "pieces": 4 * PIECE_BYTES}
     return peaks
+
+
+def _trials(shape: Shape, again: dict[str, int], stream_vocabulary: bool) -> Peaks:
+    """A layer refitted at two thirds of its width; run with zeros at full width; outputs compared, a few at once."""
+    tokens = min(TRIAL_TOKENS, shape.tokens)
+    states = tokens * shape.hidden * shape.item
+    down = {"states": 4 * states, "trial weights": 2 * shape.stored_item * shape.hidden * shape.width}
+    passing = {"activations": tokens * (4 * shape.item * shape.width + 6 * 4 * shape.hidden)}
+    compared = 6 * BLOCK_BYTES if stream_vocabulary else 4 * shape.logits
+    kept = shape.width - int(TRIAL_CUT * shape.width)
+    return {
+        "trial cuts": again | down | max(_reconstruction(shape, kept), passing, key=lambda part: sum(part.values())),
+        "trial outputs": again | {"states": (COMPARED_AT_ONCE + 2) * states, "logits": compared},
+    }
 
 
 def _after_the_sweep(shape: Shape, resident: dict[str, int]) -> dict[str, int]:
@@ -205,16 +237,15 @@ def _activations(shape: Shape, segment: int) -> int:
     return shape.batch_tokens * (segment * kept + passing)
 
 
-def _reconstruction(shape: Shape, resident: dict[str, int]) -> dict[str, int]:
-    """One layer's solve: G and W whole, G_SS, the gathered rest, right-hand sides and their products, in float32."""
-    d, m, n = shape.hidden, shape.width, shape.kept
+def _reconstruction(shape: Shape, n: int) -> dict[str, int]:
+    """One layer's solve for n units: G and W whole, G_SS, the gathered rest, right-hand sides and W', in float32."""
+    d, m = shape.hidden, shape.width
     # W_P, and a few hundred rows at a time: of G, read and gathered, and of products. W_S, W_P G_PS, right-hand sides
     # and W'.
     gathered = 4 * d * (m - n) + (3 + 2) * 4 * ROWS * m + 3 * 4 * PANEL_ROWS * m
     sides = 4 * 4 * d * n
     grams = shape.num_layers - 1 if not shape.writes and shape.gram else 0
     return {
-        **_after_the_sweep(shape, resident),
         "Gram matrices": 4 * m * m * (1 + grams),
         "ridge system": 4 * n * n + gathered,
         "right-hand sides": sides + shape.stored_item * d * m,

@@ -201,6 +201,8 @@ def _shape(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: i
         tokenizer=source.tokenizer_bytes,
         kept=kept,
         gram=config.collects_gram,
+        trials=config.measures,
+        heals=config.inputs != "dense" and config.keep < 1 and config.reconstruct,
         logits=LOGIT_BYTES.get(source.device.type, LOGIT_BYTES["cpu"]),
         loaded=source.checkpoint is None,
         streams=source.streams,

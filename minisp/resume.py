@@ -24,7 +24,7 @@ from minisp.scratch import DATA, INDEX, Folder, Memory, Scratch, no_room
 IDENTITY, LOCK = "run.json", "lock"
 # What a later run with other ratios can use; everything else goes when a run ends well.
 REUSABLE = re.compile(r"(statistics_\d+|windows)")
-RECORD = re.compile(r"(statistics|states|gradient|result|healed|dense)_\d+|windows|ratios")
+RECORD = re.compile(r"(statistics|states|gradient|result|healed|dense|trials)_\d+|windows|ratios")
 
 Identity = Mapping[str, Mapping[str, Any]]
 """{"statistics": …, "results": …}: plain values that decide the bits of each."""
@@ -137,7 +137,7 @@ def _claim(path: Path, identity: Identity | None, resources: Resources) -> None:
 def _drop_useless(folder: Folder, resources: Resources) -> None:
     """Drop records that a power failure has torn, and results where only statistics are wanted."""
     for name in folder.names():
-        if resources.reuse and name.startswith(("result", "healed", "dense", "ratios")):
+        if resources.reuse and not REUSABLE.fullmatch(name) and not name.startswith(("states", "gradient")):
             folder.drop(name)
         elif not folder.intact(name):
             warnings.warn(f"Scratch folder {folder.path}: {name} is damaged and will be computed anew.", stacklevel=2)

@@ -194,6 +194,11 @@ class Stream:
         leaving: Tensor = result[0] if isinstance(result, tuple) else result
         return leaving
 
+    @property
+    def logit_bytes(self) -> int:
+        """Bytes that the logits of one chunk of tokens may take."""
+        return LOGIT_BYTES.get(self.device.type, LOGIT_BYTES["cpu"])
+
     def loss_gradient(self, hidden: Tensor, ids: Tensor) -> tuple[float, Tensor]:
         """Loss and its gradient at the last layer's output.
 
@@ -212,8 +217,7 @@ class Stream:
         gradient = torch.zeros_like(hidden)
         step = hidden.shape[1]
         if self.vocabulary is None:
-            room = LOGIT_BYTES.get(self.device.type, LOGIT_BYTES["cpu"])
-            step = max(1, room // (4 * self.model.config.vocab_size * hidden.shape[0]))
+            step = max(1, self.logit_bytes // (4 * self.model.config.vocab_size * hidden.shape[0]))
         loss = 0.0
         for start in range(0, hidden.shape[1] - 1, step):
             stop = min(start + step, hidden.shape[1] - 1)
