@@ -10,7 +10,7 @@ turns its scores into nats. One ranking of r_l·s_j over all layers then sets th
 SmolLM2-135M the sum of such KL over all layers of an allocation was close to the loss that it had.
 
 All trials run in one forward sweep: at layer l the dense states pass, so do those of the l trials of the layers below,
-and a new trial begins. Work: L²/2 layers for `TRIAL_TOKENS` tokens; the trials' states wait in the scratch folder.
+and a new trial begins. Work: L²/2 layers for `trial_tokens`; the trials' states wait in the scratch folder.
 
 Shapes: B windows, L tokens per window, d hidden size, V vocabulary.
 """
@@ -30,6 +30,7 @@ from minisp.workplace import Workplace, record
 RATIOS = "ratios"
 # Enough for ratios that repeat within a tenth on SmolLM2-135M.
 TRIAL_TOKENS = 2048
+FEWEST_TRIAL_TOKENS = 512
 # The head is the dearer half of a trial: only at every second token is its output compared.
 TRIAL_STRIDE = 2
 # Trials whose states are in memory at once, while their outputs are compared with the dense model's.
@@ -70,7 +71,7 @@ def measure_ratios(
         NumericalError: a ridge system cannot be solved.
     """
     count = len(scores)
-    ids = windows[spread(len(windows), max(1, TRIAL_TOKENS // windows.shape[1]))]
+    ids = windows[spread(len(windows), max(1, trial_tokens(windows.numel(), count) // windows.shape[1]))]
     dense = stream.embed(ids)
     removed: list[float] = []
     for segment in stream.visit([range(index, index + 1) for index in range(count)]):
@@ -96,6 +97,11 @@ def measure_ratios(
         measured += divergences(stream, dense[:, few], trials, ids[:, few])
     work.own.drop(record("trials", count))
     return ratios(measured, removed)
+
+
+def trial_tokens(tokens: int, num_layers: int) -> int:
+    """On how many tokens to try: on a deep model and few calibration tokens, trials would cost more than the sweeps."""
+    return min(TRIAL_TOKENS, max(FEWEST_TRIAL_TOKENS, tokens // num_layers), tokens)
 
 
 def ratios(measured: Sequence[float], removed: Sequence[float]) -> list[float]:

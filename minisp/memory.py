@@ -7,7 +7,7 @@ largest layer's. A phase is over before the next one begins, so the peak is the 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from minisp.allocation import COMPARED_AT_ONCE, TRIAL_CUT, TRIAL_TOKENS
+from minisp.allocation import COMPARED_AT_ONCE, TRIAL_CUT, trial_tokens
 from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths
 from minisp.errors import ConfigError
 from minisp.ridge import ROWS
@@ -195,7 +195,7 @@ def _peaks(shape: Shape, segment: int, num_slots: int, stream_vocabulary: bool) 
     if shape.trials:
         peaks |= _trials(shape, again, stream_vocabulary)
     if shape.heals:
-        # The refit, or, while the layer runs at full width with zeros, X_SᵀX_S and X_SᵀE, of which there is a transpose.
+        # The refit, or, while the layer runs at full width with zeros, X_SᵀX_S, X_SᵀE and the transpose of that.
         drift = {
             "Gram matrices": 4 * shape.kept**2 + 2 * 4 * shape.kept * d,
             "activations": shape.batch_tokens * (4 * item * m + 6 * 4 * d),
@@ -210,7 +210,7 @@ def _peaks(shape: Shape, segment: int, num_slots: int, stream_vocabulary: bool) 
 
 def _trials(shape: Shape, again: dict[str, int], stream_vocabulary: bool) -> Peaks:
     """A layer refitted at two thirds of its width; run with zeros at full width; outputs compared, a few at once."""
-    tokens = min(TRIAL_TOKENS, shape.tokens)
+    tokens = trial_tokens(shape.tokens, shape.num_layers)
     states = tokens * shape.hidden * shape.item
     down = {"states": 4 * states, "trial weights": 2 * shape.stored_item * shape.hidden * shape.width}
     passing = {"activations": tokens * (4 * shape.item * shape.width + 6 * 4 * shape.hidden)}

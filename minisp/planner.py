@@ -6,7 +6,7 @@ from typing import Any
 import psutil
 import torch
 
-from minisp.allocation import TRIAL_TOKENS
+from minisp.allocation import trial_tokens
 from minisp.architecture import CausalLM, activation_kind, architecture_of, decoder_layers, layer_widths, unit_axes
 from minisp.checkpoint import DTYPE_OF, Checkpoint
 from minisp.config import MinifyConfig, Resources
@@ -260,7 +260,7 @@ def _flops(model: CausalLM, config: MinifyConfig, num_segments: int, layout: Lay
         total += heals * (2 * inside * (2 + config.keep) + config.keep**2 * gram)
         total += heals * 2 * config.keep * sum(widths) * model.config.hidden_size
     if config.measures:
-        total += TRIAL_TOKENS * len(layers) * (inside + head)
+        total += trial_tokens(tokens, len(layers)) * len(layers) * (inside + head)
     return float(total)
 
 
