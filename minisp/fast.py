@@ -101,6 +101,7 @@ def minify(
         with _timed(seconds, "saliency sweep"):
             saliency_sweep(stream, batches, made_plan.segments, work, gram=config.collects_gram)
             stream.release()
+        with _timed(seconds, "selection"):
             kept = _select(stream, text.windows, made_plan, work)
             stream.release()
         with _timed(seconds, "reconstruction"):
