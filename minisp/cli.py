@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,10 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, or a .gguf file.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
+RESUME_HINT = (
+    "Nothing was left at the output path. What was finished waits in the scratch folder (beside the output, unless "
+    "--scratch named one): the same command with --resume goes on from there."
+)
 CALIBRATION_HELP = (
     "Text to calibrate on: FILE.txt, FILE.jsonl or hf:NAME, with a weight as FILE:0.3. Repeat it to mix sources. "
     "Default: text that the model writes itself plus Python's documentation."
@@ -104,7 +109,7 @@ def minify(
         # Of the processes that torchrun starts, one speaks.
         as_json, quiet = False, True
     console = Console(stderr=True, quiet=quiet or as_json)
-    with _errors():
+    with _errors(RESUME_HINT):
         split_options(**options)
         sources = [parse_source(source) for source in calibration] if calibration else None
         console.print(plan_view.plan_table(fast.plan(model, **options)))
@@ -177,6 +182,8 @@ def demo(
 
 def main() -> None:
     """Entry point of the `minisp` command."""
+    # What a scheduler or torchrun ends stops as cleanly as what a person interrupts.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
 
 
@@ -201,8 +208,12 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
-    """Expected failures become one paragraph on standard error and an exit code; warnings lose their source line."""
+def _errors(interrupted: str = "") -> Iterator[None]:
+    """Expected failures become one paragraph on standard error and an exit code; warnings lose their source line.
+
+    Args:
+        interrupted: what to say after "Interrupted.".
+    """
     console = Console(stderr=True)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: console.print(
@@ -215,10 +226,7 @@ def _errors() -> Iterator[None]:
             console.print(_printable(str(error)), markup=False, highlight=False)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
-            console.print(
-                "Interrupted: nothing was left at the output path. What was finished waits in the scratch folder; the "
-                "same command with --resume goes on from there."
-            )
+            console.print(f"Interrupted. {interrupted}".strip())
             raise typer.Exit(130) from None
 
 

@@ -119,14 +119,15 @@ class Resources:
     """What a run may use, and where it keeps what waits. Nothing here changes the result beyond rounding.
 
     Args:
-        host_memory: most bytes of main memory for the process, as 16GB or 2GiB; None plans with half of what is free.
+        host_memory: most main memory that the whole process may take, as 16GB or 2GiB; a run whose plan needs more is
+            refused. None plans with half of what is free.
         device_memory: the same for the GPU's memory, where one computes.
         segment: consecutive layers held at once; None picks what fits (fewer need less memory and more recomputing).
         scratch: folder for what waits on disk; it keeps the statistics for later runs. None takes a hidden folder
             beside the output, which goes when the run ends well.
         resume: continue a run that was stopped, if there is one, to the same bits.
-        reuse: take the statistics that an earlier run left in `scratch`; keep, saliency, widths, damping and the like
-            may differ.
+        reuse: take the statistics that an earlier run left in `scratch`. The model, the windows, dtype and device must
+            be the same; how units are chosen and refitted may differ.
 
     Raises:
         ConfigError: a value outside its range.
@@ -142,7 +143,12 @@ class Resources:
     def __post_init__(self) -> None:
         for name in ("host_memory", "device_memory"):
             if (value := getattr(self, name)) is not None:
-                _require(name, value, "a size such as 16GB or 512MiB", lambda v: parse_size(v) > 0)
+                _require(
+                    name,
+                    value,
+                    "a size above 0 in KB, MB, GB, KiB, MiB or GiB, such as 16GB",
+                    lambda v: parse_size(v) > 0,
+                )
         if self.segment is not None:
             _require("segment", self.segment, "a whole number, at least 1, or None", _is_positive_integer)
         if self.scratch is not None:
@@ -153,7 +159,7 @@ class Resources:
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of a size such as 16GB (decimal) or 2GiB (binary); a number is bytes already.
+    """Bytes of a size such as 16GB (decimal) or 2GiB (binary); an integer is bytes already.
 
     Raises:
         ValueError: it is no such size.
@@ -161,7 +167,7 @@ def parse_size(text: str | int) -> int:
     from accelerate.utils.modeling import convert_file_size_to_int
 
     # A small b would mean bits there.
-    return int(text) if str(text).isdigit() else int(convert_file_size_to_int(str(text).upper()))
+    return text if isinstance(text, int) else int(convert_file_size_to_int(text.upper()))
 
 
 def split_options(**options: Any) -> tuple[MinifyConfig, Resources]:
@@ -191,7 +197,7 @@ def _require(name: str, value: Any, expected: str, holds: Any) -> None:
     except (TypeError, ValueError):
         ok = False
     if not ok:
-        raise ConfigError(f"Option {name}: expected {expected}, got {value!r}. Pass a value in that range.")
+        raise ConfigError(f"Option {name}: expected {expected}, got {value!r}. Pass such a value.")
 
 
 def _require_choice(name: str, value: Any, choices: Any) -> None:

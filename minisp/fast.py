@@ -86,9 +86,11 @@ def minify(
         checkpoint = None if isinstance(model, nn.Module) else Checkpoint.open(local_folder(model))
         ranks = stack.enter_context(joined(CPU if checkpoint is None else compute_device(config)))
         made_plan = _plan(model, checkpoint, config, resources, writes=out is not None, ranks=ranks)
-        target = check_output(out, made_plan.bytes_after + made_plan.scratch_bytes) if out is not None else None
-        identity = _identity(checkpoint, made_plan) if checkpoint is not None else None
-        shared, own = stack.enter_context(open_scratch(target, resources, identity, ranks))
+        target = check_output(out, made_plan.bytes_after) if out is not None else None
+        identity = _identity(checkpoint, made_plan, ranks) if checkpoint is not None else None
+        # Beside the output, both have to find room on one disk.
+        room = made_plan.scratch_bytes + (made_plan.bytes_after if resources.scratch is None else 0)
+        shared, own = stack.enter_context(open_scratch(target, resources, identity, ranks, room))
         work = Workplace(shared, own, ranks, progress or stack.enter_context(progress_bar(quiet=not ranks.first)))
         with _timed(seconds, "loading"):
             stream = _open(model, checkpoint, made_plan)
@@ -160,12 +162,16 @@ def _plan(
     return make_plan(source, config, resources)
 
 
-def _identity(checkpoint: Checkpoint, plan: Plan) -> dict[str, dict[str, Any]]:
-    """What decides the bits of this run's statistics and of its results."""
+def _identity(checkpoint: Checkpoint, plan: Plan, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """What decides this run's statistics and its results, and how both are rounded."""
     identity = plan.config.identity()
     source = {"source": checkpoint.fingerprint(), "modified": checkpoint.modified()}
     compute = {"device": torch.device(plan.device).type, "dtype": plan.dtype, "batch": plan.batch}
-    return {"statistics": {**identity["statistics"], **source, **compute}, "results": identity["results"]}
+    return {
+        "statistics": {**identity["statistics"], **source, **compute},
+        "results": identity["results"],
+        "rounding": {"head_on_disk": plan.layout.stream_vocabulary, "processes": ranks.size},
+    }
 
 
 def _open(model: Any, checkpoint: Checkpoint | None, plan: Plan) -> Stream:
@@ -190,8 +196,8 @@ def _calibrate(stream: Stream, source: Any, tokenizer: Any, plan: Plan, work: Wo
         if work.shared.has(name):
             if work.shared.facts(name)["fingerprint"] != text.fingerprint:
                 raise OutputError(
-                    "Calibration text: expected that of the run that is continued, got another one. Pass the same text "
-                    "and windows, leave calibration out, or use another scratch folder."
+                    "Calibration text: expected that of the earlier run in the scratch folder, got another one. Pass "
+                    "the same text and windows, leave calibration out, or use another scratch folder."
                 )
         else:
             facts = {"description": list(text.description), "fingerprint": text.fingerprint}

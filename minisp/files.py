@@ -1,5 +1,6 @@
 """Bytes of tensors to and from files: scattered reads, and the one place through which large data is written."""
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ Piece: TypeAlias = tuple[int, memoryview]
 
 # Pieces that one system call fills at most, under the limit of every system.
 MAX_PIECES = 512
+# Bytes that a checksum weighs alike.
+PAGE = 4096
 
 
 # Jobs that may wait to be written while the computation goes on: what they hold is in memory.
@@ -62,13 +65,14 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def checksum(data: memoryview) -> int:
-    """The sum of the 64-bit words modulo 2⁶⁴, the last bytes counted one by one: finds what was torn or zeroed.
+    """Sums of 64-bit words, weighted by the page that they are in, modulo 2⁶⁴: finds what is torn, zeroed or misplaced.
 
     A CRC-32 would take longer than reading the data does.
     """
-    words = len(data) // 8 * 8
-    total = int(np.frombuffer(data[:words], dtype=np.uint64).sum(dtype=np.uint64)) + sum(data[words:])
-    return total % 2**64
+    whole = len(data) // PAGE * PAGE
+    pages = np.frombuffer(data[:whole], dtype=np.uint64).reshape(-1, PAGE // 8).sum(1, dtype=np.uint64)
+    rest = int.from_bytes(hashlib.blake2b(data[whole:], digest_size=8).digest(), "little")
+    return (int(pages @ np.arange(1, len(pages) + 1, dtype=np.uint64)) + rest) % 2**64
 
 
 def write_tensor(handle: IO[bytes], tensor: Tensor) -> memoryview:

@@ -114,12 +114,13 @@ def shape_of(model: CausalLM, *, tokens: int, batch_tokens: int, item: int, stor
     )
 
 
-def choose_layout(shape: Shape, limit: int, segment: int | None, what: str) -> Layout:
+def choose_layout(shape: Shape, limit: int, segment: int | None, what: str, base: int = 0) -> Layout:
     """The fastest layout within `limit` bytes: few segments recompute little, and what is held is read once.
 
     Args:
         segment: layers held at once, where it is given.
         what: how a message calls the limit.
+        base: bytes that the process has already, for the message.
 
     Raises:
         ConfigError: nothing fits.
@@ -135,10 +136,10 @@ def choose_layout(shape: Shape, limit: int, segment: int | None, what: str) -> L
     phase, purposes = max(smallest.peaks.items(), key=lambda item: sum(item[1].values()))
     largest = max(purposes, key=lambda name: purposes[name])
     raise ConfigError(
-        f"{what}: expected at least {smallest.peak / 1e9:.2f} GB beside the process itself, which is what the {phase} "
-        f"needs with {smallest.segment} layer(s) at once, got {max(limit, 0) / 1e9:.2f} GB. Most of it is "
-        f"{largest} ({purposes[largest] / 1e9:.2f} GB): allow more, or pass fewer windows at once (batch), shorter "
-        "windows, or fewer layers (segment)."
+        f"{what}: expected at least {(smallest.peak + base) / 1e9:.2f} GB, got {(limit + base) / 1e9:.2f} GB. With "
+        f"{smallest.segment} layer(s) at once the {phase} takes {smallest.peak / 1e9:.2f} GB, most of it for {largest} "
+        f"({purposes[largest] / 1e9:.2f} GB), beside {base / 1e9:.2f} GB that the process has already. Allow more, or "
+        "pass shorter windows (window), or fewer at once (batch)."
     )
 
 

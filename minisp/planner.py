@@ -158,7 +158,7 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     for tokens in TOKENS_PER_BATCH.get(source.device.type, TOKENS_PER_BATCH["cpu"]):
         batch = config.batch or max(1, tokens // config.window)
         shape = _shape(source, config, batch, ranks, max(widths) - (alignment if config.keep < 1 else 0))
-        layout = choose_layout(shape, limit, resources.segment, what)
+        layout = choose_layout(shape, limit, resources.segment, what, base if source.device.type != "cuda" else 0)
         if config.batch is not None or -(-len(layers) // layout.segment) <= FEW_SEGMENTS:
             break
     segments = tuple(range(i, min(i + layout.segment, len(layers))) for i in range(0, len(layers), layout.segment))

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -89,7 +90,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     elif int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
     else:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while the first one prepares text or writes; torchrun ends them where one is lost.
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
         try:
             yield Ranks(distributed.get_rank(), distributed.get_world_size())
         finally:

@@ -1,14 +1,15 @@
 """The scratch folder of a run: who may use it, what an earlier run left in it, and when it goes.
 
-`run.json` in the folder says what the records belong to, in two parts: what the statistics depend on, and what only the
-results depend on. A run that was stopped is continued where both agree (`resume`); statistics alone serve another
-ratio, damping or selection (`reuse`).
+`minisp-run.json` in the folder says what the records belong to: what the statistics depend on, what only the results
+depend on, and what decides their rounding. A run that was stopped is continued where all agree (`resume`); statistics
+alone serve another ratio, damping or selection (`reuse`).
 """
 
 import fcntl
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -21,13 +22,13 @@ from minisp.errors import CheckpointError, ConfigError, OutputError
 from minisp.ranks import Ranks
 from minisp.scratch import DATA, INDEX, Folder, Memory, Scratch, no_room
 
-IDENTITY, LOCK = "run.json", "lock"
+IDENTITY, LOCK = "minisp-run.json", "minisp-lock"
 # What a later run with other ratios can use; everything else goes when a run ends well.
 REUSABLE = re.compile(r"(statistics_\d+|windows)")
 RECORD = re.compile(r"(statistics|states|gradient|result|healed|dense|trials)_\d+|windows|ratios")
 
 Identity = Mapping[str, Mapping[str, Any]]
-"""{"statistics": …, "results": …}: plain values that decide the bits of each."""
+"""{"statistics": …, "results": …, "rounding": …}: plain values that decide each, and the last bits of both."""
 
 
 def scratch_path(out: Path | None, resources: Resources) -> Path | None:
@@ -39,7 +40,7 @@ def scratch_path(out: Path | None, resources: Resources) -> Path | None:
 
 @contextmanager
 def open_scratch(
-    out: Path | None, resources: Resources, identity: Identity | None, ranks: Ranks
+    out: Path | None, resources: Resources, identity: Identity | None, ranks: Ranks, needed_bytes: int = 0
 ) -> Iterator[tuple[Scratch, Scratch]]:
     """The scratch of one run, locked while it is in use: what its processes share, and what is this process's own.
 
@@ -50,6 +51,7 @@ def open_scratch(
         out: the output folder, or None.
         resources: scratch, resume, reuse.
         ranks: the processes of the run; the first one locks and clears the folder.
+        needed_bytes: room that the folder's disk must have.
         identity: what the run is; None where it cannot be continued (a model in memory).
 
     Raises:
@@ -58,6 +60,10 @@ def open_scratch(
     """
     path = scratch_path(out, resources)
     wanted = "resume" if resources.resume else "reuse" if resources.reuse else None
+    if path is not None and out is not None and (path == out or out in path.parents or path in out.parents):
+        raise ConfigError(
+            f"Option scratch: expected a folder apart from the output {out}, got {path}. Name another one."
+        )
     if wanted and (identity is None or path is None):
         raise ConfigError(
             f"Option {wanted}: expected a checkpoint on disk and an output folder, whose runs leave something to "
@@ -68,31 +74,49 @@ def open_scratch(
         yield memory, memory
         return
     own_path = path if ranks.size == 1 else path / f"rank-{ranks.rank}-of-{ranks.size}"
-    with _made(path), _locked(path) if ranks.first else nullcontext():
-        own_path.mkdir(exist_ok=True)
+    with (
+        _made(path),
+        _locked(path) if ranks.first else nullcontext(),
+        _made(own_path) if own_path != path else nullcontext(),
+    ):
         shared = Folder(path)
         own = shared if own_path == path else Folder(own_path)
         try:
+            # A folder that is refused is left exactly as it was found.
             if ranks.first:
+                _check_room(path, needed_bytes)
                 _claim(path, identity, resources)
-                _drop_useless(shared, resources)
             ranks.wait()
-            if own is not shared:
-                _drop_useless(own, resources)
-            yield shared, own
-            shared.settle()
-            own.settle()
-        except BaseException as error:
+            try:
+                for folder in {shared, own} if ranks.first else {own}:
+                    _drop_useless(folder, resources)
+                ranks.wait()
+                yield shared, own
+                shared.settle()
+                own.settle()
+            except BaseException as error:
+                shared.close()
+                own.close()
+                if ranks.first and resources.scratch is None and not (identity and _worth_keeping(path, error)):
+                    _clear(path)
+                raise
+        finally:
             shared.close()
             own.close()
-            if ranks.first and not (identity and _worth_keeping(path, error)):
-                _clear(path)
-            raise
-        shared.close()
-        own.close()
         ranks.wait()
         if ranks.first:
             _clear(path, keep=REUSABLE if resources.scratch is not None and identity is not None else None)
+
+
+def _check_room(path: Path, needed_bytes: int) -> None:
+    """Raise `OutputError` where the disk has no room for what will wait there, beside what waits there already."""
+    there = sum(file.stat().st_size for file in path.rglob(f"*{DATA}") if RECORD.fullmatch(file.stem))
+    free = shutil.disk_usage(path).free
+    if free + there < needed_bytes:
+        raise OutputError(
+            f"Scratch folder {path}: expected {needed_bytes / 1e9:.2f} GB of disk, got {(free + there) / 1e9:.2f} GB. "
+            "Free some space, or name a folder on another disk by --scratch."
+        )
 
 
 def _worth_keeping(path: Path, error: BaseException) -> bool:
@@ -119,12 +143,13 @@ def _claim(path: Path, identity: Identity | None, resources: Resources) -> None:
         return
     plain = json.loads(json.dumps({**identity, "version": minisp.__version__}))
     earlier = _earlier(path)
-    for part in ("version", "statistics") if resources.reuse else ("version", "statistics", "results"):
+    parts = ("version", "statistics") if resources.reuse else ("version", "statistics", "results", "rounding")
+    for part in parts:
         if found and earlier.get(part) != plain[part]:
             raise OutputError(
                 f"Scratch folder {path}: expected what a run with these options left, got another one: "
                 f"{_difference(part, earlier.get(part), plain[part])}. Repeat the earlier options, or delete the "
-                "folder" + (", or use its statistics alone by --reuse." if part == "results" else ".")
+                "folder" + (", or use its statistics alone by --reuse." if part in ("results", "rounding") else ".")
             )
     unfinished = path / f"{IDENTITY}.unfinished"
     try:
@@ -136,7 +161,7 @@ def _claim(path: Path, identity: Identity | None, resources: Resources) -> None:
 
 def _drop_useless(folder: Folder, resources: Resources) -> None:
     """Drop records that a power failure has torn, and results where only statistics are wanted."""
-    for name in folder.names():
+    for name in folder.names(RECORD):
         if resources.reuse and not REUSABLE.fullmatch(name) and not name.startswith(("states", "gradient")):
             folder.drop(name)
         elif not folder.intact(name):
@@ -146,10 +171,8 @@ def _drop_useless(folder: Folder, resources: Resources) -> None:
 
 def _difference(part: str, earlier: Any, now: Any) -> str:
     if not isinstance(earlier, dict) or not isinstance(now, dict):
-        return f"{part} {earlier!r} instead of {now!r}"
-    changed = [
-        f"{key} {earlier.get(key)!r} instead of {value!r}" for key, value in now.items() if earlier.get(key) != value
-    ]
+        return f"{part} was {earlier!r}, is {now!r}"
+    changed = [f"{key} was {earlier.get(key)!r}, is {now[key]!r}" for key in now if earlier.get(key) != now[key]]
     return ", ".join(changed)
 
 
@@ -215,8 +238,9 @@ def _locked(path: Path) -> Iterator[IO[str]]:
 def _clear(path: Path, keep: re.Pattern[str] | None = None) -> None:
     """Remove what a run leaves, and nothing else, from its folder and those of its processes."""
     for folder in path.glob("rank-*-of-*"):
-        _clear(folder)
+        # Its process may be removing it too.
         with suppress(OSError):
+            _clear(folder)
             folder.rmdir()
     for file in list(path.iterdir()):
         ours = RECORD.fullmatch(file.stem) and file.suffix in (DATA, INDEX, ".unfinished")

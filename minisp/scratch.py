@@ -9,6 +9,7 @@ Writing happens behind the computation, in a thread of its own, in order.
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -133,7 +134,7 @@ class Folder:
         """Whether every tensor of a record is as it was written."""
         try:
             return all(self.read(name, key) is not None for key in self.keys(name))
-        except (OutputError, ValueError, KeyError):
+        except (OutputError, ValueError, KeyError, TypeError):
             return False
 
     def facts(self, name: str) -> dict[str, Any]:
@@ -149,10 +150,11 @@ class Folder:
         (self.path / f"{name}{INDEX}").unlink(missing_ok=True)
         (self.path / f"{name}{DATA}").unlink(missing_ok=True)
 
-    def names(self) -> list[str]:
-        """All complete records."""
+    def names(self, pattern: "re.Pattern[str]") -> list[str]:
+        """All complete records whose names match; other files may be someone else's."""
         self.settle()
-        return sorted(path.stem for path in self.path.glob(f"*{INDEX}") if path.with_suffix(DATA).is_file())
+        found = (path for path in self.path.glob(f"*{INDEX}") if pattern.fullmatch(path.stem))
+        return sorted(path.stem for path in found if path.with_suffix(DATA).is_file())
 
     def settle(self) -> None:
         """Wait until everything is written.

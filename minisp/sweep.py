@@ -133,6 +133,7 @@ def _run_backward(
     records = {i: LayerStatistics.empty(w, gram=gram, device=stream.device) for i, w in _widths(stream, segment)}
     source = record("gradient", segment.stop)
     known = own.has(source)
+    assert known or segment.stop == len(stream.layers), f"no gradient behind layer {segment.stop - 1}"
     keeping = own.writing(record("gradient", segment.start)) if segment.start else nullcontext(_nowhere)
     with keeping as append, _watch_all(stream, records), fast_attention(stream.model.config):
         for number, ids in enumerate(batches):

@@ -6,6 +6,7 @@ Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header le
 """
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -21,6 +22,8 @@ from minisp.checkpoint import DTYPES, INDEX_NAME, SINGLE_NAME
 from minisp.errors import OutputError
 from minisp.files import WriteBehind, write_tensor
 
+# What tells a folder that is being written from one that happens to have its name; and the file that is written last.
+MARKER, MANIFEST_NAME = ".minisp-partial", "minisp.json"
 MAX_SHARD_BYTES = 5 * 10**9
 # Bytes of a large tensor that are in memory at once where it is only copied.
 PIECE_BYTES = 32 * 2**20
@@ -90,24 +93,23 @@ def output_folder(out: Path) -> Iterator[Path]:
     """
     partial = _partial(out)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        for path in partial.iterdir():
-            _sync(path)
-        _sync(partial)
-        os.rename(partial, out)
+        with _claimed(partial):
+            yield partial
+            for path in partial.iterdir():
+                _sync(path)
+            _sync(partial)
+            (partial / MARKER).unlink()
+            os.rename(partial, out)
         # The folder stands and its files are durable; not every file system can promise as much for its name.
         with suppress(OSError):
             _sync(out.parent)
     except OSError as error:
-        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "Free some space or choose another disk" if full else "Mend that or choose another folder"
         raise OutputError(
-            f"Output {out}: the checkpoint could not be written: {reason}. Nothing was left there; "
-            "free some space or choose another disk, and run again."
+            f"Output {out}: the checkpoint could not be written: {'the disk is full' if full else error}. Nothing was "
+            f"left there. {remedy}, and run again with --resume."
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_tensors(
@@ -146,14 +148,37 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+@contextmanager
+def _claimed(partial: Path) -> Iterator[None]:
+    """The folder within the block, empty but for a mark of its kind, and nobody else's: a lock that dies with us."""
+    partial.mkdir(exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"Output folder {partial}: expected to be the only one that writes there, but another run does. Wait "
+                "for it, or choose another output."
+            ) from None
+        for path in partial.iterdir():
+            path.unlink()
+        (partial / MARKER).touch()
+        try:
+            yield
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(descriptor)
+
+
 def _partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
 def _is_leftover(folder: Path) -> bool:
-    """Whether a folder holds nothing but files of the kinds that a run writes."""
-    kinds = {".safetensors", ".json", ".jinja", ".py", ".md", ".png", ".txt", ".model", ""}
-    return folder.is_dir() and all(path.is_file() and path.suffix in kinds for path in folder.iterdir())
+    """Whether a run that was killed left this folder: its mark is there, or the manifest that is written last."""
+    return folder.is_dir() and any((folder / name).is_file() for name in (MARKER, MANIFEST_NAME))
 
 
 def _found_at(path: Path) -> str | None:

@@ -21,6 +21,7 @@ from minisp import fast
 from minisp.checkpoint import Checkpoint
 from minisp.cli import app
 from minisp.errors import CheckpointError, OutputError
+from minisp.writer import MARKER, output_folder
 from tests import faults
 from tests.damage import assert_refused
 from tests.models import save_checkpoint, tiny_model
@@ -103,10 +104,27 @@ def test_an_empty_folder_is_filled_and_an_old_partial_one_replaced(
 ) -> None:
     (there / "out").mkdir()
     (there / "out.partial").mkdir()
-    (there / "out.partial" / "model.safetensors").write_text("from a run that was killed")
+    for name in ("model.safetensors", MARKER):
+        (there / "out.partial" / name).write_text("from a run that was killed")
     faults.run(source, there / "out", lambda number, name: None)
     assert contents(there / "out") == clean[1]
     assert list(there.iterdir()) == [there / "out"]
+
+
+def test_what_someone_else_keeps_under_the_partial_name_is_refused(source: Path, there: Path) -> None:
+    (there / "out.partial").mkdir()
+    (there / "out.partial" / "thesis.txt").write_text("words")
+    with pytest.raises(OutputError, match=r"got something of that name that no earlier run left behind"):
+        fast.minify(source, out=there / "out", calibration=faults.WINDOWS, **PLAIN)
+    assert (there / "out.partial" / "thesis.txt").read_text() == "words"
+
+
+def test_two_runs_cannot_write_one_output(there: Path) -> None:
+    with output_folder(there / "out") as folder:
+        (folder / "file").write_text("first")
+        with pytest.raises(OutputError, match="but another run does"), output_folder(there / "out"):
+            pass
+    assert contents(there / "out") == {"file": b"first"}
 
 
 def test_a_disk_that_fills_up_at_any_step_leaves_what_a_resumed_run_ends_with(

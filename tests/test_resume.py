@@ -16,7 +16,7 @@ from minisp.cli import app
 from minisp.config import Resources
 from minisp.errors import ConfigError, OutputError
 from minisp.ranks import Ranks
-from minisp.resume import open_scratch
+from minisp.resume import RECORD, open_scratch
 from minisp.scratch import Folder
 from tests.models import LAYERS, save_checkpoint, tiny_model
 
@@ -60,9 +60,9 @@ def test_statistics_are_reused_for_other_ratios_without_a_sweep(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"resume": True, "keep": 0.7}, r"got another one: keep 0\.6 instead of 0\.7.*statistics alone by --reuse"),
-        ({"reuse": True, "dtype": "bfloat16"}, r"got another one: dtype 'float32' instead of 'bfloat16'"),
-        ({"reuse": True, "calibration": WINDOWS.flip(0)}, "Calibration text: expected that of the run"),
+        ({"resume": True, "keep": 0.7}, r"got another one: keep was 0\.6, is 0\.7.*statistics alone by --reuse"),
+        ({"reuse": True, "dtype": "bfloat16"}, r"got another one: dtype was 'float32', is 'bfloat16'"),
+        ({"reuse": True, "calibration": WINDOWS.flip(0)}, "Calibration text: expected that of the earlier run"),
         ({}, "expected an empty one, got what an earlier run left"),
     ],
 )
@@ -79,7 +79,7 @@ def test_a_changed_source_is_another_run(source: Path, tmp_path: Path) -> None:
     copy = save_checkpoint(tmp_path / "model", tiny_model("llama"))
     run(copy, tmp_path / "a", scratch=str(tmp_path / "work"))
     save_checkpoint(copy, tiny_model("llama", seed=1))
-    with pytest.raises(OutputError, match="got another one: modified"):
+    with pytest.raises(OutputError, match="got another one: modified was"):
         run(copy, tmp_path / "b", scratch=str(tmp_path / "work"), reuse=True)
 
 
@@ -143,10 +143,30 @@ def test_two_runs_cannot_share_a_folder(source: Path, tmp_path: Path) -> None:
 
 def test_a_folder_of_someone_else_keeps_its_files(source: Path, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
-    for name in ("precious.data", "run.txt", "statistics.json"):
-        (tmp_path / "work" / name).write_text("data")
-    run(source, tmp_path / "out", scratch=str(tmp_path / "work"))
-    assert all((tmp_path / "work" / name).read_text() == "data" for name in ("precious.data", "run.txt"))
+    names = ("precious.data", "precious.json", "run.json", "lock", "result.json", "result.data")
+    for name in names:
+        (tmp_path / "work" / name).write_text("[1]")
+    for options in ({}, {"reuse": True}, {"resume": True}):
+        out = tmp_path / ("out" + "".join(options))
+        run(source, out, scratch=str(tmp_path / "work"), **options)
+        assert all((tmp_path / "work" / name).read_text() == "[1]" for name in names)
+
+
+def test_a_folder_that_is_refused_stays_as_it_is(source: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    run(source, tmp_path / "a", scratch=str(work))
+    before = {path.name: path.read_bytes() for path in work.iterdir()}
+    with pytest.raises(OutputError, match="got what an earlier run left"):
+        fast.minify(tiny_model("llama"), out=tmp_path / "b", calibration=WINDOWS, scratch=str(work))
+    assert {path.name: path.read_bytes() for path in work.iterdir()} == before
+    interrupted(source, tmp_path / "c", "saliency, layers 2")
+    hidden = tmp_path / ".c.scratch"
+    left = sorted(path.name for path in hidden.iterdir())
+    with pytest.raises(OutputError, match="got what an earlier run left"):
+        run(source, tmp_path / "c")
+    assert sorted(path.name for path in hidden.iterdir()) == left
+    with pytest.raises(ConfigError, match="expected a folder apart from the output"):
+        run(source, tmp_path / "d", scratch=str(tmp_path / "d" / "work"))
 
 
 def test_a_record_exists_only_when_it_is_whole(tmp_path: Path) -> None:
@@ -160,7 +180,7 @@ def test_a_record_exists_only_when_it_is_whole(tmp_path: Path) -> None:
         append("0", value)
         raise RuntimeError
     folder.settle()
-    assert folder.names() == ["states_0001"] and not folder.has("states_0002")
+    assert folder.names(RECORD) == ["states_0001"] and not folder.has("states_0002")
     again = Folder(tmp_path)
     assert again.keys("states_0001") == ["0", "1", "2"] and again.facts("states_0001") == {"note": "x"}
     assert torch.equal(again.read("states_0001", "0"), value) and int(again.read("states_0001", "2")) == 7

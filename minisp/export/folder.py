@@ -17,9 +17,8 @@ from minisp.export.modeling import FILE_NAME, modeling_source, width_config
 from minisp.export.tensors import checkpoint_entries, checkpoint_tensors, module_entries, module_tensors
 from minisp.reconstruction import Reconstruction
 from minisp.report import MinifyReport, load_line, plot_layers
-from minisp.writer import write_json, write_tensors
+from minisp.writer import MANIFEST_NAME, MARKER, write_json, write_tensors
 
-MANIFEST_NAME = "minisp.json"
 PLOT_NAME = "minisp.png"
 # Small files of a checkpoint that stay valid when the MLP gets narrower. Code is never copied.
 COMPANIONS = (
@@ -70,7 +69,7 @@ def describe(folder: Path, report: MinifyReport, checkpoint: Checkpoint | None, 
         "calibration": {"description": list(report.calibration), "fingerprint": report.calibration_fingerprint},
         "layers": [asdict(layer) for layer in report.layers],
     }
-    checksums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    checksums = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.name != MARKER}
     write_json(folder / MANIFEST_NAME, {"minisp_version": minisp.__version__, **facts, "sha256": checksums})
 
 
