@@ -50,7 +50,8 @@ def heal_sweep(
         with torch.no_grad(), fast_attention(stream.model.config):
             if both:
                 _propagate(stream, batches, work, segment, "dense")
-            if not work.shared.has(record("result", index)):
+            # Together: what the first process has just written, a slower one must not take for an earlier run's.
+            if work.ranks.most(not work.shared.has(record("result", index))):
                 heal_layer = _correct_layer if drifts else _refit_layer
                 result = heal_layer(stream, batches, kept[index], config, work, index)
                 if work.ranks.first:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import minisp
 from minisp.config import Resources
-from minisp.errors import CheckpointError, ConfigError, OutputError
+from minisp.errors import CheckpointError, ConfigError, NumericalError, OutputError
 from minisp.ranks import Ranks
 from minisp.scratch import DATA, INDEX, Folder, Memory, Scratch, no_room
 
@@ -120,9 +120,12 @@ def _check_room(path: Path, needed_bytes: int) -> None:
 
 
 def _worth_keeping(path: Path, error: BaseException) -> bool:
-    """Whether what a failed run leaves helps another one: not where the source is at fault, nor for a text alone."""
-    if isinstance(error, CheckpointError):
-        return False
+    """Whether what a failed run leaves helps another one: not where the source is at fault, nor for a text alone.
+
+    Once all statistics are there, a failed solve may be tried with other options.
+    """
+    if isinstance(error, CheckpointError | NumericalError):
+        return isinstance(error, NumericalError) and any(file.stem == "statistics_0000" for file in _records(path))
     return any(file.stem != "windows" or isinstance(error, KeyboardInterrupt) for file in _records(path))
 
 

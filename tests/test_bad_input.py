@@ -115,8 +115,14 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "keep nothing": ({"keep": 0}, r"keep: expected a number in \(0, 1\], got 0"),
     "keep too much": ({"keep": 1.5}, r"keep: expected a number in \(0, 1\], got 1\.5"),
     "keep not a number": ({"keep": float("nan")}, r"keep: expected a number in \(0, 1\], got nan"),
-    "keep less than fits": ({"keep": 0.01}, r"expected at most 1 kept units .*got at least 12.*Lower the alignment"),
-    "uniform, less than fits": ({"keep": 0.05, "widths": "uniform"}, r"expected room for at least 4 units.*Lower"),
+    "keep less than fits": (
+        {"keep": 0.01, "alignment": 4},
+        r"expected at most 1 kept units .*got at least 12.*Lower the alignment",
+    ),
+    "uniform, less than fits": (
+        {"keep": 0.05, "widths": "uniform", "alignment": 4},
+        r"expected room for at least 4 units.*Lower",
+    ),
     "alignment too wide": ({"alignment": 64}, r"expected less than the layer width 48, got 64\. Pass a smaller"),
     "alignment zero": ({"alignment": 0}, r"alignment: expected a whole number, at least 1, or None, got 0"),
     "damping negative": ({"damping": -1.0}, r"damping: expected a finite number, at least 0, or 'auto', got -1"),

@@ -183,7 +183,7 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize(("size", "where"), [(6_000, "Scratch folder"), (20_000, "could not be written")])
+@pytest.mark.parametrize(("size", "where"), [(6_000, "Scratch folder"), (40_000, "could not be written")])
 def test_real_writes_that_fail_can_be_resumed(
     size: int, where: str, source: Path, there: Path, clean: tuple[list[str], dict[str, bytes]]
 ) -> None:
