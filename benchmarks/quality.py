@@ -3,7 +3,8 @@
 All rows share one set of statistics (kept under --cache) and are evaluated alike: perplexity over that of the dense
 model, windows of 1024 tokens, on the text given, on Python's documentation, and on source code. With --mixed,
 calibration takes equal parts of the calibration text, of documentation and of code; what is evaluated on is not among
-them. Every finished row is in the result file at once, and a run that is repeated goes on from there.
+them. Every finished row is in the result file at once, and a run that is repeated goes on from there: delete the file
+where the defaults of minisp have changed. Seconds do not count the statistics, and trial cuts once for all ratios.
 
 Not in the table: SliceGPT (Ashkboos et al., 2024), which cuts the hidden size instead of units and needs a rotation in
 every residual connection that stock classes do not have; no equal budget could be drawn up that is fair to both.

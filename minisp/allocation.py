@@ -6,8 +6,8 @@ units P_l with the least saliency, a third of them, are cut and the rest refitte
 
     r_l = mean over tokens of KL(dense ‖ l cut) / Σ_{j ∈ P_l} s_j
 
-turns its scores into nats. One ranking of r_l·s_j over all layers then sets the widths. Costs of layers add up: on
-SmolLM2-135M the sum of such KL over all layers of an allocation was close to the loss that it had.
+turns its scores into nats. One ranking of r_l·s_j over all layers then sets the widths, which takes for granted that the
+costs of layers add up. On SmolLM2-135M, r of the first seven layers is about 0.2, from layer 11 on 0.3 to 0.42.
 
 All trials run in one forward sweep: at layer l the dense states pass, so do those of the l trials of the layers below,
 and a new trial begins. Work: L²/2 layers for `trial_tokens`; the trials' states wait in the scratch folder.
@@ -28,15 +28,14 @@ from minisp.stream import Stream
 from minisp.workplace import Workplace, record
 
 RATIOS = "ratios"
-# Enough for ratios that repeat within a tenth on SmolLM2-135M.
+# With other windows of so many tokens, most ratios of SmolLM2-135M were the same within a tenth.
 TRIAL_TOKENS = 2048
 FEWEST_TRIAL_TOKENS = 512
 # The head is the dearer half of a trial: only at every second token is its output compared.
 TRIAL_STRIDE = 2
 # Trials whose states are in memory at once, while their outputs are compared with the dense model's.
 COMPARED_AT_ONCE = 8
-# Deep enough to stand clear of rounding in bfloat16; on SmolLM2-135M the ratios for a sixth, a third and a half of the
-# units were within a sixth of each other in 28 of 30 layers.
+# Deep enough to stand clear of rounding in bfloat16.
 TRIAL_CUT = 1 / 3
 # A ratio further than this from the median is taken for an accident of the text.
 LARGEST_FACTOR = 8.0

@@ -21,8 +21,8 @@ from minisp.stream import Stream
 from minisp.sweep import enter
 from minisp.workplace import Workplace, record
 
-# A correction runs three times as many layers forward as a refit needs: from so many tokens on, every second
-# micro-batch does, and it stays cheaper than the saliency sweep.
+# Every micro-batch passes a corrected layer three times: dense, pruned at full width, cut. From so many tokens on, every
+# second one has to do, which bounds what the correction adds to a run.
 FEW_TOKENS = 16384
 
 
