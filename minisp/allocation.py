@@ -6,8 +6,8 @@ units P_l with the least saliency, a third of them, are cut and the rest refitte
 
     r_l = mean over tokens of KL(dense ‖ l cut) / Σ_{j ∈ P_l} s_j
 
-turns its scores into nats. One ranking of r_l·s_j over all layers then sets the widths, which takes for granted that the
-costs of layers add up. On SmolLM2-135M, r of the first seven layers is about 0.2, from layer 11 on 0.3 to 0.42.
+turns its scores into nats. One ranking of r_l·s_j over all layers then sets the widths, which takes for granted that
+the costs of layers add up. On SmolLM2-135M, r of the first seven layers is about 0.2, from layer 11 on 0.3 to 0.42.
 
 All trials run in one forward sweep: at layer l the dense states pass, so do those of the l trials of the layers below,
 and a new trial begins. Work: L²/2 layers for `trial_tokens`; the trials' states wait in the scratch folder.

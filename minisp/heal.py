@@ -21,8 +21,8 @@ from minisp.stream import Stream
 from minisp.sweep import enter
 from minisp.workplace import Workplace, record
 
-# Every micro-batch passes a corrected layer three times: dense, pruned at full width, cut. From so many tokens on, every
-# second one has to do, which bounds what the correction adds to a run.
+# Every micro-batch passes a corrected layer three times: dense, pruned at full width, cut. From so many tokens on,
+# every second one has to do, which bounds what the correction adds to a run.
 FEW_TOKENS = 16384
 
 
