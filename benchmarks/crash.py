@@ -1,6 +1,6 @@
 """Kill runs at random moments, resume them, and compare what they end with, byte for byte.
 
-    python benchmarks/crash.py MODEL [--kills 30] [--seed 0] [--inputs dense pruned]
+    python benchmarks/crash.py MODEL [--kills 30] [--seed 0] [--inputs both pruned]
 
 One undisturbed run gives the bytes and the time to expect. Then, again and again: a run in a process of its own is
 killed (SIGKILL) after a random time, several times in a row where it lives on; after every kill nothing at the output
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--kills", type=int, default=30, help="processes to kill, for each kind of inputs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--inputs", nargs="+", default=["dense", "pruned"])
+    parser.add_argument("--inputs", nargs="+", default=["both", "pruned"])
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window", type=int, default=64)
     args = parser.parse_args()
