@@ -27,6 +27,7 @@ import torch
 from minisp import fast
 from minisp.checkpoint import Checkpoint
 from minisp.errors import CheckpointError
+from minisp.export import folder
 from minisp.hub import load_tokenizer
 
 # Kills in a row before a run is left alone.
@@ -41,6 +42,8 @@ def run_in_child(model: Path, out: Path, windows: torch.Tensor, options: dict[st
     child = os.fork()
     if child == 0:
         status = 1
+        # Drawing takes longer than all the rest on a small model: most kills would hit nothing else.
+        folder.plot_layers = lambda report, path: False
         try:
             fast.minify(model, out=out, calibration=windows, resume=True, progress=lambda *_: None, **options)
             status = 0
@@ -61,9 +64,9 @@ def run_in_child(model: Path, out: Path, windows: torch.Tensor, options: dict[st
     return True
 
 
-def contents(folder: Path) -> dict[str, str]:
+def contents(out: Path) -> dict[str, str]:
     """File name → SHA-256."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.iterdir())}
 
 
 def newest_record(out: Path) -> str:

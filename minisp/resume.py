@@ -73,39 +73,42 @@ def open_scratch(
         memory = Memory()
         yield memory, memory
         return
-    own_path = path if ranks.size == 1 else path / f"rank-{ranks.rank}-of-{ranks.size}"
-    with (
-        _made(path),
-        _locked(path) if ranks.first else nullcontext(),
-        _made(own_path) if own_path != path else nullcontext(),
-    ):
-        shared = Folder(path)
-        own = shared if own_path == path else Folder(own_path)
+    with _made(path), _locked(path) if ranks.first else nullcontext():
+        # A folder that is refused is left exactly as it was found.
+        if ranks.first:
+            _check_room(path, needed_bytes)
+            _claim(path, identity, resources)
+        ranks.wait()
         try:
-            # A folder that is refused is left exactly as it was found.
-            if ranks.first:
-                _check_room(path, needed_bytes)
-                _claim(path, identity, resources)
-            ranks.wait()
-            try:
-                for folder in {shared, own} if ranks.first else {own}:
-                    _drop_useless(folder, resources)
-                ranks.wait()
-                yield shared, own
-                shared.settle()
-                own.settle()
-            except BaseException as error:
-                shared.close()
-                own.close()
-                if ranks.first and resources.scratch is None and not (identity and _worth_keeping(path, error)):
-                    _clear(path)
-                raise
-        finally:
-            shared.close()
-            own.close()
+            with _folders(path, resources, ranks) as folders:
+                yield folders
+        except BaseException as error:
+            useful = identity is not None and (resources.scratch is not None or _worth_keeping(path, error))
+            if ranks.first and not useful:
+                _clear(path)
+            raise
         ranks.wait()
         if ranks.first:
             _clear(path, keep=REUSABLE if resources.scratch is not None and identity is not None else None)
+
+
+@contextmanager
+def _folders(path: Path, resources: Resources, ranks: Ranks) -> Iterator[tuple[Folder, Folder]]:
+    """The folder that all processes share and the one of this process, without what is of no use in them."""
+    own_path = path if ranks.size == 1 else path / f"rank-{ranks.rank}-of-{ranks.size}"
+    with _made(own_path):
+        shared = Folder(path)
+        own = shared if own_path == path else Folder(own_path)
+        try:
+            for folder in {shared, own} if ranks.first else {own}:
+                _drop_useless(folder, resources)
+            ranks.wait()
+            yield shared, own
+            shared.settle()
+            own.settle()
+        finally:
+            shared.close()
+            own.close()
 
 
 def _check_room(path: Path, needed_bytes: int) -> None:
