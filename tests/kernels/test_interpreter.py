@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = sorted(path.name for path in HERE.glob("test_*.py") if path != Path(__file__))
+# What compiles the kernels for GPUs launches none.
+FILES = sorted({path.name for path in HERE.glob("test_*.py")} - {Path(__file__).name, "test_compiles.py"})
 
 
 @pytest.mark.parametrize("name", FILES)
