@@ -36,9 +36,7 @@ from minisp.config import MinifyConfig
 from minisp.evaluate import perplexity
 from minisp.heal import heal_sweep
 from minisp.model import frozen, load_model
-from minisp.ranks import Ranks
 from minisp.reconstruction import reconstruct
-from minisp.scratch import Memory
 from minisp.selection import allocate_widths, default_alignment, select
 from minisp.statistics import LayerStatistics
 from minisp.stream import Stream
@@ -106,14 +104,14 @@ def evaluation_texts(arguments: argparse.Namespace, tokenizer: Any) -> dict[str,
 
 def collect(model: Any, windows: Tensor, cache: Path) -> tuple[Workplace, list[Tensor], float]:
     """Records of every layer's statistics, the mean activations (m,), and the seconds that they took."""
-    work = Workplace(Memory(), Memory(), Ranks(), lambda *_: None)
+    work = Workplace.in_memory()
     name = cache / f"{Calibration(windows, ()).fingerprint[:16]}.pt"
     row = architecture_of(model.config)
     count = len(decoder_layers(model, row))
     if name.exists():
         saved = torch.load(name, weights_only=True)
         for index, (tokens, saliency, gram) in enumerate(saved["layers"]):
-            _keep(work, index, LayerStatistics(tokens, saliency, gram))
+            work.keep_statistics(index, LayerStatistics(tokens, saliency, gram))
         return work, saved["means"], saved["seconds"]
     start = time.perf_counter()
     with frozen(model):
@@ -126,12 +124,6 @@ def collect(model: Any, windows: Tensor, cache: Path) -> tuple[Workplace, list[T
     cache.mkdir(parents=True, exist_ok=True)
     torch.save({"layers": layers, "means": means, "seconds": seconds}, name)
     return work, means, seconds
-
-
-def _keep(work: Workplace, index: int, statistics: LayerStatistics) -> None:
-    with work.shared.writing(record("statistics", index)) as append:
-        for key, tensor in statistics.tensors():
-            append(key, tensor)
 
 
 @torch.no_grad()

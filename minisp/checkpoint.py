@@ -56,6 +56,11 @@ class StoredTensor:
     dtype: str
 
     @property
+    def num_rows(self) -> int:
+        """Length of the first axis; a scalar counts as one row."""
+        return self.shape[0] if self.shape else 1
+
+    @property
     def num_bytes(self) -> int:
         """Size of the raw data."""
         return math.prod(self.shape) * DTYPE_OF[self.dtype].itemsize
@@ -159,10 +164,8 @@ class Checkpoint:
             CheckpointError: they cannot be read, or hold NaN or infinity.
         """
         place = self.tensors[name]
-        # A scalar counts as one row.
-        num_rows, *rest = place.shape or (1,)
-        found = torch.empty((len(rows), *rest), dtype=DTYPE_OF[place.dtype])
-        size, memory = place.num_bytes // num_rows, tensor_bytes(found)
+        found = torch.empty((len(rows), *place.shape[1:]), dtype=DTYPE_OF[place.dtype])
+        size, memory = place.num_bytes // place.num_rows, tensor_bytes(found)
         pieces = [(place.offset + row * size, memory[i * size : (i + 1) * size]) for i, row in enumerate(rows)]
         self._fill(place.file, pieces)
         self.check_finite(name, found)

@@ -9,7 +9,6 @@ folder, from which a run that was stopped goes on. A model in memory is cut in p
 """
 
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -20,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from minisp.allocation import layer_ratios
-from minisp.architecture import CausalLM, cut_, record_widths_
-from minisp.calibration import Calibration, load_calibration, write_windows
+from minisp.architecture import cut_, record_widths_
+from minisp.calibrate import calibrate
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig, Resources, split_options
 from minisp.device import CPU, compute_device, compute_dtype, free_promptly
-from minisp.errors import ConfigError, OutputError, UnsupportedModelError
+from minisp.errors import ConfigError, UnsupportedModelError
 from minisp.evaluate import checkpoint_bytes
 from minisp.export.folder import describe, export_checkpoint, export_module
 from minisp.heal import heal_sweep
@@ -98,7 +97,7 @@ def minify(
             if tokenizer is None and checkpoint is not None:
                 tokenizer = load_tokenizer(checkpoint.folder)
         with _timed(seconds, "calibration text"):
-            text = _calibrate(stream, calibration, tokenizer, made_plan, work)
+            text = calibrate(stream, calibration, tokenizer, made_plan, work)
         batches = ranks.share(text.windows).split(made_plan.batch)
         with _timed(seconds, "saliency sweep"):
             saliency_sweep(stream, batches, made_plan.segments, work, gram=config.collects_gram)
@@ -115,7 +114,7 @@ def minify(
         with _timed(seconds, "writing"):
             folder = stack.enter_context(output_folder(target)) if target is not None and ranks.first else None
             _write(stream, kept, work, folder)
-        results = [replace(work.result(layer), down=None) for layer in range(len(kept))]
+        results = [work.result(layer, weights=False) for layer in range(len(kept))]
         report = make_report(stream, made_plan, results, text, seconds, target)
         if folder is not None:
             report = replace(report, bytes=checkpoint_bytes(folder))
@@ -185,63 +184,6 @@ def _open(model: Any, checkpoint: Checkpoint | None, plan: Plan) -> Stream:
         free_promptly()
     return Stream.from_checkpoint(
         checkpoint, device, dtype, num_slots=layout.num_slots, stream_vocabulary=layout.stream_vocabulary
-    )
-
-
-def _calibrate(stream: Stream, source: Any, tokenizer: Any, plan: Plan, work: Workplace) -> Calibration:
-    """The calibration windows: those of the run that is continued, or new ones."""
-    name = "windows"
-    if work.ranks.first and not (work.shared.has(name) and source is None):
-        text = _new_windows(stream, source, tokenizer, plan, work.progress)
-        if work.shared.has(name):
-            if work.shared.facts(name)["fingerprint"] != text.fingerprint:
-                raise OutputError(
-                    "Calibration text: expected that of the earlier run in the scratch folder, got another one. Pass "
-                    "the same text and windows, leave calibration out, or use another scratch folder."
-                )
-        else:
-            facts = {"description": list(text.description), "fingerprint": text.fingerprint}
-            with work.shared.writing(name, **facts) as append:
-                append("windows", text.windows)
-            work.shared.settle()
-    work.ranks.wait()
-    return Calibration(work.shared.read(name, "windows"), tuple(work.shared.facts(name)["description"]))
-
-
-def _new_windows(stream: Stream, source: Any, tokenizer: Any, plan: Plan, progress: Progress) -> Calibration:
-    """Where no source is given, the model writes some text itself, if it fits in memory whole."""
-    config = plan.config
-    fits = stream.checkpoint is None or len(plan.segments) == 1
-    if source is None:
-        text = "text that the model writes itself and " if fits else ""
-        warnings.warn(
-            f"No calibration text was given: calibrating on {text}the documentation that comes with Python. Text like "
-            "what the model will see, from several domains, gives a better result.",
-            stacklevel=4,
-        )
-
-    def write(num_windows: int, window: int) -> Tensor:
-        model: CausalLM = stream.model
-        if stream.checkpoint is not None:
-            model = load_model(stream.checkpoint, stream.device, stream.dtype)
-        windows: Tensor = write_windows(
-            model,
-            tokenizer,
-            num_windows=num_windows,
-            window=window,
-            seed=config.seed,
-            on_progress=lambda done, total: progress("writing calibration text", done, total),
-        )
-        return windows
-
-    return load_calibration(
-        source,
-        tokenizer,
-        num_windows=config.num_windows,
-        window=config.window,
-        vocab_size=stream.model.config.vocab_size,
-        max_positions=getattr(stream.model.config, "max_position_embeddings", None),
-        writer=write if fits else None,
     )
 
 

@@ -157,22 +157,40 @@ def _candidates(shape: Shape, segment: int | None) -> Iterator[tuple[int, int, b
 
 
 def _peaks(shape: Shape, segment: int, num_slots: int, stream_vocabulary: bool) -> Peaks:
-    d, m, item = shape.hidden, shape.width, shape.item
     held = segment * num_slots if shape.streams else shape.num_layers
-    converted = segment * shape.layer * item if shape.streams and shape.item != shape.stored_item else 0
-    vocabulary = 0 if stream_vocabulary else shape.vocabulary_weights * item
+    stored = shape.stored_item if shape.streams else shape.item
+    # Where the stored type is not the compute type, what is held is there in both.
+    converted = shape.layer * shape.item if shape.streams and shape.item != shape.stored_item else 0
+    vocabulary = 0 if stream_vocabulary else shape.vocabulary_weights * shape.item
     resident = {
-        "weights": 0
-        if shape.loaded
-        else held * shape.layer * (shape.stored_item if shape.streams else item) + converted,
-        "embeddings and head": 0 if shape.loaded else vocabulary + shape.outside * item,
+        "weights": 0 if shape.loaded else held * shape.layer * stored + segment * converted,
+        "embeddings and head": 0 if shape.loaded else vocabulary + shape.outside * shape.item,
         "tokenizer": TOKENIZER_FACTOR * shape.tokenizer,
     }
+    after = resident | {"weights": 0} if shape.streams else resident
+    # One layer at a time, in the order of the layers.
+    again = after | {"weights": num_slots * shape.layer * stored + converted} if shape.streams else after
+    peaks = {"saliency sweep": resident | _sweep(shape, segment, stream_vocabulary)}
+    if stream_vocabulary:
+        peaks["head"] = resident | _head(shape)
+    peaks["reconstruction"] = after | _reconstruction(shape, shape.kept)
+    if shape.trials:
+        peaks |= _trials(shape, again, stream_vocabulary)
+    if shape.heals:
+        peaks["heal sweep"] = again | _heal(shape)
+    if shape.writes:
+        copied = {"a layer": 2 * shape.layer * shape.stored_item, "pieces": 4 * PIECE_BYTES}
+        peaks["writing"] = after | copied
+    return peaks
+
+
+def _sweep(shape: Shape, segment: int, stream_vocabulary: bool) -> dict[str, int]:
+    """Statistics and activations of a segment, and what waits in memory where there is no folder."""
+    d, m, item = shape.hidden, shape.width, shape.item
     boundaries = -(-shape.num_layers // segment)
     in_memory = 0 if shape.writes else (boundaries + 1) * shape.tokens * d * item
     grams = segment if shape.writes else shape.num_layers
-    sweep = {
-        **resident,
+    return {
         "Gram matrices": grams * 4 * m * m if shape.gram else 0,
         "activations": _activations(shape, segment),
         "boundary states": in_memory + 4 * shape.batch_tokens * d * item,
@@ -180,33 +198,28 @@ def _peaks(shape: Shape, segment: int, num_slots: int, stream_vocabulary: bool) 
         # Row panels on their way to the disk.
         "writing": 3 * PANEL_ROWS * 4 * m if shape.writes and shape.gram else 0,
     }
-    peaks = {"saliency sweep": sweep}
-    if stream_vocabulary:
-        tokens = min(max(HEAD_TOKENS, shape.batch_tokens), shape.tokens)
-        # Hidden states and gradients as read, joined and parted; the final norm's float32 copies, forward and backward;
-        # the float32 gradient and what is added to it.
-        states = tokens * d * (4 * item + 9 * 4)
-        rows = 2 * (BLOCK_BYTES // (4 * tokens)) * d * item
-        peaks["head"] = {**resident, "states and gradients": states, "logits": 4 * BLOCK_BYTES + rows}
-    after = _after_the_sweep(shape, resident)
-    solve = _reconstruction(shape, shape.kept)
-    peaks["reconstruction"] = after | solve
-    layer = num_slots * shape.layer * shape.stored_item + converted // segment
-    again = after | {"weights": layer if shape.streams else after["weights"]}
-    if shape.trials:
-        peaks |= _trials(shape, again, stream_vocabulary)
-    if shape.heals:
-        # The refit, or, while the layer runs at full width with zeros, X_SᵀX_S, X_SᵀE and the transpose of that.
-        drift = {
-            "Gram matrices": 4 * shape.kept**2 + 2 * 4 * shape.kept * d,
-            "activations": shape.batch_tokens * (4 * item * m + 6 * 4 * d),
-            "full width": 2 * shape.stored_item * d * m,
-        }
-        peaks["heal sweep"] = again | max(solve, drift, key=lambda part: sum(part.values()))
-    if shape.writes:
-        layer = 2 * shape.layer * shape.stored_item
-        peaks["writing"] = _after_the_sweep(shape, resident) | {"a layer": layer, "pieces": 4 * PIECE_BYTES}
-    return peaks
+
+
+def _head(shape: Shape) -> dict[str, int]:
+    """Many windows at once, through a head that is read a block at a time."""
+    d, item = shape.hidden, shape.item
+    tokens = min(max(HEAD_TOKENS, shape.batch_tokens), shape.tokens)
+    # Hidden states and gradients as read, joined and parted; the final norm's float32 copies, forward and backward; the
+    # float32 gradient and what is added to it.
+    states = tokens * d * (4 * item + 9 * 4)
+    rows = 2 * (BLOCK_BYTES // (4 * tokens)) * d * item
+    return {"states and gradients": states, "logits": 4 * BLOCK_BYTES + rows}
+
+
+def _heal(shape: Shape) -> dict[str, int]:
+    """The refit, or, while the layer runs at full width with zeros, X_SᵀX_S, X_SᵀE and the transpose of that."""
+    d, m, item = shape.hidden, shape.width, shape.item
+    drift = {
+        "Gram matrices": 4 * shape.kept**2 + 2 * 4 * shape.kept * d,
+        "activations": shape.batch_tokens * (4 * item * m + 6 * 4 * d),
+        "full width": 2 * shape.stored_item * d * m,
+    }
+    return max(_reconstruction(shape, shape.kept), drift, key=lambda part: sum(part.values()))
 
 
 def _trials(shape: Shape, again: dict[str, int], stream_vocabulary: bool) -> Peaks:
@@ -221,11 +234,6 @@ def _trials(shape: Shape, again: dict[str, int], stream_vocabulary: bool) -> Pea
         "trial cuts": again | down | max(_reconstruction(shape, kept), passing, key=lambda part: sum(part.values())),
         "trial outputs": again | {"states": (COMPARED_AT_ONCE + 2) * states, "logits": compared},
     }
-
-
-def _after_the_sweep(shape: Shape, resident: dict[str, int]) -> dict[str, int]:
-    """What is still in memory when no layer has to run any more."""
-    return resident if not shape.streams else resident | {"weights": 0}
 
 
 def _activations(shape: Shape, segment: int) -> int:

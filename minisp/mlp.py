@@ -6,7 +6,7 @@ Backward from ∂L/∂y: g = ∂L/∂y W_down is the gradient of the activation 
 x is recomputed from gate and up in the same pass that makes their gradients, in place.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -83,14 +83,14 @@ def watch(layer: nn.Module, row: Architecture, kind: str, statistics: Watcher) -
     """Within the block, the layer's MLP feeds `statistics`; its parameters must be frozen."""
     watched = WatchedMlp(mlp_weights(layer, row), kind, statistics)
     if row.mlp is not None:
-        replaced = {layer.get_submodule(row.mlp): watched.forward}
+        replaced: dict[nn.Module, Callable[[Tensor], Tensor]] = {layer.get_submodule(row.mlp): watched.forward}
     else:
         # The layer itself calls up, activation and down in turn: the first does it all, the others pass through.
         assert row.inline_activation is not None
         replaced = {
             layer.get_submodule(row.up): watched.forward,
-            layer.get_submodule(row.inline_activation): _pass_through,
-            layer.get_submodule(row.down): _pass_through,
+            layer.get_submodule(row.inline_activation): nn.Identity().forward,
+            layer.get_submodule(row.down): nn.Identity().forward,
         }
     for module, forward in replaced.items():
         module.forward = forward
@@ -99,7 +99,3 @@ def watch(layer: nn.Module, row: Architecture, kind: str, statistics: Watcher) -
     finally:
         for module in replaced:
             del module.forward
-
-
-def _pass_through(hidden: Tensor) -> Tensor:
-    return hidden

@@ -123,7 +123,7 @@ class Stream:
         ahead = self._loader.num_slots - 1
         reading = deque(map(self._start, segments[: ahead + 1]))
         for place, segment in enumerate(segments):
-            self._place(segment, reading.popleft().result())
+            self._place(*reading.popleft())
             try:
                 yield segment
             finally:
@@ -139,19 +139,19 @@ class Stream:
             self._loader.release()
         trim_memory()
 
-    def _start(self, segment: range) -> Future[dict[str, Tensor]]:
+    def _start(self, segment: range) -> tuple[dict[str, list[str]], Future[dict[str, Tensor]]]:
+        """Begin to read a segment: stored name → parameters that it is for, and what is being read."""
         assert self._loader is not None and self.checkpoint is not None
-        return self._loader.start(list(stored_names(self.checkpoint, self.model, self._names(segment))))
+        path = layers_path(self.model, self.row)
+        names = [f"{path}.{index}.{name}" for index in segment for name in self._empty[index]]
+        wanted = stored_names(self.checkpoint, self.model, names)
+        return wanted, self._loader.start(list(wanted))
 
-    def _place(self, segment: range, tensors: dict[str, Tensor]) -> None:
-        assert self.checkpoint is not None
-        for stored, names in stored_names(self.checkpoint, self.model, self._names(segment)).items():
+    def _place(self, wanted: dict[str, list[str]], reading: Future[dict[str, Tensor]]) -> None:
+        tensors = reading.result()
+        for stored, names in wanted.items():
             for name in names:
                 replace_parameter_(self.model, name, tensors[stored].to(self.dtype))
-
-    def _names(self, segment: range) -> list[str]:
-        path = layers_path(self.model, self.row)
-        return [f"{path}.{index}.{name}" for index in segment for name in self._empty[index]]
 
     def down_weight(self, index: int) -> Tensor:
         """The down projection (d, m) of a layer, in the stored dtype (not the compute type), on the device."""

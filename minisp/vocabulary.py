@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minisp.architecture import CausalLM
 from minisp.checkpoint import Checkpoint
@@ -53,7 +53,7 @@ class StreamedVocabulary:
         self._num_rows = checkpoint.tensors[self._head].shape[0]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="minisp-vocabulary")
         embedding.forward = self._look_up
-        head.forward = _pass_through
+        head.forward = nn.Identity().forward
 
     def loss_gradient(self, hidden: Tensor, targets: Tensor) -> tuple[float, Tensor]:
         """Summed negative log likelihood (nats), and its gradient with respect to the head's input.
@@ -69,9 +69,7 @@ class StreamedVocabulary:
         total, score = torch.zeros_like(maximum), torch.zeros_like(maximum)
         for start, rows in self._blocks(len(hidden)):
             logits = (hidden @ rows.T).float()
-            higher = torch.maximum(maximum, logits.amax(1))
-            total.mul_((maximum - higher).exp_()).add_((logits - higher[:, None]).exp_().sum(1))
-            maximum = higher
+            maximum, _ = _raise_maximum(logits, maximum, total)
             place, inside = _places(targets, start, len(rows))
             score += logits.gather(1, place)[:, 0].where(inside, 0)
         lse = maximum + total.log_()
@@ -97,11 +95,11 @@ class StreamedVocabulary:
         gap = [torch.zeros_like(maximum) for maximum in best[1:]]
         for _, rows in self._blocks(len(wanted)):
             logits = (wanted @ rows.T).float()
-            kept = _raise_maximum(logits, best, total, 0)
+            best[0], kept = _raise_maximum(logits, best[0], total[0])
             share = (logits - best[0][:, None]).exp_()
             for place, hidden in enumerate(others):
                 theirs = (hidden @ rows.T).float()
-                _raise_maximum(theirs, best, total, place + 1)
+                best[place + 1], _ = _raise_maximum(theirs, best[place + 1], total[place + 1])
                 gap[place].mul_(kept).add_((share * (logits - theirs)).sum(1))
         lse = [maximum + part.log() for maximum, part in zip(best, total, strict=True)]
         found = [g / total[0] - lse[0] + other for g, other in zip(gap, lse[1:], strict=True)]
@@ -135,13 +133,16 @@ class StreamedVocabulary:
             yield start, rows.to(self._device, self._dtype)
 
 
-def _raise_maximum(logits: Tensor, best: list[Tensor], total: list[Tensor], place: int) -> Tensor:
-    """Take a block of logits (T, v) into a running maximum and sum of exponentials; the factor (T,) of older sums."""
-    higher = torch.maximum(best[place], logits.amax(1))
-    factor = (best[place] - higher).exp_()
-    total[place].mul_(factor).add_((logits - higher[:, None]).exp_().sum(1))
-    best[place] = higher
-    return factor
+def _raise_maximum(logits: Tensor, maximum: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Take a block of logits (T, v) into `total` (T,), exponentials over that of the maximum (T,), in place.
+
+    Returns:
+        The new maximum, and the factor by which older sums shrank.
+    """
+    higher = torch.maximum(maximum, logits.amax(1))
+    factor = (maximum - higher).exp_()
+    total.mul_(factor).add_((logits - higher[:, None]).exp_().sum(1))
+    return higher, factor
 
 
 def _places(targets: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
@@ -149,7 +150,3 @@ def _places(targets: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
     place = targets - start
     inside = (place >= 0) & (place < count)
     return place.clamp(0, count - 1)[:, None], inside
-
-
-def _pass_through(hidden: Tensor) -> Tensor:
-    return hidden

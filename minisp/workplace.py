@@ -54,11 +54,10 @@ class Workplace:
             for key, tensor in statistics.tensors():
                 append(key, tensor)
 
-    def result(self, layer: int) -> Reconstruction:
-        """The reconstruction of a layer."""
+    def result(self, layer: int, *, weights: bool = True) -> Reconstruction:
+        """The reconstruction of a layer; without `weights`, its down projection is not read."""
         name = record("result", layer)
-        keys = self.shared.keys(name)
-        down = self.shared.read(name, "down") if "down" in keys else None
+        down = self.shared.read(name, "down") if weights and "down" in self.shared.keys(name) else None
         return Reconstruction.from_facts(self.shared.facts(name), self.shared.read(name, "kept"), down)
 
     def keep_result(self, result: Reconstruction) -> None:

@@ -17,7 +17,7 @@ LEVELS = (
     ("fast",),
     ("export", "measure"),
     ("evaluate", "report"),
-    ("plan_view",),
+    ("calibrate", "plan_view"),
     ("planner",),
     ("memory",),
     ("allocation", "heal"),

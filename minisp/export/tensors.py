@@ -48,10 +48,10 @@ def checkpoint_tensors(
     outside, layers = _by_layer(checkpoint, model, row)
     for name in outside:
         # Embeddings of a large vocabulary are copied a piece at a time.
-        num_rows, place = _rows(checkpoint.tensors[name].shape), checkpoint.tensors[name]
-        step = max(1, PIECE_BYTES * num_rows // max(place.num_bytes, 1))
-        for start in range(0, num_rows, step):
-            yield name, checkpoint.read_rows(name, range(start, min(start + step, num_rows)))
+        place = checkpoint.tensors[name]
+        step = max(1, PIECE_BYTES * place.num_rows // max(place.num_bytes, 1))
+        for start in range(0, place.num_rows, step):
+            yield name, checkpoint.read_rows(name, range(start, min(start + step, place.num_rows)))
     for members, result in zip(layers, results, strict=True):
         values = dict(checkpoint.read([member.stored for member in members]))
         for member in members:
@@ -61,10 +61,6 @@ def checkpoint_tensors(
             elif member.axis is not None and len(result.kept) < value.shape[member.axis]:
                 value = value.index_select(member.axis, result.kept)
             yield member.stored, value
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-    return shape[0] if shape else 1
 
 
 def module_tensors(model: Any) -> list[tuple[str, Tensor]]:
