@@ -6,13 +6,12 @@ from typing import Any
 import psutil
 import torch
 
-from minisp.allocation import trial_tokens
 from minisp.architecture import CausalLM, activation_kind, architecture_of, decoder_layers, layer_widths, unit_axes
 from minisp.checkpoint import DTYPE_OF, Checkpoint
 from minisp.config import MinifyConfig, Resources
+from minisp.costs import disk_traffic, solve_flops, sweep_flops
 from minisp.device import memory_limit, product_rate
 from minisp.errors import CalibrationError, ConfigError
-from minisp.heal import FEW_TOKENS
 from minisp.memory import Layout, Shape, choose_layout, shape_of
 from minisp.ops import implementations
 from minisp.selection import allocate_widths, default_alignment, uniform_widths
@@ -154,13 +153,8 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     per_unit = sum(layers[0].get_parameter(n).numel() for n in unit_axes(layers[0], row)) // widths[0]
     after = parameters - per_unit * (sum(widths) - kept_units)
     base = psutil.Process().memory_info().rss
-    what, limit = memory_limit(resources, source.device, base)
-    for tokens in TOKENS_PER_BATCH.get(source.device.type, TOKENS_PER_BATCH["cpu"]):
-        batch = config.batch or max(1, tokens // config.window)
-        shape = _shape(source, config, batch, ranks, max(widths) - (alignment if config.keep < 1 else 0))
-        layout = choose_layout(shape, limit, resources.segment, what, base if source.device.type != "cuda" else 0)
-        if config.batch is not None or -(-len(layers) // layout.segment) <= FEW_SEGMENTS:
-            break
+    kept = max(widths) - (alignment if config.keep < 1 else 0)
+    batch, shape, layout = _fit(source, config, resources, ranks, kept, base)
     segments = tuple(range(i, min(i + layout.segment, len(layers))) for i in range(0, len(layers), layout.segment))
     stored_bytes = source.stored_bytes
     bytes_after = round(stored_bytes * after / parameters)
@@ -183,12 +177,26 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
         streams=source.streams,
         device=str(source.device),
         dtype=str(source.dtype).removeprefix("torch."),
-        implementations={**implementations(source.device, source.dtype, activation_kind(model.config, row))},
-        flops=_flops(model, config, len(segments), layout),
-        solve_flops=_solve_flops(widths, kept_units / sum(widths), shape.hidden),
-        traffic=_traffic(shape, layout, widths, bytes_after),
+        implementations=dict(implementations(source.device, source.dtype, activation_kind(model.config, row))),
+        flops=sweep_flops(model, config, len(segments), layout),
+        solve_flops=solve_flops(widths, config, shape.hidden),
+        traffic=disk_traffic(shape, layout, widths, bytes_after),
         base_memory=base,
     )
+
+
+def _fit(
+    source: Source, config: MinifyConfig, resources: Resources, ranks: int, kept: int, base: int
+) -> tuple[int, Shape, Layout]:
+    """Windows per micro-batch, and with them the sizes and the layout that fits in memory."""
+    what, limit = memory_limit(resources, source.device, base)
+    for tokens in TOKENS_PER_BATCH.get(source.device.type, TOKENS_PER_BATCH["cpu"]):
+        batch = config.batch or max(1, tokens // config.window)
+        shape = _shape(source, config, batch, ranks, kept)
+        layout = choose_layout(shape, limit, resources.segment, what, base if source.device.type != "cuda" else 0)
+        if config.batch is not None or -(-shape.num_layers // layout.segment) <= FEW_SEGMENTS:
+            break
+    return batch, shape, layout
 
 
 def _shape(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: int) -> Shape:
@@ -241,58 +249,3 @@ def _kept_units(widths: list[int], config: MinifyConfig, alignment: int) -> int:
         [torch.zeros(width) for width in widths], config.keep, alignment=alignment, min_keep=config.min_keep
     )
     return int(config.keep * sum(widths) + 1e-9)
-
-
-def _flops(model: CausalLM, config: MinifyConfig, num_segments: int, layout: Layout) -> float:
-    row = architecture_of(model.config)
-    layers, widths = decoder_layers(model, row), layer_widths(model, row)
-    tokens = config.num_windows * config.window
-    inside = sum(p.numel() for p in layers.parameters())
-    head = model.config.vocab_size * model.config.hidden_size
-    recompute = 1 if layout.stream_vocabulary else 1 - 1 / num_segments
-    gram = sum(m * m for m in widths)
-    total = tokens * (2 * inside * (2 + recompute) + (6 if layout.stream_vocabulary else 4) * head + gram)
-    if config.inputs == "pruned":
-        total += tokens * 2 * inside * (1 + config.keep)
-    if config.inputs == "both":
-        # The dense model once, the pruned one at full width and then cut; the drift's Gram matrix and cross product.
-        heals = tokens if tokens <= FEW_TOKENS else tokens / 2
-        total += heals * (2 * inside * (2 + config.keep) + config.keep**2 * gram)
-        total += heals * 2 * config.keep * sum(widths) * model.config.hidden_size
-    if config.measures:
-        total += trial_tokens(tokens, len(layers)) * len(layers) * (inside + head)
-    return float(total)
-
-
-def _solve_flops(widths: list[int], keep: float, hidden: int) -> float:
-    """Cholesky n³/3, two triangular solves 2n²d, W_P G_PS 2(m − n)nd, and two products of W with G for residuals."""
-    total = 0.0
-    for m in widths:
-        n = keep * m
-        total += n**3 / 3 + 2 * n * n * hidden + 2 * (m - n) * n * hidden + 2 * m * m * hidden
-    return total
-
-
-def _traffic(shape: Shape, layout: Layout, widths: list[int], bytes_after: int) -> dict[str, int]:
-    """Bytes to and from disk; the system keeps in memory what it can of them."""
-    if not shape.writes:
-        return {}
-    num_segments = -(-shape.num_layers // layout.segment)
-    layers = shape.num_layers * shape.layer * shape.stored_item
-    forward = num_segments if layout.stream_vocabulary else num_segments - 1
-    vocabulary = shape.vocabulary_weights * shape.stored_item
-    heads = -(-shape.tokens // max(4096, shape.batch_tokens))
-    state = shape.tokens * shape.hidden * shape.item
-    panels = sum(2 * m * m for m in widths) if shape.gram else 0
-    return {
-        # The sweeps, the down projections once more, and what is copied to the result.
-        "weights read": int(layers * (1 + forward / num_segments + 1.3))
-        + vocabulary * (1 + (2 * heads if layout.stream_vocabulary else 1))
-        if shape.streams
-        else 0,
-        # States and gradients of every boundary, written and read.
-        "states": 2 * state * (forward + num_segments - 1),
-        "statistics": 2 * panels,
-        "refitted": 2 * sum(widths) * shape.hidden * shape.stored_item,
-        "result": bytes_after,
-    }

@@ -19,6 +19,7 @@ LEVELS = (
     ("evaluate", "report"),
     ("calibrate", "plan_view"),
     ("planner",),
+    ("costs",),
     ("memory",),
     ("allocation", "heal"),
     ("sweep",),

@@ -1,0 +1,75 @@
+"""What a run costs, from shapes alone: floating-point operations, and bytes to and from disk."""
+
+from collections.abc import Sequence
+
+from minisp.allocation import TRIAL_CUT, trial_tokens
+from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths
+from minisp.config import MinifyConfig
+from minisp.heal import FEW_TOKENS
+from minisp.memory import Layout, Shape
+
+
+def sweep_flops(model: CausalLM, config: MinifyConfig, num_segments: int, layout: Layout) -> float:
+    """Floating-point operations of the sweeps and the trial cuts, two a multiply-add."""
+    row = architecture_of(model.config)
+    layers, widths = decoder_layers(model, row), layer_widths(model, row)
+    tokens = config.num_windows * config.window
+    inside = sum(p.numel() for p in layers.parameters())
+    head = model.config.vocab_size * model.config.hidden_size
+    recompute = 1 if layout.stream_vocabulary else 1 - 1 / num_segments
+    gram = sum(m * m for m in widths)
+    total = tokens * (2 * inside * (2 + recompute) + (6 if layout.stream_vocabulary else 4) * head + gram)
+    if config.inputs == "pruned":
+        total += tokens * 2 * inside * (1 + config.keep)
+    if config.inputs == "both":
+        # The dense model once, the pruned one at full width and then cut; the drift's Gram matrix and cross product.
+        heals = tokens if tokens <= FEW_TOKENS else tokens / 2
+        total += heals * (2 * inside * (2 + config.keep) + config.keep**2 * gram)
+        total += heals * 2 * config.keep * sum(widths) * model.config.hidden_size
+    if config.measures:
+        total += trial_tokens(tokens, len(layers)) * len(layers) * (inside + head)
+    return float(total)
+
+
+def solve_flops(widths: Sequence[int], config: MinifyConfig, hidden: int) -> float:
+    """Floating-point operations of the ridge solves: of the refit, of the trial cuts, of the correction.
+
+    A solve of n units is a Cholesky n³/3 and two triangular solves 2n²d; a refit also takes W_P G_PS, 2(m − n)nd, and
+    two products of W with G for its residuals, 2m²d.
+    """
+    if config.keep == 1 or not config.reconstruct:
+        return 0.0
+    cuts = [config.keep, 1 - TRIAL_CUT] if config.measures else [config.keep]
+    total = 0.0
+    for m in widths:
+        for n in (keep * m for keep in cuts):
+            total += n**3 / 3 + 2 * n * n * hidden + 2 * (m - n) * n * hidden + 2 * m * m * hidden
+        if config.inputs == "both":
+            n = config.keep * m
+            total += n**3 / 3 + 2 * n * n * hidden
+    return total
+
+
+def disk_traffic(shape: Shape, layout: Layout, widths: list[int], bytes_after: int) -> dict[str, int]:
+    """Bytes to and from disk; the system keeps in memory what it can of them."""
+    if not shape.writes:
+        return {}
+    num_segments = -(-shape.num_layers // layout.segment)
+    layers = shape.num_layers * shape.layer * shape.stored_item
+    forward = num_segments if layout.stream_vocabulary else num_segments - 1
+    vocabulary = shape.vocabulary_weights * shape.stored_item
+    heads = -(-shape.tokens // max(4096, shape.batch_tokens))
+    state = shape.tokens * shape.hidden * shape.item
+    panels = sum(2 * m * m for m in widths) if shape.gram else 0
+    return {
+        # The sweeps, the down projections once more, and what is copied to the result.
+        "weights read": int(layers * (1 + forward / num_segments + 1.3))
+        + vocabulary * (1 + (2 * heads if layout.stream_vocabulary else 1))
+        if shape.streams
+        else 0,
+        # States and gradients of every boundary, written and read.
+        "states": 2 * state * (forward + num_segments - 1),
+        "statistics": 2 * panels,
+        "refitted": 2 * sum(widths) * shape.hidden * shape.stored_item,
+        "result": bytes_after,
+    }
