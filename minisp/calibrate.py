@@ -1,8 +1,10 @@
 """The calibration text of one run: what an earlier run has left, what the caller gave, or what the model writes."""
 
+import math
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from minisp.architecture import CausalLM
@@ -12,6 +14,12 @@ from minisp.model import load_model
 from minisp.planner import Plan
 from minisp.stream import Stream
 from minisp.workplace import Progress, Workplace
+
+# exp of the entropy of single tokens: 250 to 800 for prose, documentation and source code, below 20 for logs, tables
+# and text that repeats itself (SmolLM2's tokens, 4k to 65k of them). Small vocabularies, of bytes say, have less.
+FEWEST_EFFECTIVE_TOKENS, OF_VOCABULARY = 100, 1 / 400
+# With fewer tokens than units, damping alone decides most of the refit.
+FEWEST_TOKENS_PER_UNIT = 2
 
 
 def calibrate(stream: Stream, source: Any, tokenizer: Any, plan: Plan, work: Workplace) -> Calibration:
@@ -27,6 +35,8 @@ def calibrate(stream: Stream, source: Any, tokenizer: Any, plan: Plan, work: Wor
     name = "windows"
     if work.ranks.first and not (work.shared.has(name) and source is None):
         text = _new_windows(stream, source, tokenizer, plan, work.progress)
+        for sentence in narrowness(text.windows, max(plan.widths), stream.model.config.vocab_size):
+            warnings.warn(sentence, stacklevel=3)
         if work.shared.has(name):
             if work.shared.facts(name)["fingerprint"] != text.fingerprint:
                 raise OutputError(
@@ -77,3 +87,25 @@ def _new_windows(stream: Stream, source: Any, tokenizer: Any, plan: Plan, progre
         max_positions=getattr(stream.model.config, "max_position_embeddings", None),
         writer=write if fits else None,
     )
+
+
+def narrowness(windows: Tensor, width: int, vocab_size: int) -> list[str]:
+    """What makes calibration windows (N, L) a poor sample of language, for layers of `width` units: a sentence each."""
+    tokens = windows.flatten()
+    share = torch.bincount(tokens).double() / len(tokens)
+    effective = math.exp(float(torch.special.entr(share).sum()))
+    distinct = len(torch.unique(windows, dim=0))
+    found = []
+    if effective < min(FEWEST_EFFECTIVE_TOKENS, vocab_size * OF_VOCABULARY):
+        found.append(
+            f"The calibration text is narrow: {len(share.nonzero()):,} different tokens, used as unevenly as "
+            f"{effective:.0f} even ones; prose has several hundred. The result may fit nothing else. Mix in other text."
+        )
+    if 2 * distinct <= len(windows) and len(windows) > 1:
+        found.append(f"Of {len(windows)} calibration windows only {distinct} are different. Add other text.")
+    if len(tokens) < FEWEST_TOKENS_PER_UNIT * width:
+        found.append(
+            f"{len(tokens):,} calibration tokens are few for layers of {width:,} units: the refit has little to go by. "
+            f"At least {FEWEST_TOKENS_PER_UNIT * width:,}, better ten times as many, give a better result."
+        )
+    return found

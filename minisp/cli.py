@@ -139,22 +139,28 @@ def evaluate(
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; default: the window.")] = None,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Windows at most, from the start of the text.")] = 20,
+    builtin: Annotated[
+        bool, typer.Option(help="Measure on Python's documentation and on source code too: domains unlike the text.")
+    ] = True,
+    questions: Annotated[int, typer.Option(min=0, help="Multiple-choice questions on every text; 0 for none.")] = 100,
     speed: Annotated[bool, typer.Option(help="Measure tokens per second too.")] = True,
     dtype: Annotated[str, typer.Option(help="Compute type: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a model: perplexity by a stated protocol, tokens per second, bytes on disk."""
+    """Measure a model: perplexity by a stated protocol, multiple choice, tokens per second, bytes on disk."""
     from minisp import measure, report
     from minisp.corpora import load_text
     from minisp.hub import local_folder
 
     with _errors(), report.progress_bar(quiet) as progress:
         config = split_options(dtype=dtype, device=device)[0]
-        protocol = measure.Protocol(window=window, stride=stride, max_windows=max_windows)
+        protocol = measure.Protocol(window=window, stride=stride, max_windows=max_windows, questions=questions)
         folder = local_folder(model)
-        tokens = measure.tokenize(folder, {text.name: load_text(text)})
+        texts = {text.name: load_text(text), **(measure.builtin_texts() if builtin else {})}
+        tokens = measure.tokenize(folder, texts)
+        tokens = {name: ids for name, ids in tokens.items() if name == text.name or len(ids) >= window}
         found = measure.measure(folder, tokens, protocol, speed=speed, config=config, progress=progress)
     _show(found.as_dict(), as_json, quiet, measure.measurement_table({model: found}), measure.protocol_lines(found))
 

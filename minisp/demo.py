@@ -17,11 +17,10 @@ from minisp import fast
 from minisp.architecture import CausalLM
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
-from minisp.corpora import code_text, documentation_text
 from minisp.demo_model import smollm2_135m
 from minisp.device import compute_device, compute_dtype
 from minisp.hub import load_tokenizer
-from minisp.measure import Measurement, Protocol, measure, measurement_table, protocol_lines, tokenize
+from minisp.measure import Measurement, Protocol, builtin_texts, measure, measurement_table, protocol_lines, tokenize
 from minisp.model import load_model
 from minisp.plan_view import plan_table
 from minisp.report import MinifyReport, summary_lines
@@ -29,7 +28,6 @@ from minisp.workplace import Progress
 from minisp.writer import check_output
 
 PROTOCOL = Protocol(window=1024, max_windows=8)
-CODE_CHARACTERS = 60_000
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def run_demo(out: Path, config: MinifyConfig, console: Console, progress: Progre
     model = load_model(checkpoint, device, compute_dtype(config, device))
     options = config.as_dict()
     console.print(plan_table(fast.plan(source, **options)))
-    tokens = tokenize(source, {"documentation": documentation_text("odd"), "code": code_text(CODE_CHARACTERS)})
+    tokens = tokenize(source, builtin_texts())
     before = measure(source, tokens, PROTOCOL, progress=progress)
     report = fast.minify(model, out=out, tokenizer=load_tokenizer(source), progress=progress, **options)
     after = measure(report.out or out, tokens, PROTOCOL, progress=progress)

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from minisp.architecture import CausalLM, known_model_types
 from minisp.checkpoint import Checkpoint
+from minisp.choice import FEWEST_TOKENS, Choices, continuation_choices
 from minisp.config import MinifyConfig
+from minisp.corpora import code_text, documentation_text
 from minisp.device import compute_device, compute_dtype
 from minisp.errors import CalibrationError
 from minisp.evaluate import Perplexity, Throughput, perplexity, throughput
@@ -21,6 +23,8 @@ from minisp.hub import load_tokenizer
 from minisp.model import load_model
 from minisp.plan_view import megabytes, millions
 from minisp.workplace import Progress
+
+CODE_CHARACTERS = 60_000
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,13 @@ class Protocol:
         stride: tokens between the starts of two windows; None means the window. A shorter stride scores only the
             tokens that no earlier window scored.
         max_windows: windows at most; None takes all of the text.
+        questions: of the multiple-choice check on every text, see `minisp.choice`; 0 leaves it out.
     """
 
     window: int = 1024
     stride: int | None = None
     max_windows: int | None = 20
+    questions: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Measurement:
         parameters: number of parameters, tied ones once.
         bytes: size of the weights on disk.
         perplexity: text name → perplexity with its protocol.
+        choices: text name → how often the model knows which passage goes on; without texts too short for it.
         throughput: tokens per second, None where it was not measured.
         device, dtype: where and in what type.
     """
@@ -54,6 +61,7 @@ class Measurement:
     parameters: int
     bytes: int
     perplexity: dict[str, Perplexity]
+    choices: dict[str, Choices]
     throughput: Throughput | None
     device: str
     dtype: str
@@ -61,6 +69,12 @@ class Measurement:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
+
+
+def builtin_texts() -> dict[str, str]:
+    """Two domains that are at hand everywhere: half of Python's documentation, which the default calibration leaves
+    alone, and source code of its standard library."""
+    return {"documentation": documentation_text("odd"), "code": code_text(CODE_CHARACTERS)}
 
 
 def tokenize(folder: Path, texts: Mapping[str, str]) -> dict[str, Tensor]:
@@ -115,10 +129,13 @@ def measure(
         )
         for name, ids in tokens.items()
     }
+    asked = {name: ids for name, ids in tokens.items() if protocol.questions and len(ids) >= FEWEST_TOKENS}
+    choices = {name: continuation_choices(model, ids, num_questions=protocol.questions) for name, ids in asked.items()}
     return Measurement(
         parameters=sum(p.numel() for p in model.parameters()),
         bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         perplexity=scores,
+        choices=choices,
         throughput=throughput(model) if speed else None,
         device=str(device),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -131,6 +148,11 @@ def protocol_lines(measured: Measurement) -> list[str]:
         f"perplexity, {name}: {p.num_tokens:,} tokens scored in {p.num_windows} windows of {p.window}, stride "
         f"{p.stride}, from the start of the text, computed in {measured.dtype}, loss in float32"
         for name, p in measured.perplexity.items()
+    ]
+    lines += [
+        f"right continuations, {name}: {c.num_questions} questions, {c.num_answers} answers of {c.continuation} tokens "
+        f"after {c.context}; chance gives {1 / c.num_answers:.0%}, standard error {c.standard_error:.1%}"
+        for name, c in measured.choices.items()
     ]
     if (speed := measured.throughput) is not None:
         lines.append(
@@ -167,6 +189,14 @@ def measurement_table(measured: Mapping[str, Measurement]) -> Table:
     for text in first.perplexity:
         rows.append(
             (escape(f"perplexity, {text}"), [m.perplexity[text].value for m in measured.values()], "{:.2f}".format)
+        )
+    for text in first.choices:
+        rows.append(
+            (
+                escape(f"right continuations, {text}"),
+                [m.choices[text].accuracy for m in measured.values()],
+                "{:.0%}".format,
+            )
         )
     speeds = [m.throughput for m in measured.values() if m.throughput is not None]
     if len(speeds) == len(measured):

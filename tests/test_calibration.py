@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minisp.calibrate import narrowness
 from minisp.calibration import (
     Calibration,
     apportion,
@@ -274,3 +276,21 @@ def test_windows_the_model_cannot_take(letters: Letters) -> None:
         load_calibration(["a" * 1000], letters, window=1)
     with pytest.raises(CalibrationError, match="at least 1 calibration window"):
         load_calibration(["a" * 1000], letters, num_windows=0)
+
+
+def test_narrow_calibration_is_said_to_be() -> None:
+    said = partial(narrowness, vocab_size=50_000)
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randint(1000, (8, 64), generator=generator)
+    assert said(wide, width=256) == []
+    assert said(torch.randint(1000, (1, 512), generator=generator), width=256) == []
+    few = said(wide, width=257)
+    assert len(few) == 1 and "512 calibration tokens are few for layers of 257 units" in few[0] and "514" in few[0]
+    narrow = said(torch.randint(20, (8, 64), generator=generator), width=8)
+    assert len(narrow) == 1 and "20 different tokens, used as unevenly as 20 even ones" in narrow[0]
+    repeated = said(wide[:2].repeat(4, 1), width=8)
+    assert repeated[-1].startswith("Of 8 calibration windows only 2 are different")
+
+
+def test_few_different_tokens_are_nothing_special_in_a_small_vocabulary() -> None:
+    assert narrowness(torch.randint(60, (8, 64)), width=8, vocab_size=256) == []

@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def texts(tmp_path: Path) -> tuple[Path, Path]:
     """Two texts of 640 tokens each, which is 20 windows of 32."""
     prose, digits = tmp_path / "prose.txt", tmp_path / "digits.txt"
-    prose.write_text(("a sentence of no consequence, then another one. " * 14)[:640])
+    prose.write_text("".join(f"sentence {i} of no consequence, then another one. " for i in range(14))[:640])
     digits.write_text(("3.14159 26535 89793 + 2.71828 = " * 20)[:640])
     return prose, digits
 
@@ -176,6 +176,9 @@ def test_eval_states_protocol_and_result(model: Path, texts: tuple[Path, Path], 
     assert table.exit_code == 0
     assert "perplexity, prose.txt" in table.stdout
     assert "93 tokens scored in 3 windows of 32, stride 32" in table.stdout
+    # Unlike domains, and a multiple-choice check, stand beside it.
+    for other in ("documentation", "code"):
+        assert f"perplexity, {other}" in table.stdout and f"right continuations, {other}" in table.stdout
 
     found = json.loads(run("eval", model, *flags, "--json").stdout)
     measured = found["perplexity"]["prose.txt"]
@@ -184,6 +187,9 @@ def test_eval_states_protocol_and_result(model: Path, texts: tuple[Path, Path], 
     assert found["bytes"] == (model / "model.safetensors").stat().st_size
     assert found["parameters"] == tiny_model("llama").num_parameters()
     assert found["throughput"] is None
+    assert {c["num_questions"] for c in found["choices"].values()} == {26, 100}
+    bare = json.loads(run("eval", model, *flags, "--no-builtin", "--questions", "0", "--json").stdout)
+    assert list(bare["perplexity"]) == ["prose.txt"] and bare["choices"] == {}
 
     out = tmp_path / "smaller"
     assert run("minify", model, "--keep", "0.7", "--out", out, "-c", texts[0], *SMALL, "--quiet").exit_code == 0

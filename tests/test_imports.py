@@ -16,7 +16,7 @@ LEVELS = (
     ("demo",),
     ("fast",),
     ("export", "measure"),
-    ("evaluate", "report"),
+    ("choice", "evaluate", "report"),
     ("calibrate", "plan_view"),
     ("planner",),
     ("costs",),
