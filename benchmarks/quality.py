@@ -1,8 +1,8 @@
 """What every method leaves of a model, on three domains: `python benchmarks/quality.py MODEL --calibration a --text b`.
 
 All rows share one set of statistics (kept under --cache) and are evaluated alike: perplexity over that of the dense
-model, windows of 1024 tokens, on the text given, on Python's documentation, and on source code. With --mixed,
-calibration takes equal parts of the calibration text, of documentation and of code; what is evaluated on is not among
+model, windows of 1024 tokens, on the text given, on Python's documentation, and on source code. With --mixed 64, so
+many windows of documentation and as many of code are added to the calibration text; what is evaluated on is not among
 them. Every finished row is in the result file at once, and a run that is repeated goes on from there: delete the file
 where the defaults of minisp have changed. Seconds do not count the statistics, and trial cuts once for all ratios.
 
@@ -75,18 +75,17 @@ class Kit:
 
 
 def calibration_windows(arguments: argparse.Namespace, tokenizer: Any) -> Tensor:
-    """(N, L): of the calibration text alone, or of three domains in equal parts."""
-    count, window = arguments.windows, arguments.window
-    if not arguments.mixed:
-        return read_windows(arguments.model, arguments.calibration, count, window)
-    code = code_text(CODE_CALIBRATES + 6 * count * window)[CODE_CALIBRATES:]
-    texts = [arguments.calibration.read_text("utf-8"), documentation_text("even"), code]
-    parts = []
-    for text in texts:
-        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-        part = min(count // len(texts), len(tokens) // window)
-        parts.append(tokens[: part * window].view(part, window))
-    return torch.cat(parts)
+    """(N, L): of the calibration text alone, or of three domains."""
+    count, window, added = arguments.windows, arguments.window, arguments.mixed
+    windows = read_windows(arguments.model, arguments.calibration, count, window)
+    if not added:
+        return windows
+    code = code_text(CODE_CALIBRATES + 6 * added * window)[CODE_CALIBRATES:]
+    others = [
+        torch.tensor(tokenizer(text, verbose=False)["input_ids"])[: added * window]
+        for text in (documentation_text("even"), code)
+    ]
+    return torch.cat([windows, *(tokens[: len(tokens) // window * window].view(-1, window) for tokens in others)])
 
 
 def evaluation_texts(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[Tensor, int]]:
@@ -212,7 +211,7 @@ def main() -> None:
     parser.add_argument("model", help="Hugging Face folder of a Llama-shaped model")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="evaluation text")
-    parser.add_argument("--mixed", action="store_true", help="calibrate on three domains")
+    parser.add_argument("--mixed", type=int, default=0, help="windows of documentation, and of code, to add")
     parser.add_argument("--windows", type=int, default=291)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--keep", type=float, nargs="+", default=KEEPS)
