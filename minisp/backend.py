@@ -10,9 +10,13 @@ from minisp.errors import BackendError
 
 Impl = Literal["auto", "torch", "native", "triton"]
 
+# Before sm_80, GPUs multiply no bfloat16, and the kernels spill their registers.
+OLDEST_GPU = (8, 0)
+
 
 def serves_triton(*tensors: Tensor | None, any_strides: bool = False) -> bool:
-    """Whether the kernels of `minisp.kernels` take these tensors (None: absent): on a GPU, in one known dtype.
+    """Whether the kernels of `minisp.kernels` take these tensors (None: absent): on a GPU from sm_80 on, in one known
+    dtype.
 
     Unless any strides will do, the tensors must be alike in strides too, with the last axis contiguous.
     """
@@ -21,6 +25,7 @@ def serves_triton(*tensors: Tensor | None, any_strides: bool = False) -> bool:
         find_spec("triton") is not None
         and all(t.is_cuda and t.dtype in (torch.bfloat16, torch.float16, torch.float32) for t in given)
         and len({t.dtype for t in given}) == 1
+        and torch.cuda.get_device_capability(given[0].device) >= OLDEST_GPU
         and (any_strides or (len({t.stride() for t in given}) == 1 and given[0].stride(-1) == 1))
     )
 

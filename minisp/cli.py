@@ -228,7 +228,9 @@ def _errors(interrupted: str = "") -> Iterator[None]:
         try:
             yield
         except MinispError as error:
-            console.print(f"[bold red]{type(error).__name__}[/]", highlight=False)
+            # Of the processes that torchrun starts, each may fail for a reason of its own.
+            where = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
+            console.print(f"[bold red]{type(error).__name__}[/]{where}", highlight=False)
             console.print(_printable(str(error)), markup=False, highlight=False)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:

@@ -7,6 +7,7 @@ from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer
 from minisp.config import MinifyConfig
 from minisp.heal import FEW_TOKENS
 from minisp.memory import Layout, Shape
+from minisp.statistics import PANEL_ROWS
 
 
 def sweep_flops(model: CausalLM, config: MinifyConfig, num_segments: int, layout: Layout) -> float:
@@ -50,26 +51,64 @@ def solve_flops(widths: Sequence[int], config: MinifyConfig, hidden: int) -> flo
     return total
 
 
-def disk_traffic(shape: Shape, layout: Layout, widths: list[int], bytes_after: int) -> dict[str, int]:
-    """Bytes to and from disk; the system keeps in memory what it can of them."""
+def disk_traffic(shape: Shape, layout: Layout, widths: Sequence[int], bytes_after: int) -> dict[str, int]:
+    """Bytes to and from disk, by purpose; the system keeps in memory what it can of them."""
     if not shape.writes:
         return {}
-    num_segments = -(-shape.num_layers // layout.segment)
+    segments, forward = _passes(shape, layout)
     layers = shape.num_layers * shape.layer * shape.stored_item
-    forward = num_segments if layout.stream_vocabulary else num_segments - 1
     vocabulary = shape.vocabulary_weights * shape.stored_item
     heads = -(-shape.tokens // max(4096, shape.batch_tokens))
-    state = shape.tokens * shape.hidden * shape.item
-    panels = sum(2 * m * m for m in widths) if shape.gram else 0
+    visits = 1 + forward / segments + shape.trials + shape.heals
     return {
         # The sweeps, the down projections once more, and what is copied to the result.
-        "weights read": int(layers * (1 + forward / num_segments + 1.3))
-        + vocabulary * (1 + (2 * heads if layout.stream_vocabulary else 1))
+        "weights read": int(layers * (visits + 1.3)) + vocabulary * (1 + (2 * heads if layout.stream_vocabulary else 1))
         if shape.streams
         else 0,
-        # States and gradients of every boundary, written and read.
-        "states": 2 * state * (forward + num_segments - 1),
-        "statistics": 2 * panels,
+        # States are written once and read on both ways, gradients written and read.
+        "states": _states(shape) * (2 * forward + 3 * (segments - 1)),
+        # The states of every trial below a layer pass it.
+        "trials": shape.num_layers * (shape.num_layers + 1) * _trial_states(shape) if shape.trials else 0,
+        # Of the dense and of the pruned model: both are written once and read twice.
+        "heal states": 6 * shape.num_layers * _heal_states(shape) if shape.heals else 0,
+        "statistics": 2 * _panels(shape, widths),
         "refitted": 2 * sum(widths) * shape.hidden * shape.stored_item,
         "result": bytes_after,
     }
+
+
+def scratch_room(shape: Shape, layout: Layout, widths: Sequence[int]) -> int:
+    """Bytes that what waits in the scratch folder takes at most at once."""
+    if not shape.writes:
+        return 0
+    _, forward = _passes(shape, layout)
+    passing = [_states(shape) * (forward + 2)]
+    passing += [2 * shape.num_layers * _trial_states(shape)] if shape.trials else []
+    passing += [4 * _heal_states(shape)] if shape.heals else []
+    return max(passing) + _panels(shape, widths) + sum(widths) * shape.hidden * shape.stored_item
+
+
+def _passes(shape: Shape, layout: Layout) -> tuple[int, int]:
+    """Segments, and those that a forward pass of its own runs through."""
+    segments = -(-shape.num_layers // layout.segment)
+    return segments, segments if layout.stream_vocabulary else segments - 1
+
+
+def _states(shape: Shape) -> int:
+    return shape.tokens * shape.hidden * shape.item
+
+
+def _heal_states(shape: Shape) -> int:
+    return _states(shape) if shape.tokens <= FEW_TOKENS else _states(shape) // 2
+
+
+def _trial_states(shape: Shape) -> int:
+    return trial_tokens(shape.tokens, shape.num_layers) * shape.hidden * shape.item
+
+
+def _panels(shape: Shape, widths: Sequence[int]) -> int:
+    """Gram matrices in float32, a panel of rows at a time as far as the diagonal."""
+    if not shape.gram:
+        return 0
+    panels = [(start, min(start + PANEL_ROWS, m)) for m in widths for start in range(0, m, PANEL_ROWS)]
+    return sum(4 * (stop - start) * stop for start, stop in panels)

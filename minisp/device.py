@@ -3,13 +3,14 @@
 import ctypes
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import psutil
 import torch
 
 from minisp.config import MinifyConfig, Resources, parse_size
-from minisp.errors import ConfigError
+from minisp.errors import ConfigError, one_line
 
 CPU = torch.device("cpu")
 # Share of the free memory that a run may plan with where no limit is given; the rest is for other processes, of which a
@@ -26,8 +27,7 @@ def compute_device(config: MinifyConfig) -> torch.device:
         ConfigError: the name is no torch device, or that device is not there.
     """
     if config.device == "auto":
-        # torchrun numbers the processes of a machine, one for each GPU.
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else CPU
+        return _own_gpu() if torch.cuda.is_available() else CPU
     try:
         device = torch.device(config.device)
     except RuntimeError:
@@ -45,7 +45,12 @@ def compute_device(config: MinifyConfig) -> torch.device:
             f"Option device: expected a device of this machine, got {config.device!r}, but torch can compute only on "
             f"the CPU and {found} GPUs here. Pass one of these, or auto."
         )
-    return device
+    return _own_gpu() if config.device == "cuda" else device
+
+
+def _own_gpu() -> torch.device:
+    """torchrun numbers the processes of a machine, one for each GPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def compute_dtype(config: MinifyConfig, device: torch.device) -> torch.dtype:
@@ -53,7 +58,7 @@ def compute_dtype(config: MinifyConfig, device: torch.device) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
@@ -83,6 +88,33 @@ def trim_memory() -> None:
     """Give what is free in the C library's heap back to the system, where the library can."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def computing_on(device: torch.device, resources: Resources) -> Iterator[None]:
+    """Within the block, a GPU is the current one, and its allocator refuses more than `device_memory`.
+
+    Raises:
+        ConfigError: the GPU's memory ran out in the block.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    try:
+        with torch.cuda.device(device):
+            if resources.device_memory is not None:
+                total = torch.cuda.get_device_properties(device).total_memory
+                share = min(before, parse_size(resources.device_memory) / total)
+                torch.cuda.set_per_process_memory_fraction(share, device)
+            yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"Memory of {device}: expected the planned bytes to do, but {one_line(error)[:300]} Pass a smaller "
+            "device_memory to be planned with, a smaller batch or shorter windows, and continue with resume."
+        ) from error
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 def memory_limit(resources: Resources, device: torch.device, base: int) -> tuple[str, int]:

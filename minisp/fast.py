@@ -23,7 +23,7 @@ from minisp.architecture import cut_, record_widths_
 from minisp.calibrate import calibrate
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig, Resources, split_options
-from minisp.device import CPU, compute_device, compute_dtype, free_promptly
+from minisp.device import CPU, compute_device, compute_dtype, computing_on, free_promptly
 from minisp.errors import ConfigError, UnsupportedModelError
 from minisp.evaluate import checkpoint_bytes
 from minisp.export.folder import describe, export_checkpoint, export_module
@@ -85,6 +85,7 @@ def minify(
         checkpoint = None if isinstance(model, nn.Module) else Checkpoint.open(local_folder(model))
         ranks = stack.enter_context(joined(CPU if checkpoint is None else compute_device(config)))
         made_plan = _plan(model, checkpoint, config, resources, writes=out is not None, ranks=ranks)
+        stack.enter_context(computing_on(torch.device(made_plan.device), resources))
         target = check_output(out, made_plan.bytes_after) if out is not None else None
         identity = _identity(checkpoint, made_plan, ranks) if checkpoint is not None else None
         # Beside the output, both have to find room on one disk.

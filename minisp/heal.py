@@ -125,11 +125,10 @@ def _correct_layer(
     drift = _Drift.empty(kept.to(stream.device), len(weight))
     with other_down(layer, row, down), watch(layer, row, activation_kind(stream.model.config, row), drift):
         for number, leaving in enumerate(_states(stream, batches, work, index)):
-            target = work.own.read(record("dense", index + 1), str(number)).to(stream.device)
-            drift.add_(target - leaving)
-    energy = torch.tensor(drift.energy, dtype=torch.float64)
-    work.ranks.sum_(drift.gram, drift.cross, energy)
-    return correct(result, ops.mirror_(drift.gram), drift.cross.T.contiguous(), float(energy), config)
+            target = work.own.read(record("dense", index + 1), str(number), ahead=True)
+            drift.add_(target.to(stream.device, non_blocking=True) - leaving)
+    work.ranks.sum_(drift.gram, drift.cross, drift.energy)
+    return correct(result, ops.mirror_(drift.gram), drift.cross.T.contiguous(), float(drift.energy), config)
 
 
 def _states(stream: Stream, batches: Sequence[Tensor], work: Workplace, index: int) -> Iterator[Tensor]:
@@ -147,20 +146,21 @@ class _Drift:
         kept: (n,) int64.
         gram: X_SᵀX_S (n, n) float32.
         cross: X_SᵀE (n, d) float32.
-        energy: ‖E‖².
+        energy: ‖E‖², () float64.
         passed: X_S of the last micro-batch.
     """
 
     kept: Tensor
     gram: Tensor
     cross: Tensor
-    energy: float = 0.0
+    energy: Tensor
     passed: Tensor | None = None
 
     @classmethod
     def empty(cls, kept: Tensor, hidden: int) -> "_Drift":
         n, device = len(kept), kept.device
-        return cls(kept, torch.zeros(n, n, device=device), torch.zeros(n, hidden, device=device))
+        energy = torch.zeros((), dtype=torch.float64, device=device)
+        return cls(kept, torch.zeros(n, n, device=device), torch.zeros(n, hidden, device=device), energy)
 
     def update_(self, x: Tensor, sums: Tensor | None) -> None:
         """What the watched layer tells: its activations x (T, m)."""
@@ -170,6 +170,6 @@ class _Drift:
         """The drift (…, d) behind the layer for the tokens that have just passed."""
         assert self.passed is not None
         flat = drift.reshape(-1, drift.shape[-1])
-        self.energy += float(flat.float().square().sum(dtype=torch.float64))
+        self.energy += torch.linalg.vector_norm(flat, dtype=torch.float32).double().square()
         ops.gram_update_(self.gram, self.passed)
         ops.cross_update_(self.cross, self.passed, flat)

@@ -101,6 +101,8 @@ class _Slot:
         self.buffer = self.host = torch.empty(0, dtype=torch.uint8)
         self.host = torch.empty(size, dtype=torch.uint8, pin_memory=self._copies is not None)
         self.buffer = self.host if self._copies is None else torch.empty(size, dtype=torch.uint8, device=self._device)
+        # New memory may be what other tensors have just given back: what is queued may still use it.
+        self.release()
 
     def send(self, size: int) -> None:
         """Copy to the GPU beside the computation; returns when the copy is done, so that nobody has to wait for it."""

@@ -143,6 +143,14 @@ def choose_layout(shape: Shape, limit: int, segment: int | None, what: str, base
     )
 
 
+def staging(shape: Shape, layout: Layout) -> int:
+    """Main memory in bytes that a run on a GPU takes: pinned copies of what is read, and what waits to be written."""
+    read = layout.segment * layout.num_slots * shape.layer if shape.streams else shape.vocabulary_weights
+    written = 2 * shape.layer * shape.stored_item + 4 * PIECE_BYTES
+    states = 6 * shape.batch_tokens * shape.hidden * shape.item + 3 * PANEL_ROWS * 4 * shape.width
+    return max(read * shape.stored_item, written) + states + TOKENIZER_FACTOR * shape.tokenizer
+
+
 def _candidates(shape: Shape, segment: int | None) -> Iterator[tuple[int, int, bool]]:
     """(segment, slots, whether the vocabulary streams) from fast to frugal."""
     whole = shape.num_layers
@@ -193,7 +201,7 @@ def _sweep(shape: Shape, segment: int, stream_vocabulary: bool) -> dict[str, int
     return {
         "Gram matrices": grams * 4 * m * m if shape.gram else 0,
         "activations": _activations(shape, segment),
-        "boundary states": in_memory + 4 * shape.batch_tokens * d * item,
+        "boundary states": in_memory + 6 * shape.batch_tokens * d * item,
         "logits": 0 if stream_vocabulary else min(shape.logits, 2 * shape.tokens * shape.vocabulary) * 2,
         # Row panels on their way to the disk.
         "writing": 3 * PANEL_ROWS * 4 * m if shape.writes and shape.gram else 0,
@@ -216,7 +224,7 @@ def _heal(shape: Shape) -> dict[str, int]:
     d, m, item = shape.hidden, shape.width, shape.item
     drift = {
         "Gram matrices": 4 * shape.kept**2 + 2 * 4 * shape.kept * d,
-        "activations": shape.batch_tokens * (4 * item * m + 6 * 4 * d),
+        "activations": shape.batch_tokens * (4 * item * m + 6 * 4 * d + 2 * item * d),
         "full width": 2 * shape.stored_item * d * m,
     }
     return max(_reconstruction(shape, shape.kept), drift, key=lambda part: sum(part.values()))

@@ -147,7 +147,8 @@ def gram_update_(gram: Tensor, x: Tensor, *, weights: Tensor | None = None, impl
 
     Args:
         gram: (m, m) float32, contiguous. Above the diagonal its content is unspecified until `mirror_`.
-        x: (T, m) bfloat16, float16 or float32. Products of 16-bit inputs are exact in float32, sums are float32.
+        x: (T, m) bfloat16, float16 or float32. Products of 16-bit inputs are exact in float32, sums are float32. On a
+            GPU, `torch.set_float32_matmul_precision` decides how float32 inputs are multiplied.
         weights: (T,) float32, for every token; None weighs all alike. The weighted row is rounded once to the dtype of
             `x`, as `reference.cross` says.
 
@@ -159,7 +160,7 @@ def gram_update_(gram: Tensor, x: Tensor, *, weights: Tensor | None = None, impl
     if chosen == "triton":
         from minisp.kernels import gram as kernel
 
-        kernel.gram_update_(gram, x, weights=weights)
+        kernel.gram_update_(gram, x, weights=weights, input_precision=_precision())
         return
     if chosen == "native":
         native.gram_update_(gram, x)
@@ -185,14 +186,18 @@ def cross_update_(cross: Tensor, x: Tensor, y: Tensor, *, weights: Tensor | None
     if choose("cross_update_", impl, triton=serves_triton(x, y, any_strides=True)) == "triton":
         from minisp.kernels import cross as kernel
 
-        kernel.cross_update_(cross, x, y, weights=weights)
+        kernel.cross_update_(cross, x, y, weights=weights, input_precision=_precision())
         return
     with _sixteen_bit_products(x.dtype):
         cross.addmm_(_weighted(x, weights).T, y.float())
 
 
-def mirror_(gram: Tensor) -> Tensor:
+def mirror_(gram: Tensor, *, impl: Impl = "auto") -> Tensor:
     """Copy the lower triangle of `gram` (m, m) onto the upper one, in place; returns `gram`."""
+    if choose("mirror_", impl, triton=gram.dtype == torch.float32 and serves_triton(gram)) == "triton":
+        from minisp.kernels import gram as kernel
+
+        return kernel.mirror_(gram)
     for start in range(0, gram.shape[0], GRAM_TILE):
         stop = min(start + GRAM_TILE, gram.shape[0])
         gram[:start, start:stop] = gram[start:stop, :start].T
@@ -239,6 +244,11 @@ def cross_entropy_gradient(logits: Tensor, targets: Tensor, *, impl: Impl = "aut
         probability.scatter_add_(1, target, probability.new_full((1, 1), -1.0).expand(target.shape))
         gradient[start : start + step] = probability
     return loss, gradient.view_as(logits)
+
+
+def _precision() -> str:
+    """How kernels multiply float32 inputs: as `torch.set_float32_matmul_precision` asks of torch's own products."""
+    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
 
 
 def _weighted(x: Tensor, weights: Tensor | None) -> Tensor:

@@ -14,7 +14,6 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     values = asdict(plan)
     values["segments"] = [[segment.start, segment.stop] for segment in plan.segments]
     values["widths"] = list(plan.widths)
-    values["scratch_bytes"] = plan.scratch_bytes
     values["peak_memory"] = plan.peak_memory
     return values
 

@@ -8,11 +8,11 @@ import torch
 
 from minisp.architecture import CausalLM, activation_kind, architecture_of, decoder_layers, layer_widths, unit_axes
 from minisp.checkpoint import DTYPE_OF, Checkpoint
-from minisp.config import MinifyConfig, Resources
-from minisp.costs import disk_traffic, solve_flops, sweep_flops
+from minisp.config import MinifyConfig, Resources, parse_size
+from minisp.costs import disk_traffic, scratch_room, solve_flops, sweep_flops
 from minisp.device import memory_limit, product_rate
 from minisp.errors import CalibrationError, ConfigError
-from minisp.memory import Layout, Shape, choose_layout, shape_of
+from minisp.memory import Layout, Shape, choose_layout, shape_of, staging
 from minisp.ops import implementations
 from minisp.selection import allocate_widths, default_alignment, uniform_widths
 from minisp.stream import LOGIT_BYTES
@@ -89,6 +89,7 @@ class Plan:
         implementations: who computes each operation of the engine, see `ops.implementations`.
         flops: floating-point operations of the sweeps; solve_flops: those of the ridge solves, in float32.
         traffic: bytes read from and written to disk, by purpose.
+        scratch_bytes: disk that waiting states, statistics and results take at most at once.
         base_memory: bytes that the process had before.
     """
 
@@ -114,17 +115,13 @@ class Plan:
     flops: float
     solve_flops: float
     traffic: dict[str, int]
+    scratch_bytes: int
     base_memory: int = field(compare=False)
 
     @property
     def num_tokens(self) -> int:
         """Calibration tokens."""
         return self.config.num_windows * self.config.window
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Disk that waiting states, statistics and results take at most."""
-        return sum(self.traffic.get(name, 0) // 2 for name in ("states", "statistics", "refitted"))
 
     @property
     def peak_memory(self) -> int:
@@ -181,6 +178,7 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
         flops=sweep_flops(model, config, len(segments), layout),
         solve_flops=solve_flops(widths, config, shape.hidden),
         traffic=disk_traffic(shape, layout, widths, bytes_after),
+        scratch_bytes=scratch_room(shape, layout, widths),
         base_memory=base,
     )
 
@@ -196,6 +194,13 @@ def _fit(
         layout = choose_layout(shape, limit, resources.segment, what, base if source.device.type != "cuda" else 0)
         if config.batch is not None or -(-shape.num_layers // layout.segment) <= FEW_SEGMENTS:
             break
+    if source.device.type == "cuda" and resources.host_memory is not None:
+        needed = base + staging(shape, layout)
+        if needed > parse_size(resources.host_memory):
+            raise ConfigError(
+                f"Option host_memory: expected at least {needed / 1e9:.2f} GB for what passes through main memory on "
+                f"its way to {source.device}, got {resources.host_memory}. Allow more, or pass a smaller segment."
+            )
     return batch, shape, layout
 
 

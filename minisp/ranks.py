@@ -90,6 +90,9 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     elif int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
     else:
+        if device.type == "cuda":
+            # NCCL takes the current device of each process.
+            torch.cuda.set_device(device)
         # The others wait while the first one prepares text or writes; torchrun ends them where one is lost.
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
         try:

@@ -4,13 +4,15 @@ In a folder, a record is `NAME.data`, raw tensors one after the other, and `NAME
 checksum each and is renamed into place last: a record exists exactly when that file does. Nothing is synced to the
 disk: a process that is killed loses nothing that it wrote, and what a power failure tears fails its checksum.
 
-Writing happens behind the computation, in a thread of its own, in order.
+Writing happens behind the computation, in a thread of its own, in order; so does reading ahead, where it is asked for.
+On a GPU both go through pinned memory, so that the computation need not wait for the copies.
 """
 
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -49,7 +51,7 @@ class Memory:
         """As `Folder.keys`."""
         return list(self._records[name][0])
 
-    def read(self, name: str, key: str) -> Tensor:
+    def read(self, name: str, key: str, *, ahead: bool = False) -> Tensor:
         """As `Folder.read`."""
         return self._records[name][0][key]
 
@@ -77,6 +79,10 @@ class Folder:
         self._writer = WriteBehind()
         self._unfinished: set[str] = set()
         self._indices: dict[str, dict[str, Any]] = {}
+        # Records that this object has written, or has found to be as they were written.
+        self._sound: set[str] = set()
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="minisp-reader")
+        self._ahead: dict[str, tuple[str, Future[Tensor]]] = {}
 
     @contextmanager
     def writing(self, name: str, **facts: Any) -> Iterator[Append]:
@@ -93,7 +99,7 @@ class Folder:
         self._unfinished.add(name)
         record = _Unfinished(self.path / name, facts)
         try:
-            yield lambda key, tensor: self._behind(record.append, key, tensor.detach().cpu())
+            yield lambda key, tensor: self._behind(record.append, key, *_leaving(tensor.detach()))
             self._behind(self._finish, name, record)
         except BaseException:
             with suppress(OSError):
@@ -110,20 +116,33 @@ class Folder:
         """The keys of its tensors, in writing order."""
         return list(self._index(name)["tensors"])
 
-    def read(self, name: str, key: str) -> Tensor:
+    def read(self, name: str, key: str, *, ahead: bool = False) -> Tensor:
         """One tensor of a record, on the CPU.
 
+        Args:
+            ahead: read the record's next tensor beside the computation, for it will be asked for next.
+
         Raises:
-            OutputError: the file was changed or damaged since.
+            OutputError: the file cannot be read, or was changed or damaged before this object saw it.
         """
+        expected, reading = self._ahead.pop(name, (None, None))
+        tensor = reading.result() if reading is not None and expected == key else self._read(name, key, ahead)
+        if ahead:
+            keys = self.keys(name)
+            for following in keys[keys.index(key) + 1 :][:1]:
+                self._ahead[name] = following, self._reader.submit(self._read, name, following, True)
+        return tensor
+
+    def _read(self, name: str, key: str, pinned: bool) -> Tensor:
         row = self._index(name)["tensors"][key]
-        tensor = torch.empty(row["shape"], dtype=DTYPE_OF[row["dtype"]])
+        pinned = pinned and torch.cuda.is_initialized()
+        tensor = torch.empty(row["shape"], dtype=DTYPE_OF[row["dtype"]], pin_memory=pinned)
         path = self.path / f"{name}{DATA}"
         try:
             read_pieces(path, [(row["offset"], tensor_bytes(tensor))])
         except OSError as error:
             raise OutputError(f"{path}: cannot be read ({error}). Delete it and run again with --resume.") from error
-        if checksum(tensor_bytes(tensor)) != row["checksum"]:
+        if name not in self._sound and checksum(tensor_bytes(tensor)) != row["checksum"]:
             raise OutputError(
                 f"{path}: expected {key} as it was written, got other bytes. Delete {path.stem}{INDEX} beside it and "
                 "run again with --resume, which computes it anew."
@@ -132,10 +151,14 @@ class Folder:
 
     def intact(self, name: str) -> bool:
         """Whether every tensor of a record is as it was written."""
+        self._sound.discard(name)
         try:
-            return all(self.read(name, key) is not None for key in self.keys(name))
+            for key in self.keys(name):
+                self._read(name, key, False)
         except (OutputError, ValueError, KeyError, TypeError):
             return False
+        self._sound.add(name)
+        return True
 
     def facts(self, name: str) -> dict[str, Any]:
         """The plain values that were kept with it."""
@@ -147,6 +170,9 @@ class Folder:
         if name in self._unfinished:
             self.settle()
         self._indices.pop(name, None)
+        self._sound.discard(name)
+        if name in self._ahead:
+            self._ahead.pop(name)[1].exception()
         (self.path / f"{name}{INDEX}").unlink(missing_ok=True)
         (self.path / f"{name}{DATA}").unlink(missing_ok=True)
 
@@ -167,6 +193,7 @@ class Folder:
     def close(self) -> None:
         """Stop the writing thread, after what it has still to write; failures no longer matter."""
         self._writer.close()
+        self._reader.shutdown(wait=True)
 
     def _index(self, name: str) -> dict[str, Any]:
         if name in self._unfinished:
@@ -177,6 +204,7 @@ class Folder:
 
     def _finish(self, name: str, record: "_Unfinished") -> None:
         record.commit()
+        self._sound.add(name)
         self._unfinished.discard(name)
 
     def _behind(self, job: Callable[..., None] | None, *arguments: Any) -> None:
@@ -201,6 +229,15 @@ def no_room(path: Path, error: OSError) -> OutputError:
 Scratch: TypeAlias = Folder | Memory
 
 
+def _leaving(tensor: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
+    """A tensor on its way to the CPU, and what to wait for before it is there."""
+    if not tensor.is_cuda:
+        return tensor.cpu(), None
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    return host, torch.cuda.current_stream(tensor.device).record_event()
+
+
 class _Unfinished:
     """A record that is being written; used by the writing thread alone."""
 
@@ -211,7 +248,9 @@ class _Unfinished:
         self._whole = True
         self._tensors: dict[str, dict[str, Any]] = {}
 
-    def append(self, key: str, tensor: Tensor) -> None:
+    def append(self, key: str, tensor: Tensor, arrived: "torch.cuda.Event | None") -> None:
+        if arrived is not None:
+            arrived.synchronize()
         # Until this has ended well, the record must not be finished: that job may be waiting already.
         self._whole = False
         if self._handle is None:

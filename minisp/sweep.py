@@ -138,7 +138,7 @@ def _run_backward(
     with keeping as append, _watch_all(stream, records), fast_attention(stream.model.config):
         for number, ids in enumerate(batches):
             hidden = enter(stream, own, segment, number, ids)
-            above = own.read(source, str(number)).to(stream.device) if known else None
+            above = own.read(source, str(number), ahead=True).to(stream.device, non_blocking=True) if known else None
             append(str(number), _forward_backward(stream, segment, hidden, ids, above))
             advance("saliency", segment)
     return records
@@ -148,7 +148,7 @@ def enter(stream: Stream, own: Scratch, segment: range, number: int, ids: Tensor
     """The hidden state that enters a segment: embedded anew for the first one, kept for the others."""
     if segment.start == 0:
         return stream.embed(ids)
-    return own.read(record(kind, segment.start), str(number)).to(stream.device)
+    return own.read(record(kind, segment.start), str(number), ahead=True).to(stream.device, non_blocking=True)
 
 
 def _forward_backward(stream: Stream, segment: range, hidden: Tensor, ids: Tensor, gradient: Tensor | None) -> Tensor:
