@@ -30,7 +30,8 @@ from transformers import AutoTokenizer
 from minisp.allocation import layer_ratios
 from minisp.architecture import architecture_of, cut_, decoder_layers
 from minisp.attention import fast_attention
-from minisp.calibration import Calibration, code_text, documentation_text
+from minisp.builtin import CODE_HELD_OUT, code_text, documentation_text
+from minisp.calibration import Calibration
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
 from minisp.evaluate import perplexity
@@ -45,8 +46,8 @@ from minisp.workplace import Workplace, record
 
 CPU = torch.device("cpu")
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
-# Characters of source code: the first are evaluated on, those from the second number on calibrate.
-CODE_EVALUATED, CODE_CALIBRATES = 60_000, 200_000
+# Characters of source code that are evaluated on.
+CODE_EVALUATED = 60_000
 
 OURS: dict[str, dict[str, Any]] = {
     "minisp: score only": {"reconstruct": False, "inputs": "dense", "allocation": "score"},
@@ -80,7 +81,7 @@ def calibration_windows(arguments: argparse.Namespace, tokenizer: Any) -> Tensor
     windows = read_windows(arguments.model, arguments.calibration, count, window)
     if not added:
         return windows
-    code = code_text(CODE_CALIBRATES + 6 * added * window)[CODE_CALIBRATES:]
+    code = code_text(CODE_HELD_OUT + 6 * added * window)[CODE_HELD_OUT:]
     others = [
         torch.tensor(tokenizer(text, verbose=False)["input_ids"])[: added * window]
         for text in (documentation_text("even"), code)

@@ -15,25 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisp.corpora import (
-    HUB_PREFIX,
-    Corpus,
-    code_text,
-    documentation_text,
-    load_text,
-    open_documents,
-    open_file,
-    open_hub,
-    parse_source,
-)
+from minisp.builtin import BUILTIN_PREFIX, open_builtin
+from minisp.corpora import HUB_PREFIX, Corpus, load_text, open_documents, open_file, open_hub, parse_source
 from minisp.errors import CalibrationError
 from minisp.windows import Draw, text_windows, token_windows, write_windows
 
 __all__ = [
     "Calibration",
     "apportion",
-    "code_text",
-    "documentation_text",
     "interleave",
     "load_calibration",
     "load_text",
@@ -89,7 +78,8 @@ def load_calibration(
 
     Args:
         source: None, the default mixture: half what the model writes itself (`writer`), half the documentation that
-            every Python carries. A path to a text or .jsonl file. `hf:NAME[:CONFIG][:SPLIT]`. An iterable of strings
+            every Python carries. A path to a text or .jsonl file. `hf:NAME[:CONFIG][:SPLIT]`. `builtin:documentation`
+            or `builtin:code` (Python's), `builtin:model` (text that the model writes). An iterable of strings
             (documents). A list of paths of existing files (equal shares). An integer tensor of tokens, (T,) or (N, L);
             a 2-D tensor that is the whole source keeps its own L. A dict {source: weight} or a list of
             (source, weight): a mixture by weight.
@@ -98,7 +88,7 @@ def load_calibration(
         window: L, at least 2.
         vocab_size: tokens must be below it.
         max_positions: the longest window the model takes.
-        writer: (n, L) -> (n, L) int64 windows written by the model; used by the default mixture only.
+        writer: (n, L) -> (n, L) int64 windows written by the model; None where it cannot write.
 
     Raises:
         CalibrationError: a source is missing, unreadable, ambiguous or empty, or its tokens do not fit the model.
@@ -106,7 +96,7 @@ def load_calibration(
     if isinstance(source, Tensor) and source.dim() == 2:
         window = source.shape[1]
     _check_request(num_windows, window, max_positions)
-    parts = _default_parts(tokenizer, writer) if source is None else _parts(source, tokenizer)
+    parts = _default_parts(tokenizer, writer) if source is None else _parts(source, tokenizer, writer)
     drawn, description = [], []
     for part, wanted in zip(parts, apportion([part.weight for part in parts], num_windows), strict=True):
         if not wanted:
@@ -150,11 +140,9 @@ def interleave(groups: Sequence[Tensor]) -> Tensor:
 def _default_parts(tokenizer: Any, writer: Draw | None) -> list[_Part]:
     parts = []
     if writer is not None:
-        parts.append(_Part("text that the model wrote itself", 1.0, writer))
+        parts.append(_part(f"{BUILTIN_PREFIX}model", 1.0, tokenizer, writer))
     if tokenizer is not None:
-        # The even half only, so that the odd half can evaluate.
-        corpus = Corpus("the documentation that comes with Python", iter([documentation_text("even")]))
-        parts.append(_text_part(corpus, 1.0, tokenizer))
+        parts.append(_part(f"{BUILTIN_PREFIX}documentation", 1.0, tokenizer, writer))
     if not parts:
         raise CalibrationError(
             "Expected a tokenizer for the default calibration text, got None. Pass the tokenizer, or an integer tensor "
@@ -163,38 +151,47 @@ def _default_parts(tokenizer: Any, writer: Draw | None) -> list[_Part]:
     return parts
 
 
-def _parts(source: Any, tokenizer: Any) -> list[_Part]:
+def _parts(source: Any, tokenizer: Any, writer: Draw | None) -> list[_Part]:
     """The parts of any source but None."""
     if isinstance(source, Mapping):
-        return _weighted_parts(list(source.items()), tokenizer)
+        return _weighted_parts(list(source.items()), tokenizer, writer)
     if isinstance(source, (list, tuple)):
         if not source:
             raise CalibrationError("Expected calibration text or tokens, got an empty list.")
         pairs = [_is_pair(item) for item in source]
         if all(pairs):
-            return _weighted_parts(source, tokenizer)
+            return _weighted_parts(source, tokenizer, writer)
         if any(pairs):
             raise CalibrationError(
                 f"Expected every element of a mixture to be a pair (source, weight), got {pairs.count(False)} of "
                 f"{len(pairs)} elements that are not. Give each source a weight."
             )
         if _are_paths(source):
-            return [_part(item, 1.0, tokenizer) for item in source]
-    return [_part(source, 1.0, tokenizer)]
+            return [_part(item, 1.0, tokenizer, writer) for item in source]
+    return [_part(source, 1.0, tokenizer, writer)]
 
 
-def _weighted_parts(pairs: Sequence[tuple[Any, Any]], tokenizer: Any) -> list[_Part]:
+def _weighted_parts(pairs: Sequence[tuple[Any, Any]], tokenizer: Any, writer: Draw | None) -> list[_Part]:
     if not pairs:
         raise CalibrationError("Expected a mixture {source: weight}, got an empty one.")
     for source, weight in pairs:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
             raise CalibrationError(f"Expected a finite weight above 0 for {_name(source)}, got {weight!r}.")
-    return [_part(source, float(weight), tokenizer) for source, weight in pairs]
+    return [_part(source, float(weight), tokenizer, writer) for source, weight in pairs]
 
 
-def _part(source: Any, weight: float, tokenizer: Any) -> _Part:
+def _part(source: Any, weight: float, tokenizer: Any, writer: Draw | None) -> _Part:
     if isinstance(source, Tensor):
         return _Part("the given tokens", weight, token_windows(source))
+    if source == f"{BUILTIN_PREFIX}model":
+        if writer is None:
+            raise CalibrationError(
+                "Expected a model that fits in memory whole, to write calibration text, got one that does not. Leave "
+                f"{source} out, or allow more memory."
+            )
+        return _Part("text that the model wrote itself", weight, writer)
+    if isinstance(source, str) and source.startswith(BUILTIN_PREFIX):
+        return _text_part(open_builtin(source), weight, tokenizer)
     if isinstance(source, str) and source.startswith(HUB_PREFIX):
         return _text_part(open_hub(source), weight, tokenizer)
     if isinstance(source, (str, os.PathLike)):
@@ -202,8 +199,8 @@ def _part(source: Any, weight: float, tokenizer: Any) -> _Part:
     if isinstance(source, Iterable) and not isinstance(source, (bytes, Mapping)):
         return _text_part(open_documents(source), weight, tokenizer)
     raise CalibrationError(
-        f"Expected a path, {HUB_PREFIX}NAME, an iterable of strings, an integer tensor or a weighted mixture of these, "
-        f"got {type(source).__name__}."
+        f"Expected a path, {HUB_PREFIX}NAME, {BUILTIN_PREFIX}NAME, an iterable of strings, an integer tensor or a "
+        f"weighted mixture of these, got {type(source).__name__}."
     )
 
 
@@ -257,7 +254,7 @@ def _are_paths(items: Sequence[Any]) -> bool:
 
 def _names_source(item: Any) -> bool:
     if isinstance(item, str):
-        return item.startswith(HUB_PREFIX) or os.path.exists(item)
+        return item.startswith((HUB_PREFIX, BUILTIN_PREFIX)) or os.path.exists(item)
     return isinstance(item, (os.PathLike, Tensor))
 
 

@@ -44,8 +44,9 @@ RESUME_HINT = (
     "--scratch named one): the same command with --resume goes on from there."
 )
 CALIBRATION_HELP = (
-    "Text to calibrate on: FILE.txt, FILE.jsonl or hf:NAME, with a weight as FILE:0.3. Repeat it to mix sources. "
-    "Default: text that the model writes itself plus Python's documentation."
+    "Text to calibrate on: FILE.txt, FILE.jsonl, hf:NAME, or what is at hand: builtin:code, builtin:documentation, "
+    "builtin:model (written by the model itself); with a weight as FILE:0.3. Repeat it to mix sources. Default: "
+    "builtin:model and builtin:documentation."
 )
 
 

@@ -1,4 +1,4 @@
-"""Where text comes from: files, JSONL, hub data sets, documents, and what every Python installation carries.
+"""Where text comes from: files, JSONL, hub data sets, documents; for what every Python carries see `builtin`.
 
 A corpus is read lazily and only from its start: `Corpus.prefix(n)` pulls no more text than it needs for n characters.
 Nothing here knows tokens or models.
@@ -7,12 +7,10 @@ Nothing here knows tokens or models.
 import json
 import os
 import re
-import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
-from typing import Literal
 
 from minisp.errors import CalibrationError
 
@@ -23,42 +21,6 @@ HUB_PREFIX = "hf:"
 _READ_CHARACTERS = 1 << 16
 _HUB_SPLITS = frozenset({"train", "validation", "valid", "dev", "test", "all"})
 _WEIGHT = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+|inf|nan)(e[+-]?\d+)?", re.IGNORECASE)
-
-# Large modules of different subjects that every CPython ships as source; first those that read like a program.
-_CODE_MODULES = (
-    "argparse.py",
-    "asyncio/base_events.py",
-    "calendar.py",
-    "collections/__init__.py",
-    "configparser.py",
-    "csv.py",
-    "dataclasses.py",
-    "datetime.py",
-    "difflib.py",
-    "email/message.py",
-    "enum.py",
-    "fractions.py",
-    "functools.py",
-    "heapq.py",
-    "http/client.py",
-    "inspect.py",
-    "json/decoder.py",
-    "logging/__init__.py",
-    "pathlib.py",
-    "pickle.py",
-    "random.py",
-    "shutil.py",
-    "statistics.py",
-    "subprocess.py",
-    "tarfile.py",
-    "textwrap.py",
-    "threading.py",
-    "tokenize.py",
-    "typing.py",
-    "urllib/parse.py",
-    "xml/etree/ElementTree.py",
-    "zipfile.py",
-)
 
 
 @dataclass
@@ -173,35 +135,6 @@ def load_text(path: str | os.PathLike[str]) -> str:
     text = "".join(open_file(path).pieces)
     if not text.strip():
         raise CalibrationError(f"Expected text in {path}, got an empty file. Name a file with text in it.")
-    return text
-
-
-def documentation_text(part: Literal["all", "even", "odd"] = "all") -> str:
-    """Documentation of the Python language, from `pydoc_data.topics` (every Python carries it).
-
-    `even` and `odd` take every second topic by sorted name, so that one half calibrates and the other evaluates.
-    """
-    from pydoc_data.topics import topics
-
-    names = sorted(topics)
-    chosen = {"all": names, "even": names[::2], "odd": names[1::2]}[part]
-    return DOCUMENT_SEPARATOR.join(topics[name].strip() for name in chosen)
-
-
-def code_text(num_chars: int) -> str:
-    """The first `num_chars` characters of Python source code, from a fixed list of standard library modules.
-
-    Raises:
-        CalibrationError: this Python ships fewer characters of source (an interpreter without its library's sources).
-    """
-    folder = Path(sysconfig.get_path("stdlib"))
-    files = [folder / name for name in _CODE_MODULES if (folder / name).is_file()]
-    corpus = Corpus("the standard library", chain.from_iterable(map(_file_pieces, files)))
-    text, _ = corpus.prefix(num_chars)
-    if len(text) < num_chars:
-        raise CalibrationError(
-            f"Expected {num_chars} characters of source code in {folder}, got {len(text)}. Ask for less or read a file."
-        )
     return text
 
 

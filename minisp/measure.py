@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from minisp.architecture import CausalLM, known_model_types
+from minisp.builtin import code_text, documentation_text
 from minisp.checkpoint import Checkpoint
 from minisp.choice import FEWEST_TOKENS, Choices, continuation_choices
 from minisp.config import MinifyConfig
-from minisp.corpora import code_text, documentation_text
 from minisp.device import compute_device, compute_dtype
 from minisp.errors import CalibrationError
 from minisp.evaluate import Perplexity, Throughput, perplexity, throughput

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minisp.builtin import CODE_HELD_OUT, code_text, documentation_text
 from minisp.calibrate import narrowness
 from minisp.calibration import (
     Calibration,
     apportion,
-    documentation_text,
     interleave,
     load_calibration,
 )
@@ -294,3 +294,21 @@ def test_narrow_calibration_is_said_to_be() -> None:
 
 def test_few_different_tokens_are_nothing_special_in_a_small_vocabulary() -> None:
     assert narrowness(torch.randint(60, (8, 64)), width=8, vocab_size=256) == []
+
+
+def test_builtin_sources_leave_out_what_evaluation_uses(letters: Letters) -> None:
+    drawn = load_calibration({"builtin:documentation": 0.5, "builtin:code": 0.5}, letters, num_windows=4, window=16)
+    assert drawn.description[0] == "2 windows of 16 tokens from the documentation that comes with Python"
+    assert drawn.description[1] == "2 windows of 16 tokens from the source code that comes with Python"
+    held_out = ids(code_text(CODE_HELD_OUT + 40))[CODE_HELD_OUT:]
+    code = drawn.windows[1::2].flatten().tolist()
+    assert code == [BOS, *held_out[:31]]
+    with pytest.raises(CalibrationError, match="builtin:model, got 'builtin:jokes'"):
+        load_calibration("builtin:jokes", letters, num_windows=1, window=16)
+
+
+def test_the_model_writes_only_where_it_can(letters: Letters) -> None:
+    written = load_calibration("builtin:model", letters, num_windows=3, window=8, writer=lambda n, m: torch.ones(n, m))
+    assert written.description == ("3 windows of 8 tokens from text that the model wrote itself",)
+    with pytest.raises(CalibrationError, match="a model that fits in memory whole"):
+        load_calibration({"builtin:model": 1.0}, letters, num_windows=3, window=8)

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
+from minisp.builtin import code_text, documentation_text
 from minisp.corpora import (
     Corpus,
-    code_text,
-    documentation_text,
     load_text,
     open_documents,
     open_file,

@@ -27,7 +27,7 @@ LEVELS = (
     ("demo_model", "mlp", "scratch", "stream", "writer"),
     ("loader", "model", "vocabulary"),
     ("attention", "calibration", "checkpoint", "hub", "reconstruction", "selection"),
-    ("damping", "device", "files", "statistics"),
+    ("builtin", "damping", "device", "files", "statistics"),
     ("architecture", "corpora", "ops", "ranks", "windows"),
     ("ridge",),
     ("cholesky",),
