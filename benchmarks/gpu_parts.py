@@ -172,7 +172,9 @@ def _restore(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def _saliency_contenders(gate: Tensor, up: Tensor, grad: Tensor) -> Contenders:
-    compiled = torch.compile(_eager_saliency)
+    # For this width alone, as if it were the first: a second one would be compiled for all, and count towards a limit.
+    torch._dynamo.reset()
+    compiled = torch.compile(_eager_saliency, dynamic=False)
     return {
         "minisp": lambda: saliency_kernel.activation_backward_(gate, up, grad, "silu"),
         "autograd with a hook": lambda: _autograd_saliency(gate, up, grad),
