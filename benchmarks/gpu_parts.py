@@ -1,17 +1,20 @@
 """The parts of gpu_suite.py that measure kernels, each a function that says first what it expects and why.
 
+Each yields all of its figures so far whenever there are more, so that a part that runs out of time keeps what it has.
+
 Times are [p20, p50, p80] in seconds of CUDA-event timings after warm-up, contenders interleaved, the second-level cache
 overwritten before each call. T tokens, m units, d hidden size, V vocabulary; bytes are counted as moved.
 """
 
 import argparse
-import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gpu_end_to_end
+import gpu_suite
 import harness
 import ridge
 import torch
@@ -81,7 +84,7 @@ def line(name: str, text: str) -> dict[str, str]:
     return {"name": name, "text": text}
 
 
-def ceilings() -> Figures:
+def ceilings() -> Iterator[Figures]:
     """What the machine can do. Published for an H100 SXM: 3.35 TB/s, 989 TFLOP/s bf16; expect 90 % and 80 % of it."""
     big = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
     other, host = torch.empty_like(big), torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
@@ -92,50 +95,41 @@ def ceilings() -> Figures:
         "d2h_bytes_per_s": host.numel() / seconds(lambda: host.copy_(device_part, non_blocking=True)),
     }
     n = 8192
-    for name, dtype, tf32 in (
-        ("bf16", torch.bfloat16, False),
-        ("tf32", torch.float32, True),
-        ("fp32", torch.float32, False),
-    ):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+    for name, dtype in {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}.items():
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
         figures[f"{name}_flops"] = 2 * n**3 / seconds(lambda a=a, b=b: torch.mm(a, b))  # type: ignore[misc]
     torch.backends.cuda.matmul.allow_tf32 = False
+    rates = " / ".join(f"{figures[f'{name}_flops'] / 1e12:.0f}" for name in ("bf16", "tf32", "fp32"))
+    ways = " / ".join(f"{figures[f'{way}_bytes_per_s'] / 1e9:.0f}" for way in ("h2d", "d2h"))
     figures["summary"] = [
         line("copy", f"{figures['copy_bytes_per_s'] / 1e12:.2f} TB/s"),
-        line(
-            "bf16 / tf32 / fp32 GEMM",
-            " / ".join(f"{figures[f'{k}_flops'] / 1e12:.0f}" for k in ("bf16", "tf32", "fp32")),
-        ),
-        line(
-            "to / from the device",
-            f"{figures['h2d_bytes_per_s'] / 1e9:.0f} / {figures['d2h_bytes_per_s'] / 1e9:.0f} GB/s",
-        ),
+        line("bf16 / tf32 / fp32 GEMM", f"{rates} TFLOP/s"),
+        line("to / from the device", f"{ways} GB/s"),
     ]
-    return figures
+    yield figures
 
 
-def gram() -> Figures:
+def gram() -> Iterator[Figures]:
     """G += XᵀX against cuBLAS. Floor: Tm² FLOPs, half of a GEMM's 2Tm², 2Tm bytes of X and 4m² bytes of G (its half,
     read and written). Expected 65 % of the GEMM rate on the half that is computed, ×1.3 of the strongest cuBLAS call at
     m ≥ 8192; ×1.0 at 1536, whose 78 tiles are split in three.
     """
-    rows = []
+    rows, summary = [], []
     for width in (1536, 4096, 8192, 11008, 14336, 28672):
         matrix = torch.zeros(width, width, device=DEVICE)
         for tokens in (4096, 8192, 16384, 32768):
             x = torch.randn(tokens, width, device=DEVICE, dtype=torch.bfloat16)
-            rows.append({"m": width, "T": tokens, **race(_gram_contenders(x, matrix), budget=0.05)})
+            row = {"m": width, "T": tokens, **race(_gram_contenders(x, matrix), budget=0.05)}
+            rows.append(row)
+            best = min((row[k][1] for k in ("addmm to float32", "bf16 matmul") if row[k]), default=None)
+            if tokens == 8192 and row["minisp"] and best:
+                rate = tokens * width**2 / row["minisp"][1] / 1e12
+                text = f"×{best / row['minisp'][1]:.2f} of cuBLAS, {rate:.0f} useful TFLOP/s"
+                summary.append(line(f"Gram m = {width}", text))
+            yield {"rows": rows, "summary": summary}
             del x
         del matrix
-    summary = []
-    for row in rows:
-        best = min((row[k][1] for k in ("addmm to float32", "bf16 matmul") if row[k]), default=None)
-        if row["T"] == 8192 and row["minisp"] and best:
-            rate = row["T"] * row["m"] ** 2 / row["minisp"][1] / 1e12
-            text = f"×{best / row['minisp'][1]:.2f} of cuBLAS, {rate:.0f} useful TFLOP/s"
-            summary.append(line(f"Gram m = {row['m']}", text))
-    return {"rows": rows, "summary": summary}
 
 
 def _gram_contenders(x: Tensor, matrix: Tensor) -> Contenders:
@@ -152,34 +146,41 @@ def _gram_contenders(x: Tensor, matrix: Tensor) -> Contenders:
     }
 
 
-def saliency() -> Figures:
+def saliency() -> Iterator[Figures]:
     """The fused pass against autograd with a hook, the same op by op, and torch.compile. Floor: 12 bytes per element;
     expected 85 % of the copy bandwidth and, autograd moving 54 bytes and more, ×3.8 of it.
     """
     tokens, rows, summary = 8192, [], []
     for width in (1536, 4096, 11008, 14336, 28672):
         sources = [torch.randn(tokens, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)]
-        gate, up, grad = (source.clone() for source in sources)
-        compiled = torch.compile(_eager_saliency)
-
-        def restore(sources: list[Tensor] = sources, work: tuple[Tensor, ...] = (gate, up, grad)) -> None:
-            for source, target in zip(sources, work, strict=True):
-                target.copy_(source)
-
-        contenders: Contenders = {
-            "minisp": lambda t=(gate, up, grad): saliency_kernel.activation_backward_(*t, "silu"),  # type: ignore[misc]
-            "autograd with a hook": lambda t=(gate, up, grad): _autograd_saliency(*t),  # type: ignore[misc]
-            "op by op": lambda t=(gate, up, grad): _eager_saliency(*t),  # type: ignore[misc]
-            "torch.compile": lambda t=(gate, up, grad), f=compiled: f(*t),  # type: ignore[misc]
-        }
-        row: Figures = {"m": width, "T": tokens, **race(contenders, before=restore)}
-        row["bytes_per_s"] = 12 * tokens * width / row["minisp"][1]
+        work = [source.clone() for source in sources]
+        contenders = _saliency_contenders(*work)
+        row = {"m": width, "T": tokens, **race(contenders, before=partial(_restore, work, sources))}
         rows.append(row)
-        ratios = ", ".join(
-            f"×{row[name][1] / row['minisp'][1]:.1f} of {name}" for name in list(contenders)[1:] if row[name]
-        )
-        summary.append(line(f"saliency m = {width}", f"{row['bytes_per_s'] / 1e12:.2f} TB/s, {ratios}"))
-    return {"rows": rows, "summary": summary}
+        if row["minisp"]:
+            ours = row["minisp"][1]
+            row["bytes_per_s"] = 12 * tokens * width / ours
+            ratios = [f"×{row[name][1] / ours:.1f} of {name}" for name in list(contenders)[1:] if row[name]]
+            text = ", ".join([f"{row['bytes_per_s'] / 1e12:.2f} TB/s", *ratios])
+            summary.append(line(f"saliency m = {width}", text))
+        yield {"rows": rows, "summary": summary}
+
+
+def _restore(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
+def _saliency_contenders(gate: Tensor, up: Tensor, grad: Tensor) -> Contenders:
+    # For this width alone, as if it were the first: a second one would be compiled for all, and count towards a limit.
+    torch._dynamo.reset()
+    compiled = torch.compile(_eager_saliency, dynamic=False)
+    return {
+        "minisp": lambda: saliency_kernel.activation_backward_(gate, up, grad, "silu"),
+        "autograd with a hook": lambda: _autograd_saliency(gate, up, grad),
+        "op by op": lambda: _eager_saliency(gate, up, grad),
+        "torch.compile": lambda: compiled(gate, up, grad),
+    }
 
 
 def _autograd_saliency(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
@@ -206,7 +207,7 @@ def _eager_saliency(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, ...
     return x, torch.ops.aten.silu_backward(grad * up, gate), grad * value, sums
 
 
-def cross_entropy() -> Figures:
+def cross_entropy() -> Iterator[Figures]:
     """The cross entropy's gradient against the same in PyTorch. Floor: 6 bytes per bfloat16 logit (read twice, written
     once); expected 80 % of the copy bandwidth, and ×5 of the operations one by one.
     """
@@ -224,30 +225,32 @@ def cross_entropy() -> Figures:
             rate = 6 * logits.numel() / row["triton"][1] / 1e12
             text = f"{rate:.2f} TB/s, ×{row['torch'][1] / row['triton'][1]:.1f} of PyTorch"
             summary.append(line(f"cross entropy V = {vocabulary}", text))
-    return {"rows": rows, "summary": summary}
+        yield {"rows": rows, "summary": summary}
 
 
-def accumulation() -> Figures:
-    """A million tokens into one G: the diagonal's bias from truncating tensor cores should stay below 1e-4 (16k tokens
-    per launch: −2e-5 a launch, which does not grow with their number).
+def accumulation() -> Iterator[Figures]:
+    """A million tokens into one G: the diagonal's bias from truncating tensor cores should stay below 1e-4. One
+    accumulator sums all 16384 tokens of a launch, for neither width leaves a GPU programs to split them among (528 and
+    1176 tiles of the kernel with pointers, 600 of the one with descriptors, which serves the second width where there
+    is one): −2e-5 a launch, which does not grow with their number.
     """
-    width, tokens, launches = 1024, 16384, 64
-    matrix, exact = torch.zeros(width, width, device=DEVICE), torch.zeros(width, dtype=torch.float64, device=DEVICE)
-    for _ in range(launches):
-        x = torch.randn(tokens, width, device=DEVICE, dtype=torch.bfloat16)
-        gram_kernel.gram_update_(matrix, x)
-        exact += x.double().square().sum(0)
-    bias = float((matrix.diagonal().double() / exact - 1).mean())
-    worst = float((matrix.diagonal().double() / exact - 1).abs().max())
-    return {
-        "tokens": tokens * launches,
-        "bias": bias,
-        "worst": worst,
-        "summary": [line("bias of the diagonal", f"{bias:.1e}, worst {worst:.1e}")],
-    }
+    tokens, launches, every = 16384, 64, 6
+    rows, summary = [], []
+    for width in (gram_kernel.NARROW, 6144):
+        matrix = torch.zeros(width, width, device=DEVICE)
+        exact = torch.zeros(len(range(0, width, every)), dtype=torch.float64, device=DEVICE)
+        for _ in range(launches):
+            x = torch.randn(tokens, width, device=DEVICE, dtype=torch.bfloat16)
+            gram_kernel.gram_update_(matrix, x)
+            exact += x[:, ::every].double().square().sum(0)
+        errors = matrix.diagonal()[::every].double() / exact - 1
+        row = {"m": width, "T": tokens * launches, "bias": float(errors.mean()), "worst": float(errors.abs().max())}
+        rows.append(row)
+        summary.append(line(f"bias of the diagonal, m = {width}", f"{row['bias']:.1e}, worst {row['worst']:.1e}"))
+        yield {"rows": rows, "summary": summary}
 
 
-def solver() -> Figures:
+def solver() -> Iterator[Figures]:
     """The ridge solver against torch.linalg: see ridge.py for what is expected."""
     rows, summary = [], []
     for dtype in (torch.float32, torch.float64):
@@ -257,16 +260,12 @@ def solver() -> Figures:
             found = ridge.measure(n, d, dtype, DEVICE, 3)
             rows += found
             base, ours = (statistics.median(r["seconds"]) for r in (found[0], found[2]))
-            summary.append(
-                line(
-                    f"ridge n = {n} {found[0]['dtype']}",
-                    f"×{base / ours:.2f} of torch.linalg, error {found[2]['backward_error']:.0e}",
-                )
-            )
-    return {"rows": rows, "summary": summary}
+            text = f"×{base / ours:.2f} of torch.linalg, error {found[2]['backward_error']:.0e}"
+            summary.append(line(f"ridge n = {n} {found[0]['dtype']}", text))
+            yield {"rows": rows, "summary": summary}
 
 
-FUNCTIONS: dict[str, Callable[[], Figures]] = {
+FUNCTIONS: dict[str, Callable[[], Iterator[Figures]]] = {
     "ceilings": ceilings,
     "gram": gram,
     "saliency": saliency,
@@ -277,18 +276,23 @@ FUNCTIONS: dict[str, Callable[[], Figures]] = {
 
 
 def main() -> None:
-    """Run one part and write its figures."""
+    """Run one part; what it has found so far is written whenever there is more."""
     parser = argparse.ArgumentParser(description="One part of the GPU suite.")
     parser.add_argument("part", choices=[*FUNCTIONS, *gpu_end_to_end.PARTS])
     parser.add_argument("--result", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, help="the 7B-shaped checkpoint, for the capped runs")
+    parser.add_argument("--out", type=Path, help="folder that a capped run writes, new")
+    parser.add_argument("--scratch", type=Path, help="folder for what waits in a capped run")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("GPU suite: expected a CUDA device, found none.")
-    is_kernel = args.part in FUNCTIONS
-    figures = FUNCTIONS[args.part]() if is_kernel else gpu_end_to_end.run(args.part, args.checkpoint)
+    if args.part in FUNCTIONS:
+        found = FUNCTIONS[args.part]()
+    else:
+        found = gpu_end_to_end.run(args.part, args.checkpoint, args.out, args.scratch)
+    for figures in found:
+        gpu_suite.write_whole(args.result, figures)
     harness.print_table(args.part, ["", ""], [(row["name"], row["text"]) for row in figures["summary"]])
-    args.result.write_text(json.dumps(figures), "utf-8")
 
 
 if __name__ == "__main__":

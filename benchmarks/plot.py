@@ -1,7 +1,9 @@
-"""Figures from the result files: every JSON in a folder becomes a PNG beside it.
+"""Figures from the result files: minify_cpu_*.json, ridge_*.json and gpu_*.json become a PNG beside each.
 
     python benchmarks/plot.py [FOLDER]      # by default benchmarks/results
 
+What crash.py and memory.py found is not drawn, and of gpu_suite.py only the Gram update, the saliency pass and the
+whole runs of one sweep are.
 What a file does not hold is not drawn, and what failed or was not measured has no bar. Bars are medians of runs, or of
 timings; thin lines reach from the fastest to the slowest run (on a GPU from the 20th to the 80th percentile).
 """

@@ -1,13 +1,18 @@
 """What only a GPU can show about correctness; the suite of benchmarks/gpu_suite.py runs these first."""
 
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from minisp import cholesky, native, ops, reference
+from minisp.checkpoint import Checkpoint
 from minisp.fast import minify
-from tests.models import tiny_model
+from minisp.model import load_model
+from minisp.report import MinifyReport
+from tests.models import LAYERS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 pytestmark = [pytest.mark.gpu, needs_gpu]
@@ -41,12 +46,16 @@ def test_solver(dtype: torch.dtype, n: int, on_host: bool) -> None:
 
 
 @needs_solver
-def test_a_bad_pivot_is_named() -> None:
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("pivot", [-1.0, float("nan")])
+def test_a_bad_pivot_is_named(pivot: float, on_host: bool) -> None:
     gram, _ = system(700, torch.float32)
-    gram[600, 600] = -1.0
-    assert native.Factorisation(torch.device("cuda")).factor_(gram.cuda()) == 601
-    gram[600, 600] = float("nan")
-    assert native.Factorisation(torch.device("cuda")).factor_(gram.cuda()) == 601
+    gram[600, 600] = pivot
+    matrix = gram if on_host else gram.to("cuda:0")
+    # With its number, as tensors name it: to a device without one, every matrix would lie elsewhere.
+    engine = native.Factorisation(torch.device("cuda:0"))
+    assert engine.factor_(matrix) == 601
+    assert (engine.streamed_columns > 0) == on_host
 
 
 @needs_solver
@@ -118,14 +127,62 @@ def test_everything_on_a_gpu_is_served_by_kernels() -> None:
     }
 
 
+WINDOWS = torch.randint(3, VOCABULARY, (16, 60), generator=torch.Generator().manual_seed(0))
+
+
+def cut(model: Any, **options: Any) -> MinifyReport:
+    """The methods of the defaults, on windows that are too few for a model that anyone would use."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return minify(model, keep=0.6, calibration=WINDOWS, alignment=4, **options)
+
+
+def assert_agree(ours: MinifyReport, theirs: MinifyReport) -> None:
+    for kept, expected in zip(ours.kept, theirs.kept, strict=True):
+        assert torch.equal(kept, expected)
+    for layer, expected_layer in zip(ours.layers, theirs.layers, strict=True):
+        assert layer.residual == pytest.approx(expected_layer.residual, rel=1e-3)
+        assert layer.drift_explained == pytest.approx(expected_layer.drift_explained, rel=1e-2, abs=1e-4)
+
+
 def test_a_model_on_the_gpu_gives_what_the_cpu_gives() -> None:
-    windows = torch.randint(3, 64, (16, 60), generator=torch.Generator().manual_seed(0))
-    reports = []
-    for device in ("cpu", "cuda"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            reports.append(minify(tiny_model("llama").to(device), keep=0.6, calibration=windows, alignment=4))
-    for ours, theirs in zip(*(report.kept for report in reports), strict=True):
-        assert torch.equal(ours, theirs)
-    for ours, theirs in zip(*(report.layers for report in reports), strict=True):
-        assert ours.residual == pytest.approx(theirs.residual, rel=1e-3)
+    assert_agree(cut(tiny_model("llama").to("cuda")), cut(tiny_model("llama")))
+
+
+@pytest.mark.parametrize(
+    ("options", "num_segments", "head_on_disk"),
+    [
+        ({}, 1, False),
+        ({"segment": 1, "device_memory": "4GB"}, LAYERS, False),
+        ({"segment": 1, "device_memory": "1GB"}, LAYERS, True),
+    ],
+)
+def test_a_checkpoint_gives_on_the_gpu_what_it_gives_on_the_cpu(
+    options: dict[str, Any], num_segments: int, head_on_disk: bool, tmp_path: Path
+) -> None:
+    source = save_checkpoint(tmp_path / "source", tiny_model("llama"))
+    theirs = cut(source, out=tmp_path / "cpu", device="cpu", dtype="float32")
+    ours = cut(source, out=tmp_path / "cuda", device="cuda", dtype="float32", **options)
+    assert (len(ours.plan.segments), ours.plan.layout.stream_vocabulary) == (num_segments, head_on_disk)
+    assert_agree(ours, theirs)
+    written, expected = (Checkpoint.open(tmp_path / device) for device in ("cuda", "cpu"))
+    values = dict(expected.read(expected.tensors))
+    assert written.tensors.keys() == expected.tensors.keys()
+    for name, tensor in written.read(written.tensors):
+        torch.testing.assert_close(tensor, values[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_checkpoint_in_the_type_that_the_gpu_takes_by_itself(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "source", tiny_model("llama"))
+    theirs = cut(source, out=tmp_path / "cpu", device="cpu", dtype="float32")
+    ours = cut(source, out=tmp_path / "cuda")
+    assert torch.device(ours.plan.device).type == "cuda"
+    assert ours.plan.dtype in ("bfloat16", "float16")
+    assert sum(map(len, ours.kept)) <= 0.6 * WIDTH * LAYERS
+    # Rounding chooses other units of a random model, which are worth as much.
+    losses = []
+    for folder in (ours.out, theirs.out):
+        model = load_model(Checkpoint.open(folder), torch.device("cpu"), torch.float32)
+        with torch.no_grad():
+            losses.append(float(model(WINDOWS, labels=WINDOWS).loss))
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)

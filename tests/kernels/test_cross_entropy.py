@@ -6,6 +6,7 @@ import torch
 from minisp import reference
 from minisp.kernels import cross_entropy as kernel
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TILE_V = kernel.TILE["TILE_V"]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from minisp import reference
 from minisp.kernels import saliency as kernel
 
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 POISON = 7.0
