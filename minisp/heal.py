@@ -57,6 +57,7 @@ def heal_sweep(
                 if work.ranks.first:
                     work.keep_result(result)
                     work.shared.settle()
+                del result
                 work.ranks.wait()
             found = work.result(index)
             if found.down is not None:
@@ -64,6 +65,7 @@ def heal_sweep(
             if stream.checkpoint is None:
                 # The model has the new weights now.
                 work.keep_result(replace(found, down=None))
+            del found
             if index + 1 < count:
                 _propagate(stream, batches, work, segment, "healed")
         for kind in ("healed", "dense"):
