@@ -17,13 +17,12 @@ that passes at once.
 12 and 8 GB of the GPU's memory the layers are held in 4, 8 and 16 segments: 10.5, 10.9 and 11.1 PFLOP, 16 to 17 s with
 the solves. What moves, by `Plan.traffic`: 41 to 43 GB of weights, read ahead; states and gradients between segments,
 26, 60 and 129 GB, half of them written and half read; statistics, 15.5 GB in the same way; refitted weights, 6 GB; 12
-GB of result, read once more for its checksum. What is read back is waited for, 10, 19 and 36 s at 2 GB/s, and so are
-the copies from the GPU before writing, 5, 9 and 18 s at 4 GB/s, and the result, 12 s. Floors with all that in a row are
-43, 57 and 83 s; expected below 60, 80 and 110 s.
+GB of result, read once more for its checksum. States are read ahead and written behind by threads, through pinned
+memory: 26 to 129 GB at 2 GB/s each way are 7, 15 and 32 s beside the computation, statistics 4 s, and the result, 12 s,
+comes after it. Floors are 33, 33 and 48 s; expected below 50, 55 and 80 s.
 """
 
 import gc
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +32,7 @@ import naive
 import torch
 from torch import Tensor, nn
 
-from minisp.fast import minify, plan
+from minisp.fast import minify
 
 # Gigabytes of GPU memory that the process may have.
 CAPS = {"capped_8": 8, "capped_12": 12, "capped_24": 24}
@@ -117,13 +116,9 @@ def capped(gigabytes: int, checkpoint: Path, windows: Tensor, out: Path, scratch
         raise SystemExit(f"Capped run: expected a finished checkpoint, found none at {checkpoint}. See its log.")
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total))
-    options: dict[str, Any] = {"keep": KEEP, "scratch": str(scratch), **ONE_SWEEP}
-    expected = plan(checkpoint, num_windows=len(windows), window=windows.shape[1], **options)
-    if expected.scratch_bytes > shutil.disk_usage(scratch).free:
-        # A plan with all of the cap, not the usual share of it, has longer segments and fewer states between them.
-        options["device_memory"] = f"{gigabytes}GB"
+    options: dict[str, Any] = {"keep": KEEP, "scratch": str(scratch), "progress": lambda *_: None, **ONE_SWEEP}
     start = time.perf_counter()
-    report = minify(checkpoint, out=out, calibration=windows, progress=lambda *_: None, **options)
+    report = minify(checkpoint, out=out, calibration=windows, **options)
     torch.cuda.synchronize()
     return {
         "seconds": time.perf_counter() - start,
