@@ -215,8 +215,8 @@ def _head(shape: Shape) -> dict[str, int]:
     # Hidden states and gradients as read, joined and parted; the final norm's float32 copies, forward and backward; the
     # float32 gradient and what is added to it.
     states = tokens * d * (4 * item + 9 * 4)
-    rows = 2 * (BLOCK_BYTES // (4 * tokens)) * d * item
-    return {"states and gradients": states, "logits": 4 * BLOCK_BYTES + rows}
+    # Logits in float32 four times, and two blocks of the head's rows.
+    return {"states and gradients": states, "logits": (4 + 2) * BLOCK_BYTES}
 
 
 def _heal(shape: Shape) -> dict[str, int]:
@@ -236,7 +236,7 @@ def _trials(shape: Shape, again: dict[str, int], stream_vocabulary: bool) -> Pea
     states = tokens * shape.hidden * shape.item
     down = {"states": 4 * states, "trial weights": 2 * shape.stored_item * shape.hidden * shape.width}
     passing = {"activations": tokens * (4 * shape.item * shape.width + 6 * 4 * shape.hidden)}
-    compared = 6 * BLOCK_BYTES if stream_vocabulary else 4 * shape.logits
+    compared = (6 + 2) * BLOCK_BYTES if stream_vocabulary else 4 * shape.logits
     kept = shape.width - int(TRIAL_CUT * shape.width)
     return {
         "trial cuts": again | down | max(_reconstruction(shape, kept), passing, key=lambda part: sum(part.values())),

@@ -50,7 +50,8 @@ class StreamedVocabulary:
         self._checkpoint, self._device, self._dtype = checkpoint, device, dtype
         self._embedding = self._stored_name(model, embedding)
         self._head = self._stored_name(model, head)
-        self._num_rows = checkpoint.tensors[self._head].shape[0]
+        place = checkpoint.tensors[self._head]
+        self._num_rows, self._row_bytes = place.shape[0], place.num_bytes // place.shape[0]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="minisp-vocabulary")
         embedding.forward = self._look_up
         head.forward = nn.Identity().forward
@@ -119,7 +120,7 @@ class StreamedVocabulary:
 
     def _blocks(self, num_tokens: int) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows (v, d)) of the head, the next block being read meanwhile."""
-        step = max(1, BLOCK_BYTES // (4 * num_tokens))
+        step = max(1, BLOCK_BYTES // max(4 * num_tokens, self._row_bytes))
         starts = range(0, self._num_rows, step)
 
         def read(start: int) -> Tensor:
