@@ -1,4 +1,4 @@
-"""Figures from the result files: minify_cpu_*.json, ridge_*.json and gpu_*.json become a PNG beside each.
+"""Figures from the result files: minify_cpu_*, quality_*, ridge_* and gpu_*.json become a PNG beside each.
 
     python benchmarks/plot.py [FOLDER]      # by default benchmarks/results
 
@@ -125,6 +125,36 @@ def plot_ridge(data: Data) -> Figure:
     return figure
 
 
+def plot_quality(data: Data) -> Figure:
+    """Perplexity over the dense model's against the share of units kept, a panel for each domain."""
+    domains = list(data["dense"])
+    lines: dict[str, list[Data]] = {}
+    for key, cell in data["rows"].items():
+        lines.setdefault(key.split(" ", 1)[1], []).append(cell)
+    figure, panels = plt.subplots(1, len(domains), figsize=(3.7 * len(domains), 4.4))
+    theirs = iter(zip(plt.colormaps["autumn"]([0.0, 0.25, 0.45, 0.6, 0.72, 0.85]), "sv^Dx*", strict=True))
+    blues = iter(plt.colormaps["Blues"]([0.35, 0.55, 0.75, 1.0]))
+    for name, cells in lines.items():
+        color, marker = (next(blues), "o") if "minisp" in name else next(theirs)
+        ordered = sorted(cells, key=lambda cell: cell["keep"])
+        for axes, domain in zip(panels, domains, strict=True):
+            kept, ratios = [100 * c["keep"] for c in ordered], [_ratio(data, c, domain) for c in ordered]
+            axes.plot(kept, ratios, "-" if marker == "o" else "--", color=color, marker=marker, ms=4, label=name)
+    for axes, domain in zip(panels, domains, strict=True):
+        ours = [_ratio(data, cell, domain) for name, cells in lines.items() if "minisp" in name for cell in cells]
+        axes.set(title=domain, xlabel="MLP units kept, %", ylim=(1, 1.3 * max(ours)))
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("perplexity / dense")
+    figure.legend(*panels[0].get_legend_handles_labels(), ncols=4, loc="lower center", fontsize=8.5)
+    figure.text(0, 0, machine_line(data), fontsize=7, color="0.4")
+    figure.tight_layout(rect=(0, 0.17, 1, 1))
+    return figure
+
+
+def _ratio(data: Data, cell: Data, domain: str) -> float:
+    return float(cell["perplexity"][domain] / data["dense"][domain])
+
+
 def plot_gpu(data: Data) -> Figure | None:
     """gpu_suite.py: the Gram update, the saliency pass and the whole run; panels of parts that have figures."""
     figures = {name: part["figures"] for name, part in data["parts"].items() if "figures" in part}
@@ -207,7 +237,7 @@ def _runs_panel(axes: Axes, runs: dict[str, Data]) -> None:
 
 
 KINDS: dict[str, Callable[[Data], Figure | None]] = {
-    "minify_cpu": plot_minify, "ridge": plot_ridge, "gpu": plot_gpu
+    "minify_cpu": plot_minify, "quality": plot_quality, "ridge": plot_ridge, "gpu": plot_gpu
 }  # fmt: skip
 
 

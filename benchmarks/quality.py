@@ -228,7 +228,7 @@ def main() -> None:
     statistics = [work.statistics(index, gram=True) for index in range(len(means))]
     layers = look_at(model, row, statistics, means)
     kit = Kit(model, work, layers, windows, evaluation_texts(arguments, tokenizer))
-    name = f"quality-{'mixed' if arguments.mixed else 'text'}-{harness.machine_slug(harness.machine())}"
+    name = f"quality_{'mixed' if arguments.mixed else 'text'}_{harness.machine_slug(harness.machine())}"
     key = Calibration(windows, ()).fingerprint
     path = harness.RESULTS / f"{name}.json"
     result = json.loads(path.read_text("utf-8")) if path.exists() else {}

@@ -293,3 +293,15 @@ def test_every_committed_result_has_its_figure(script: Any) -> None:
     sources = [path for path in RESULTS.glob("*.json") if path.name.startswith(kinds)]
     assert sources
     assert all(path.with_suffix(".png").exists() for path in sources)
+
+
+def test_the_quality_figure_has_a_panel_for_each_domain_and_a_line_for_each_method(script: Any) -> None:
+    def cell(keep: float, text: float) -> dict[str, Any]:
+        return {"keep": keep, "perplexity": {"text": text, "code": 2 * text}}
+
+    rows = {"80% FLAP": cell(0.8, 15.0), "80% minisp: + refit": cell(0.8, 12.0), "90% minisp: + refit": cell(0.9, 11.0)}
+    data = {"machine": {"cpu": "a", "cores": 2, "torch": "x", "gpu": None}, "dense": {"text": 10.0, "code": 10.0}}
+    panels = script("plot").plot_quality({**data, "rows": rows}).axes
+    assert [axes.get_title() for axes in panels] == ["text", "code"]
+    lines = {line.get_label(): line.get_xydata().round(6).tolist() for line in panels[1].get_lines()}
+    assert lines == {"FLAP": [[80, 3.0]], "minisp: + refit": [[80, 2.4], [90, 2.2]]}
