@@ -194,7 +194,8 @@ def show(result: dict[str, Any]) -> None:
         rows.append([key, *(f"{v:.4f}" for v in (*values, mean)), f"{cell['seconds']:.0f}", cell["peak_bytes"] >> 20])
     title = "dense: " + ", ".join(f"{domain} {value:.3f}" for domain, value in dense.items())
     columns = ["kept, method", *domains, "mean", "seconds", "peak MiB"]
-    harness.print_table(f"Perplexity / dense ({title}); statistics {result['seconds']:.0f} s", columns, rows)
+    spent = "not timed" if result["seconds"] is None else f"{result['seconds']:.0f} s"
+    harness.print_table(f"Perplexity / dense ({title}); statistics {spent}", columns, rows)
 
 
 def cells(arguments: argparse.Namespace) -> Iterator[tuple[str, float]]:
