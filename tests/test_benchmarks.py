@@ -228,8 +228,6 @@ def test_a_whole_run_on_a_small_model(part: str, script: Any, tmp_path: Path, mo
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     monkeypatch.setattr(runs, "in_memory", lambda cut: {"seconds": sum(cut(model).values())})
-    # No room where something waits: the plan is made for all of the memory.
-    monkeypatch.setattr(runs, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=0)))
     monkeypatch.setattr(runs, "VOCABULARY", VOCABULARY)
     monkeypatch.setattr(runs, "WINDOWS", (4, 32))
     checkpoint = save_checkpoint(tmp_path / "checkpoint", model)
