@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import gpu_end_to_end
-import gpu_suite
 import harness
 import ridge
 import torch
@@ -291,7 +290,7 @@ def main() -> None:
     else:
         found = gpu_end_to_end.run(args.part, args.checkpoint, args.out, args.scratch)
     for figures in found:
-        gpu_suite.write_whole(args.result, figures)
+        harness.write_whole(args.result, figures)
     harness.print_table(args.part, ["", ""], [(row["name"], row["text"]) for row in figures["summary"]])
 
 

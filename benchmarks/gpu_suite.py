@@ -201,13 +201,6 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def write_whole(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that the file holds either what it held before, or all of this."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    unfinished.replace(path)
-
-
 def main() -> None:
     """Run the parts, write the results, print the table."""
     parser = argparse.ArgumentParser(description="Correctness and speed on one GPU.")
@@ -222,7 +215,9 @@ def main() -> None:
     harness.RESULTS.mkdir(exist_ok=True)
     with TemporaryDirectory(prefix="minisp-gpu-suite-") as folder:
         parts = [part for part in PARTS if part in args.only]
-        outcomes = run_parts(parts, Path(folder), lambda so_far: write_whole(path, {"machine": here, "parts": so_far}))
+        outcomes = run_parts(
+            parts, Path(folder), lambda so_far: harness.write_whole(path, {"machine": here, "parts": so_far})
+        )
     print(path)
     rows = []
     for part, outcome in outcomes.items():

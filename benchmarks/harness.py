@@ -152,8 +152,15 @@ def write_json(name: str, content: dict[str, Any]) -> Path:
     """Write `content` with the machine's description to benchmarks/results/`name`.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n", "utf-8")
+    write_whole(path, {"machine": machine(), **content})
     return path
+
+
+def write_whole(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON so that the file holds either what it held before, or all of this."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+    unfinished.replace(path)
 
 
 def _status_bytes(name: str) -> int:

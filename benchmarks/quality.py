@@ -30,12 +30,12 @@ from transformers import AutoTokenizer
 from minisp.allocation import layer_ratios
 from minisp.architecture import architecture_of, cut_, decoder_layers
 from minisp.attention import fast_attention
-from minisp.builtin import CODE_HELD_OUT, code_text, documentation_text
-from minisp.calibration import Calibration
+from minisp.calibration import Calibration, load_calibration
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
 from minisp.evaluate import perplexity
 from minisp.heal import heal_sweep
+from minisp.measure import builtin_texts
 from minisp.model import frozen, load_model
 from minisp.reconstruction import reconstruct
 from minisp.selection import allocate_widths, default_alignment, select
@@ -46,8 +46,6 @@ from minisp.workplace import Workplace, record
 
 CPU = torch.device("cpu")
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
-# Characters of source code that are evaluated on.
-CODE_EVALUATED = 60_000
 
 OURS: dict[str, dict[str, Any]] = {
     "minisp: score only": {"reconstruct": False, "inputs": "dense", "allocation": "score"},
@@ -81,24 +79,17 @@ def calibration_windows(arguments: argparse.Namespace, tokenizer: Any) -> Tensor
     windows = read_windows(arguments.model, arguments.calibration, count, window)
     if not added:
         return windows
-    code = code_text(CODE_HELD_OUT + 6 * added * window)[CODE_HELD_OUT:]
-    others = [
-        torch.tensor(tokenizer(text, verbose=False)["input_ids"])[: added * window]
-        for text in (documentation_text("even"), code)
-    ]
-    return torch.cat([windows, *(tokens[: len(tokens) // window * window].view(-1, window) for tokens in others)])
+    others = ("builtin:documentation", "builtin:code")
+    drawn = [load_calibration(name, tokenizer, num_windows=added, window=window).windows for name in others]
+    return torch.cat([windows, *drawn])
 
 
 def evaluation_texts(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[Tensor, int]]:
     """Domain → (tokens, windows of 1024 that are evaluated)."""
-    texts = {
-        "text": (arguments.text.read_text("utf-8"), 20),
-        "documentation": (documentation_text("odd"), 10),
-        "code": (code_text(CODE_EVALUATED), 10),
-    }
+    texts = {"text": arguments.text.read_text("utf-8"), **builtin_texts()}
     return {
-        name: (torch.tensor(tokenizer(text, verbose=False)["input_ids"]), count)
-        for name, (text, count) in texts.items()
+        name: (torch.tensor(tokenizer(text, verbose=False)["input_ids"]), 20 if name == "text" else 10)
+        for name, text in texts.items()
     }
 
 

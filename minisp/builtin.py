@@ -59,7 +59,7 @@ def open_builtin(name: str) -> Corpus:
     if name == f"{BUILTIN_PREFIX}documentation":
         return Corpus("the documentation that comes with Python", iter([documentation_text("even")]))
     if name == f"{BUILTIN_PREFIX}code":
-        text, _ = _code().prefix(2**30)
+        text = "".join(_code().pieces)
         return Corpus("the source code that comes with Python", iter([text[CODE_HELD_OUT:]]))
     raise CalibrationError(
         f"Expected {BUILTIN_PREFIX}documentation, {BUILTIN_PREFIX}code or {BUILTIN_PREFIX}model, got {name!r}. Name "

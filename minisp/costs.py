@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from minisp.allocation import TRIAL_CUT, trial_tokens
 from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths
 from minisp.config import MinifyConfig
-from minisp.heal import FEW_TOKENS
+from minisp.heal import heal_tokens
 from minisp.memory import Layout, Shape
 from minisp.statistics import PANEL_ROWS
 
@@ -24,7 +24,7 @@ def sweep_flops(model: CausalLM, config: MinifyConfig, num_segments: int, layout
         total += tokens * 2 * inside * (1 + config.keep)
     if config.inputs == "both":
         # The dense model once, the pruned one at full width and then cut; the drift's Gram matrix and cross product.
-        heals = tokens if tokens <= FEW_TOKENS else tokens / 2
+        heals = heal_tokens(tokens)
         total += heals * (2 * inside * (2 + config.keep) + config.keep**2 * gram)
         total += heals * 2 * config.keep * sum(widths) * model.config.hidden_size
     if config.measures:
@@ -99,7 +99,7 @@ def _states(shape: Shape) -> int:
 
 
 def _heal_states(shape: Shape) -> int:
-    return _states(shape) if shape.tokens <= FEW_TOKENS else _states(shape) // 2
+    return heal_tokens(shape.tokens) * shape.hidden * shape.item
 
 
 def _trial_states(shape: Shape) -> int:

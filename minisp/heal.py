@@ -26,6 +26,11 @@ from minisp.workplace import Workplace, record
 FEW_TOKENS = 16384
 
 
+def heal_tokens(tokens: int) -> int:
+    """On how many of the calibration tokens a correction is made."""
+    return tokens if tokens <= FEW_TOKENS else tokens // 2
+
+
 def heal_sweep(
     stream: Stream, batches: Sequence[Tensor], kept: Sequence[Tensor], config: MinifyConfig, work: Workplace
 ) -> None:
