@@ -129,12 +129,13 @@ def divergences(stream: Stream, dense: Tensor, trials: Sequence[Tensor], ids: Te
     for start in range(0, ids.shape[1], step):
         part = slice(start, start + step)
         wanted = stream.logits(dense[:, part], ids[:, part]).float()
-        probability = wanted.softmax(-1)
+        probability, normaliser = wanted.softmax(-1), wanted.logsumexp(-1)
         for place, trial in enumerate(trials):
-            # KL = Σ_v p_v (z_v − z'_v) − lse z + lse z'
+            # KL = lse z' − lse z − Σ_v p_v (z'_v − z_v)
             got = stream.logits(trial[:, part], ids[:, part]).float()
-            found = got.logsumexp(-1) - wanted.logsumexp(-1) + torch.linalg.vecdot(probability, wanted - got)
+            found = got.logsumexp(-1) - normaliser - got.sub_(wanted).mul_(probability).sum(-1)
             totals[place] += float(found.sum(dtype=torch.float64))
+            del got
     return [total / ids.numel() for total in totals]
 
 

@@ -16,8 +16,10 @@ CPU = torch.device("cpu")
 # Share of the free memory that a run may plan with where no limit is given; the rest is for other processes, of which a
 # GPU has fewer.
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.85}
-# malloc.h: the parameter of mallopt. Blocks from 4 MB on cost more to compute on than to map anew.
+# malloc.h: parameters of mallopt. Blocks from 4 MB on cost more to compute on than to map anew; smaller ones that are
+# free at the end of the heap stay for the next layer, up to this many bytes.
 M_MMAP_THRESHOLD, PROMPT_BYTES = -3, 4 * 2**20
+M_TRIM_THRESHOLD, HEAP_BYTES = -1, 32 * 2**20
 
 
 def compute_device(config: MinifyConfig) -> torch.device:
@@ -81,7 +83,10 @@ def free_promptly() -> None:
     By default, glibc keeps freed blocks of up to 32 MB; where a run must stay within a limit, they would count.
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, PROMPT_BYTES)
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, PROMPT_BYTES)
+        # Where it is not set, the other parameter sets it to 128 KB, and every layer faults its memory in anew.
+        library.mallopt(M_TRIM_THRESHOLD, HEAP_BYTES)
 
 
 def trim_memory() -> None:

@@ -21,6 +21,26 @@ MAX_PIECES = 512
 PAGE = 4096
 
 
+def helper_thread(name: str) -> ThreadPoolExecutor:
+    """A thread for work beside the computation, in which torch's operations start no OpenMP team of their own.
+
+    As soon as a process has more OpenMP threads than cores, libgomp lets waiting threads sleep between parallel loops
+    in all its teams: the computation itself then takes up to twice its time.
+    """
+    own = torch.get_num_threads()
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+    pool.submit(_compute_alone).result()
+    # Threads that others start later begin with the number that was set last.
+    torch.set_num_threads(own)
+    return pool
+
+
+def _compute_alone() -> None:
+    # Asked first, for a thread's first question sets its number to the process's.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
 # Jobs that may wait to be written while the computation goes on: what they hold is in memory.
 WRITES_BEHIND = 2
 
@@ -29,7 +49,7 @@ class WriteBehind:
     """A thread that does jobs in order, beside the computation; as a context, it ends with the block."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="minisp-writer")
+        self._thread = helper_thread("minisp-writer")
         self._waiting: deque[Future[Any]] = deque()
 
     def __enter__(self) -> "WriteBehind":

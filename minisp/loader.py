@@ -7,13 +7,14 @@ is pinned host memory and device memory, joined by a copy stream.
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import cycle
 
 import torch
 from torch import Tensor
 
 from minisp.checkpoint import DTYPE_OF, Checkpoint
+from minisp.files import helper_thread
 
 # Tensors start at multiples of this in a slot, for vector loads and for the copy engine.
 ALIGNMENT = 64
@@ -33,7 +34,7 @@ class Loader:
         self.num_slots = num_slots
         self._device = device
         self.release()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="minisp-loader")
+        self._thread = helper_thread("minisp-loader")
         self._checked: set[str] = set()
 
     def release(self) -> None:

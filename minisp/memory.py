@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from minisp.allocation import COMPARED_AT_ONCE, TRIAL_CUT, trial_tokens
 from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths
+from minisp.device import HEAP_BYTES
 from minisp.errors import ConfigError
 from minisp.ridge import ROWS
 from minisp.statistics import PANEL_ROWS
@@ -19,7 +20,7 @@ from minisp.writer import PIECE_BYTES
 # Memory of a loaded tokenizer for each byte of its file: 60 MB for SmolLM2's 3.5 MB, measured.
 TOKENIZER_FACTOR = 18
 
-# What the BLAS keeps for its packed operands.
+# What the BLAS keeps for its packed operands, once a layer was solved.
 BLAS_BYTES = 64 * 2**20
 
 Peaks = dict[str, dict[str, int]]
@@ -174,6 +175,7 @@ def _peaks(shape: Shape, segment: int, num_slots: int, stream_vocabulary: bool) 
         "weights": 0 if shape.loaded else held * shape.layer * stored + segment * converted,
         "embeddings and head": 0 if shape.loaded else vocabulary + shape.outside * shape.item,
         "tokenizer": TOKENIZER_FACTOR * shape.tokenizer,
+        "freed blocks": min(HEAP_BYTES, _activations(shape, segment)),
     }
     after = resident | {"weights": 0} if shape.streams else resident
     # One layer at a time, in the order of the layers.
@@ -233,14 +235,16 @@ def _heal(shape: Shape) -> dict[str, int]:
 def _trials(shape: Shape, again: dict[str, int], stream_vocabulary: bool) -> Peaks:
     """A layer refitted at two thirds of its width; run with zeros at full width; outputs compared, a few at once."""
     tokens = trial_tokens(shape.tokens, shape.num_layers)
+    blas = {"buffers of the BLAS": _blas(shape)}
     states = tokens * shape.hidden * shape.item
     down = {"states": 4 * states, "trial weights": 2 * shape.stored_item * shape.hidden * shape.width}
     passing = {"activations": tokens * (4 * shape.item * shape.width + 6 * 4 * shape.hidden)}
-    compared = (6 + 2) * BLOCK_BYTES if stream_vocabulary else 4 * shape.logits
+    logits = min(shape.logits, 4 * tokens * shape.vocabulary)
+    compared = (6 + 2) * BLOCK_BYTES if stream_vocabulary else 4 * logits + logits // 2
     kept = shape.width - int(TRIAL_CUT * shape.width)
     return {
         "trial cuts": again | down | max(_reconstruction(shape, kept), passing, key=lambda part: sum(part.values())),
-        "trial outputs": again | {"states": (COMPARED_AT_ONCE + 2) * states, "logits": compared},
+        "trial outputs": again | blas | {"states": (COMPARED_AT_ONCE + 2) * states, "logits": compared},
     }
 
 
@@ -266,5 +270,10 @@ def _reconstruction(shape: Shape, n: int) -> dict[str, int]:
         "Gram matrices": 4 * m * m * (1 + grams),
         "ridge system": 4 * n * n + gathered,
         "right-hand sides": sides + shape.stored_item * d * m,
-        "buffers of the BLAS": BLAS_BYTES,
+        "buffers of the BLAS": _blas(shape),
     }
+
+
+def _blas(shape: Shape) -> int:
+    """No more than it packs."""
+    return min(BLAS_BYTES, 3 * 4 * shape.width**2)

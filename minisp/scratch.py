@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minisp.checkpoint import DTYPE_OF, DTYPES
 from minisp.errors import OutputError
-from minisp.files import WriteBehind, checksum, read_pieces, tensor_bytes, write_tensor
+from minisp.files import WriteBehind, checksum, helper_thread, read_pieces, tensor_bytes, write_tensor
 
 DATA, INDEX = ".data", ".json"
 
@@ -81,7 +81,7 @@ class Folder:
         self._indices: dict[str, dict[str, Any]] = {}
         # Records that this object has written, or has found to be as they were written.
         self._sound: set[str] = set()
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="minisp-reader")
+        self._reader = helper_thread("minisp-reader")
         self._ahead: dict[str, tuple[str, Future[Tensor]]] = {}
 
     @contextmanager

@@ -130,7 +130,6 @@ class Stream:
                 for index in segment:
                     for name, empty in self._empty[index].items():
                         replace_parameter_(self.layers[index], name, empty)
-                trim_memory()
             reading.extend(map(self._start, segments[place + ahead + 1 : place + ahead + 2]))
 
     def release(self) -> None:

@@ -10,7 +10,6 @@ Work: 6·T·V·d FLOPs where a resident head takes 4, since the logits are forme
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from minisp.architecture import CausalLM
 from minisp.checkpoint import Checkpoint
 from minisp.errors import UnsupportedModelError
+from minisp.files import helper_thread
 
 # Float32 logits of one block: they, their 16-bit copy and the rows of W are what a block needs.
 BLOCK_BYTES = 32 * 2**20
@@ -52,7 +52,7 @@ class StreamedVocabulary:
         self._head = self._stored_name(model, head)
         place = checkpoint.tensors[self._head]
         self._num_rows, self._row_bytes = place.shape[0], place.num_bytes // place.shape[0]
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="minisp-vocabulary")
+        self._thread = helper_thread("minisp-vocabulary")
         embedding.forward = self._look_up
         head.forward = nn.Identity().forward
 

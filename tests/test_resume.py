@@ -243,3 +243,15 @@ def test_a_lost_process_ends_the_run_which_resumes(source: Path, tmp_path: Path)
         for name in ("alone", "out")
     ]
     assert kept[0] == kept[1]
+
+
+def test_helper_threads_start_no_openmp_team_and_leave_the_number_of_threads() -> None:
+    # In a process of its own: teams that other tests have started would hide one.
+    script = (
+        "import os, torch; torch.set_num_threads(2); from minisp.files import helper_thread\n"
+        "large = torch.ones(10**7); large.sum(); pool = helper_thread('helper')\n"
+        "before = len(os.listdir('/proc/self/task')); pool.submit(large.sum).result()\n"
+        "print(len(os.listdir('/proc/self/task')) - before, torch.get_num_threads())"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["0", "2"]
