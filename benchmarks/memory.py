@@ -107,7 +107,7 @@ def limits(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     rows = []
     for text in args.limits:
-        limit = parse_size(text)
+        limit = 0 if text == "0" else parse_size(text)
         found = run(args, {"host_memory": text} if limit else {}, limit)
         rows.append({"limit": text, "peak_bytes": found.peak_rss, "wall_seconds": found.seconds, **found.output})
         rows[-1]["disturbance"] = found.disturbance

@@ -88,9 +88,7 @@ def minify(
         stack.enter_context(computing_on(torch.device(made_plan.device), resources))
         target = check_output(out, made_plan.bytes_after) if out is not None else None
         identity = _identity(checkpoint, made_plan, ranks) if checkpoint is not None else None
-        # Beside the output, both have to find room on one disk.
-        room = made_plan.scratch_bytes + (made_plan.bytes_after if resources.scratch is None else 0)
-        shared, own = stack.enter_context(open_scratch(target, resources, identity, ranks, room))
+        shared, own = stack.enter_context(open_scratch(target, resources, identity, ranks, made_plan.disk_room))
         work = Workplace(shared, own, ranks, progress or stack.enter_context(progress_bar(quiet=not ranks.first)))
         with _timed(seconds, "loading"):
             stream = _open(model, checkpoint, made_plan)
@@ -107,11 +105,7 @@ def minify(
             kept = _select(stream, text.windows, made_plan, work)
             stream.release()
         with _timed(seconds, "reconstruction"):
-            nothing_drifts = config.keep == 1 or not config.reconstruct
-            if config.inputs == "dense" or (config.inputs == "both" and nothing_drifts):
-                _reconstruct_dense(stream, kept, config, work)
-            else:
-                heal_sweep(stream, batches, kept, config, work)
+            _reconstruct(stream, batches, kept, config, work)
         with _timed(seconds, "writing"):
             folder = stack.enter_context(output_folder(target)) if target is not None and ranks.first else None
             _write(stream, kept, work, folder)
@@ -200,6 +194,17 @@ def _select(stream: Stream, windows: Tensor, plan: Plan, work: Workplace) -> lis
             scores = [score * ratio for score, ratio in zip(scores, ratios, strict=True)]
         widths = allocate_widths(scores, config.keep, alignment=plan.alignment, min_keep=config.min_keep)
     return select(scores, widths)
+
+
+def _reconstruct(
+    stream: Stream, batches: Sequence[Tensor], kept: Sequence[Tensor], config: MinifyConfig, work: Workplace
+) -> None:
+    """Leave a record of every layer's reconstruction, on the inputs that the config names."""
+    nothing_drifts = config.keep == 1 or not config.reconstruct
+    if config.inputs == "dense" or (config.inputs == "both" and nothing_drifts):
+        _reconstruct_dense(stream, kept, config, work)
+    else:
+        heal_sweep(stream, batches, kept, config, work)
 
 
 def _reconstruct_dense(stream: Stream, kept: Sequence[Tensor], config: MinifyConfig, work: Workplace) -> None:

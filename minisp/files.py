@@ -68,6 +68,13 @@ class WriteBehind:
             self._waiting.popleft().result()
         self._waiting.append(self._thread.submit(job, *arguments))
 
+    def do(self, job: Callable[..., Any], *arguments: Any) -> None:
+        """Do a job at once where none waits, else after those; raises as `submit`."""
+        if self._waiting:
+            self.submit(job, *arguments)
+        else:
+            job(*arguments)
+
     def settle(self) -> None:
         """Wait until all is done; raises what a job raised."""
         while self._waiting:

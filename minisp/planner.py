@@ -128,6 +128,11 @@ class Plan:
         """Expected peak in bytes: of the whole process where a CPU computes, of what is allocated where a GPU does."""
         return self.layout.peak + (self.base_memory if self.device == "cpu" else 0)
 
+    @property
+    def disk_room(self) -> int:
+        """Bytes that must be free where the scratch folder is; beside the output, both have to find room there."""
+        return self.scratch_bytes + (self.bytes_after if self.resources.scratch is None else 0)
+
 
 def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ranks: int = 1) -> Plan:
     """Plan a run.
