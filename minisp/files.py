@@ -25,7 +25,8 @@ def helper_thread(name: str) -> ThreadPoolExecutor:
     """A thread for work beside the computation, in which torch's operations start no OpenMP team of their own.
 
     As soon as a process has more OpenMP threads than cores, libgomp lets waiting threads sleep between parallel loops
-    in all its teams: the computation itself then takes up to twice its time.
+    in all its teams, the computing one among them: a streamed run of SmolLM2-135M had 117 000 context switches where
+    one in memory had 61, and left cores idle.
     """
     own = torch.get_num_threads()
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)

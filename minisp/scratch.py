@@ -6,7 +6,8 @@ disk: a process that is killed loses nothing that it wrote, and what a power fai
 
 What a GPU leaves is written behind the computation, in a thread of its own, in order, and what it will want is read
 ahead, both through pinned memory. On a CPU, a copy to or from the system's cache takes less time than a thread that
-wants the computation's cores: 5 000 such hand-overs made a sweep of SmolLM2-135M slower by a tenth.
+wants the computation's cores: without such hand-overs, the computing thread of one run on SmolLM2-135M was switched
+3 400 instead of 17 700 times.
 """
 
 import json
