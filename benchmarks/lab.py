@@ -1,0 +1,136 @@
+"""What the rows of ablation.py share: the dense model, its statistics and those of other texts, and a plain refit."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import opponents
+import torch
+from quality import CPU, Kit, calibration_windows, collect, evaluation_texts
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from minisp.architecture import architecture_of, cut_
+from minisp.calibration import Calibration, write_windows
+from minisp.checkpoint import Checkpoint
+from minisp.config import MinifyConfig
+from minisp.model import frozen, load_model
+from minisp.reconstruction import reconstruct
+from minisp.selection import allocate_widths, default_alignment, select
+from minisp.statistics import LayerStatistics
+from minisp.stream import Stream
+from minisp.sweep import saliency_sweep
+from minisp.workplace import Workplace
+
+PLAIN: dict[str, Any] = {"inputs": "dense", "allocation": "score"}
+# Windows of what needs a sweep of its own.
+SUBSET = 128
+CURVE = (16, 32, 64, SUBSET)
+
+
+class Lab:
+    """The dense model with its statistics, and everything that further statistics need."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.cache, self.keep, self.tokenizer = (
+            arguments.cache,
+            arguments.keep,
+            AutoTokenizer.from_pretrained(arguments.model),
+        )
+        model = load_model(Checkpoint.open(arguments.model), CPU, torch.bfloat16)
+        texts = evaluation_texts(arguments, self.tokenizer)
+        self.text = self._kit(model, calibration_windows(arguments, self.tokenizer), texts)
+        self.arguments = arguments
+        # Subsets are nested, so that a larger one costs only what is new in it.
+        order = torch.randperm(len(self.text.windows), generator=torch.Generator().manual_seed(0))
+        self.windows = self.text.windows[order]
+
+    def _kit(self, model: Any, windows: Tensor, texts: dict[str, tuple[Tensor, int]]) -> Kit:
+        work, means, _ = collect(model, windows, self.cache)
+        records = [work.statistics(index, gram=True) for index in range(len(means))]
+        layers = opponents.look_at(model, architecture_of(model.config), records, means)
+        return Kit(model, work, layers, windows, texts)
+
+    def mixed(self) -> Kit:
+        """Calibrated on three domains."""
+        arguments = argparse.Namespace(**{**vars(self.arguments), "mixed": SUBSET // 2})
+        return self._kit(self.text.model, calibration_windows(arguments, self.tokenizer), self.text.texts)
+
+    def sweep(
+        self, windows: Tensor, *, gram: bool = True, how: type[Stream] = Stream, model: Any = None
+    ) -> list[LayerStatistics]:
+        """Every layer's statistics on windows (N, L); those of the dense model are kept in the cache."""
+        name = self.cache / f"{Calibration(windows, ()).fingerprint[:16]}_{how.__name__}_{gram}.pt"
+        if model is None and name.exists():
+            return [LayerStatistics(*record) for record in torch.load(name, weights_only=True)]
+        work, subject = Workplace.in_memory(), model or self.text.model
+        stream = how.from_module(subject)
+        count = len(stream.layers)
+        with frozen(subject):
+            saliency_sweep(stream, list(windows.split(1)), [range(count)], work, gram=gram)
+        found = [work.statistics(index, gram=gram) for index in range(count)]
+        if model is None:
+            torch.save([(x.num_tokens, x.saliency, x.gram) for x in found], name)
+        return found
+
+    def written(self, temperature: float) -> Tensor:
+        """Text that the model writes itself, (SUBSET, L)."""
+        name = self.cache / f"written_{temperature}.pt"
+        if not name.exists():
+            model, length = self.text.model, self.windows.shape[1]
+            torch.save(
+                write_windows(
+                    model, self.tokenizer, num_windows=SUBSET, window=length, seed=0, temperature=temperature
+                ),
+                name,
+            )
+        windows: Tensor = torch.load(name, weights_only=True)
+        return windows
+
+    def subset(self, count: int) -> list[LayerStatistics]:
+        """Statistics of the first `count` windows, one of CURVE, added up from slices."""
+        edges = [0, *(c for c in CURVE if c <= count)]
+        parts = [self.sweep(self.windows[start:stop]) for start, stop in pairwise(edges)]
+        return [added(layer) for layer in zip(*parts, strict=True)]
+
+
+def added(parts: Sequence[LayerStatistics]) -> LayerStatistics:
+    """The sums of several texts together."""
+    gram = torch.stack([part.gram for part in parts if part.gram is not None]).sum(0)
+    return LayerStatistics(sum(p.num_tokens for p in parts), sum((p.saliency for p in parts), torch.zeros(())), gram)
+
+
+def on(kit: Kit, records: Sequence[LayerStatistics], model: Any = None) -> Kit:
+    """The kit with other statistics, and with another model if that has been cut before."""
+    model = model or kit.model
+    work = Workplace.in_memory()
+    for index, statistics in enumerate(records):
+        work.keep_statistics(index, statistics)
+    means = [layer.mean for layer in kit.layers]
+    layers = opponents.look_at(model, architecture_of(model.config), records, means)
+    return replace(kit, model=model, work=work, layers=layers)
+
+
+def refit(kit: Kit, kept: Sequence[Tensor]) -> Any:
+    """A copy of the model with these units, refitted as the plain row."""
+    model = kit.fresh()
+    stream = Stream.from_module(model)
+    with frozen(model):
+        for index, layer in enumerate(kit.layers):
+            result = reconstruct(index, layer.statistics, kept[index], stream.down_weight(index), MinifyConfig(**PLAIN))
+            if result.down is not None:
+                cut_(stream.layers[index], stream.row, kept[index], result.down)
+    return model
+
+
+def widths_of(scores: Sequence[Tensor], keep: float, min_keep: float = 0.1) -> list[int]:
+    """The plain row's widths for these scores."""
+    alignment = default_alignment(min(map(len, scores)))
+    return allocate_widths(scores, keep, alignment=alignment, min_keep=min_keep)
+
+
+def ranked(kit: Kit, scores: Sequence[Tensor], keep: float) -> Any:
+    """One ranking by any scores, then the refit."""
+    return refit(kit, select(scores, widths_of(scores, keep)))
