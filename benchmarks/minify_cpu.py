@@ -30,7 +30,10 @@ HERE = Path(__file__).parent
 EVALUATION_WINDOWS, EVALUATION_WINDOW = 20, 1024
 # What minify() does before it minifies; the opponent's figure has no loading and no tokenising in it either.
 NOT_MINIFYING = ("loading", "calibration text")
-PAPER = {"saliency": "taylor", "shrink_to": "zero", "alignment": 1, "min_keep": 0.0, "damping": naive.DAMPING}
+PAPER = {
+    "saliency": "taylor", "allocation": "score", "inputs": "dense",
+    "shrink_to": "zero", "alignment": 1, "min_keep": 0.0, "damping": naive.DAMPING,
+}  # fmt: skip
 
 
 @dataclass
@@ -195,21 +198,22 @@ def print_speed(contenders: list[Contender]) -> None:
     harness.print_table(f"Speed and memory, {len(base.runs)} interleaved runs", columns, rows)
 
 
-def make_contenders(batch: int) -> list[Contender]:
+def make_contenders(batch: int, only: list[str] | None) -> list[Contender]:
     """The opponent in both dtypes, minisp with the paper's recipe, and minisp as it comes."""
-    return [
+    contenders = [
         Contender("naive bfloat16", {"dtype": "bfloat16", "batch": batch, "damping": naive.DAMPING}),
         Contender("naive float32", {"dtype": "float32", "batch": batch, "damping": naive.DAMPING}),
         Contender("ours, paper's recipe", {**PAPER, "dtype": "bfloat16"}),
         Contender("ours", {"dtype": "bfloat16"}),
     ]
+    return [c for c in contenders if only is None or any(part in c.name for part in only)]
 
 
 def compare(args: argparse.Namespace) -> None:
     """The parent: floor, correctness, then the timed runs. It never loads a model (see `harness.ChildRun`)."""
     made_floor = floor(args)
     print_floor(made_floor)
-    contenders = make_contenders(args.batch)
+    contenders = make_contenders(args.batch, args.only)
     dense = evaluate_folder(args.model, args)
     for contender in contenders:
         run = run_contender(contender, args, evaluate=True)
@@ -243,6 +247,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4, help="windows per batch of the opponent")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each; the first is evaluated")
+    parser.add_argument("--only", nargs="+", help="parts of the names of contenders")
     parser.add_argument("--label", help="appended to the result file's name")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--evaluate", help=argparse.SUPPRESS)
