@@ -40,7 +40,8 @@ class Lab:
             AutoTokenizer.from_pretrained(arguments.model),
         )
         model = load_model(Checkpoint.open(arguments.model), CPU, torch.bfloat16)
-        texts = evaluation_texts(arguments, self.tokenizer)
+        # Half of the windows of quality.py: rows are compared with each other, on the same windows.
+        texts = {name: (ids, n // 2) for name, (ids, n) in evaluation_texts(arguments, self.tokenizer).items()}
         self.text = self._kit(model, calibration_windows(arguments, self.tokenizer), texts)
         self.arguments = arguments
         # Subsets are nested, so that a larger one costs only what is new in it.
