@@ -1,10 +1,10 @@
 """What every idea is worth beside minisp's defaults: `python benchmarks/ablation.py MODEL --calibration a --text b`.
 
 One budget of units for all rows, evaluated as in quality.py, on half of its windows: ratio of perplexity to the dense
-model's on text, on documentation and on source code. Unless a row says otherwise it calibrates on all of the text, ranks by `fisher` over
-all layers, and refits on the dense model's activations: cheap rows, in which what differs is the idea alone. What
-needs more than the row's group shares is collected once and kept under --cache. Finished rows are in the result file
-at once, and a run that is repeated goes on from there.
+model's on text, on documentation and on source code. Unless a row says otherwise it calibrates on all of the text,
+ranks by `fisher` over all layers, and refits on the dense model's activations: cheap rows, in which what differs is the
+idea alone. What needs more than the row's group shares is collected once and kept under --cache. Finished rows are in
+the result file at once, and a run that is repeated goes on from there.
 """
 
 import argparse
