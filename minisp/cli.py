@@ -39,10 +39,6 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, or a .gguf file.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
-RESUME_HINT = (
-    "Nothing was left at the output path. What was finished waits in the scratch folder (beside the output, unless "
-    "--scratch named one): the same command with --resume goes on from there."
-)
 CALIBRATION_HELP = (
     "Text to calibrate on: FILE.txt, FILE.jsonl, hf:NAME, or what is at hand: builtin:code, builtin:documentation, "
     "builtin:model (written by the model itself); with a weight as FILE:0.3. Repeat it to mix sources. Default: "
@@ -110,7 +106,7 @@ def minify(
         # Of the processes that torchrun starts, one speaks.
         as_json, quiet = False, True
     console = Console(stderr=True, quiet=quiet or as_json)
-    with _errors(RESUME_HINT):
+    with _errors(lambda: _left_behind(out, options["scratch"])):
         split_options(**options)
         sources = [parse_source(source) for source in calibration] if calibration else None
         console.print(plan_view.plan_table(fast.plan(model, **options)))
@@ -215,11 +211,11 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def _errors(interrupted: str = "") -> Iterator[None]:
+def _errors(interrupted: Callable[[], str] = str) -> Iterator[None]:
     """Expected failures become one paragraph on standard error and an exit code; warnings lose their source line.
 
     Args:
-        interrupted: what to say after "Interrupted.".
+        interrupted: gives what to say after "Interrupted.".
     """
     console = Console(stderr=True)
     with warnings.catch_warnings():
@@ -235,8 +231,23 @@ def _errors(interrupted: str = "") -> Iterator[None]:
             console.print(_printable(str(error)), markup=False, highlight=False)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
-            console.print(f"Interrupted. {interrupted}".strip())
+            lost = "Another process of the run was lost, or someone ended it. " if "RANK" in os.environ else ""
+            console.print(f"Interrupted. {lost}{interrupted()}".strip(), highlight=False)
             raise typer.Exit(130) from None
+
+
+def _left_behind(out: Path, scratch: str | None) -> str:
+    """What a run that did not end has left, for its user."""
+    from minisp.resume import holds_records, scratch_path
+
+    path = scratch_path(out.absolute(), Resources(scratch=scratch))
+    if path is None or not holds_records(path):
+        return "Nothing was left."
+    processes = ", with as many processes," if "RANK" in os.environ else ""
+    return (
+        f"Nothing was left at the output path. What was finished waits in {path}: the same command with --resume"
+        f"{processes} goes on from there."
+    )
 
 
 def _printable(text: str) -> str:

@@ -194,7 +194,7 @@ def _is_damping(value: Any) -> bool:
 def _require(name: str, value: Any, expected: str, holds: Any) -> None:
     try:
         ok = not isinstance(value, bool) and bool(holds(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         ok = False
     if not ok:
         raise ConfigError(f"Option {name}: expected {expected}, got {value!r}. Pass such a value.")

@@ -159,7 +159,7 @@ def _plan(
 def _identity(checkpoint: Checkpoint, plan: Plan, ranks: Ranks) -> dict[str, dict[str, Any]]:
     """What decides this run's statistics and its results, and how both are rounded."""
     identity = plan.config.identity()
-    source = {"source": checkpoint.fingerprint(), "modified": checkpoint.modified()}
+    source = {"source": checkpoint.fingerprint(), "files changed at (ns)": checkpoint.modified()}
     compute = {"device": torch.device(plan.device).type, "dtype": plan.dtype, "batch": plan.batch}
     return {
         "statistics": {**identity["statistics"], **source, **compute},

@@ -6,6 +6,7 @@ largest layer's. A phase is over before the next one begins, so the peak is the 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 
 from minisp.allocation import COMPARED_AT_ONCE, TRIAL_CUT, trial_tokens
 from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths
@@ -22,6 +23,9 @@ TOKENIZER_FACTOR = 18
 
 # What the BLAS keeps for its packed operands, once a layer was solved.
 BLAS_BYTES = 64 * 2**20
+
+# What shorter windows, or fewer at once, make smaller.
+BY_BATCH = ("activations", "boundary states", "states and gradients")
 
 Peaks = dict[str, dict[str, int]]
 """Phase → purpose → bytes."""
@@ -137,17 +141,18 @@ def choose_layout(shape: Shape, limit: int, segment: int | None, what: str, base
     phase, purposes = max(smallest.peaks.items(), key=lambda item: sum(item[1].values()))
     largest = max(purposes, key=lambda name: purposes[name])
     raise ConfigError(
-        f"{what}: expected at least {(smallest.peak + base) / 1e9:.2f} GB, got {(limit + base) / 1e9:.2f} GB. With "
-        f"{smallest.segment} layer(s) at once the {phase} takes {smallest.peak / 1e9:.2f} GB, most of it for {largest} "
-        f"({purposes[largest] / 1e9:.2f} GB), beside {base / 1e9:.2f} GB that the process has already. Allow more, or "
-        "pass shorter windows (window), or fewer at once (batch)."
+        f"{what}: expected at least {ceil((smallest.peak + base) / 1e6) / 1e3:.3f} GB, "
+        f"got {(limit + base) / 1e9:.3f} GB. With "
+        f"{smallest.segment} layer(s) at once the {phase} takes {smallest.peak / 1e9:.3f} GB, most of it for {largest} "
+        f"({purposes[largest] / 1e9:.3f} GB), beside {base / 1e9:.3f} GB that the process has already. Allow more"
+        f"{', or pass shorter windows (window), or fewer at once (batch)' if largest in BY_BATCH else ''}."
     )
 
 
 def staging(shape: Shape, layout: Layout) -> int:
     """Main memory in bytes that a run on a GPU takes: pinned copies of what is read, and what waits to be written."""
     read = layout.segment * layout.num_slots * shape.layer if shape.streams else shape.vocabulary_weights
-    written = 2 * shape.layer * shape.stored_item + 4 * PIECE_BYTES
+    written = 2 * shape.layer * shape.stored_item + _pieces(shape)
     states = 6 * shape.batch_tokens * shape.hidden * shape.item + 3 * PANEL_ROWS * 4 * shape.width
     return max(read * shape.stored_item, written) + states + TOKENIZER_FACTOR * shape.tokenizer
 
@@ -189,7 +194,7 @@ def _peaks(shape: Shape, segment: int, num_slots: int, stream_vocabulary: bool) 
     if shape.heals:
         peaks["heal sweep"] = again | _heal(shape)
     if shape.writes:
-        copied = {"a layer": 2 * shape.layer * shape.stored_item, "pieces": 4 * PIECE_BYTES}
+        copied = {"a layer": 2 * shape.layer * shape.stored_item, "pieces": _pieces(shape)}
         peaks["writing"] = after | copied
     return peaks
 
@@ -272,6 +277,11 @@ def _reconstruction(shape: Shape, n: int) -> dict[str, int]:
         "right-hand sides": sides + shape.stored_item * d * m,
         "buffers of the BLAS": _blas(shape),
     }
+
+
+def _pieces(shape: Shape) -> int:
+    """Tensors on their way to the output, larger ones in pieces."""
+    return 4 * min(PIECE_BYTES, max(shape.layer, shape.vocabulary_weights) * shape.stored_item)
 
 
 def _blas(shape: Shape) -> int:

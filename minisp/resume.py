@@ -24,8 +24,17 @@ from minisp.scratch import DATA, INDEX, Folder, Memory, Scratch, no_room
 
 IDENTITY, LOCK = "minisp-run.json", "minisp-lock"
 # What a later run with other ratios can use; everything else goes when a run ends well.
-REUSABLE = re.compile(r"(statistics_\d+|windows)")
-RECORD = re.compile(r"(statistics|states|gradient|result|healed|dense|trials)_\d+|windows|ratios")
+TEXT = "windows"
+REUSABLE = re.compile(rf"(statistics_\d+|{TEXT})")
+RECORD = re.compile(rf"(statistics|states|gradient|result|healed|dense|trials)_\d+|{TEXT}|ratios")
+
+# How a run is made to be the earlier one.
+SAME = {
+    "version": "Run the earlier version of minisp",
+    "statistics": "Repeat the earlier options on the unchanged model",
+    "results": "Repeat the earlier options",
+    "rounding": "Start as many processes, with as much memory, as before",
+}
 
 Identity = Mapping[str, Mapping[str, Any]]
 """{"statistics": …, "results": …, "rounding": …}: plain values that decide each, and the last bits of both."""
@@ -100,8 +109,15 @@ def _folders(path: Path, resources: Resources, ranks: Ranks) -> Iterator[tuple[F
         shared = Folder(path)
         own = shared if own_path == path else Folder(own_path)
         try:
-            for folder in {shared, own} if ranks.first else {own}:
+            mine = {shared, own} if ranks.first else {own}
+            for folder in mine:
                 _drop_useless(folder, resources)
+            ranks.wait()
+            if not shared.has(TEXT):
+                # Nothing says any more what text the others came from.
+                for folder in mine:
+                    for name in folder.names(RECORD):
+                        folder.drop(name)
             ranks.wait()
             yield shared, own
             shared.settle()
@@ -129,12 +145,12 @@ def _worth_keeping(path: Path, error: BaseException) -> bool:
     """
     if isinstance(error, CheckpointError | NumericalError):
         return isinstance(error, NumericalError) and any(file.stem == "statistics_0000" for file in _records(path))
-    return any(file.stem != "windows" or isinstance(error, KeyboardInterrupt) for file in _records(path))
+    return any(file.stem != TEXT or isinstance(error, KeyboardInterrupt) for file in _records(path))
 
 
 def _claim(path: Path, identity: Identity | None, resources: Resources) -> None:
     """Make sure that what lies in the folder belongs to this run, and say whose it is."""
-    found = any(_records(path))
+    found = holds_records(path)
     if found and not (resources.resume or resources.reuse):
         raise OutputError(
             f"Scratch folder {path}: expected an empty one, got what an earlier run left. Continue that run by "
@@ -154,7 +170,7 @@ def _claim(path: Path, identity: Identity | None, resources: Resources) -> None:
         if found and earlier.get(part) != plain[part]:
             raise OutputError(
                 f"Scratch folder {path}: expected what a run with these options left, got another one: "
-                f"{_difference(part, earlier.get(part), plain[part])}. Repeat the earlier options, or delete the "
+                f"{_difference(part, earlier.get(part), plain[part])}. {SAME[part]}, or delete the "
                 "folder" + (", or use its statistics alone by --reuse." if part in ("results", "rounding") else ".")
             )
     unfinished = path / f"{IDENTITY}.unfinished"
@@ -171,7 +187,10 @@ def _drop_useless(folder: Folder, resources: Resources) -> None:
         if resources.reuse and not REUSABLE.fullmatch(name) and not name.startswith(("states", "gradient")):
             folder.drop(name)
         elif not folder.intact(name):
-            warnings.warn(f"Scratch folder {folder.path}: {name} is damaged and will be computed anew.", stacklevel=2)
+            what = "everything" if name == TEXT else name
+            warnings.warn(
+                f"Scratch folder {folder.path}: {name} is damaged; {what} will be computed anew.", stacklevel=2
+            )
             folder.drop(name)
 
 
@@ -188,6 +207,11 @@ def _earlier(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def holds_records(path: Path) -> bool:
+    """Whether a run has left something in this folder."""
+    return any(_records(path))
 
 
 def _records(path: Path) -> Iterator[Path]:
@@ -212,10 +236,11 @@ def _made(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[IO[str]]:
+def _locked(path: Path) -> Iterator[IO[bytes]]:
     """Nobody else uses the folder within the block; the system releases the lock of a process that dies."""
     try:
-        handle = open(path / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+        # Without a buffer, which would be written again when the file is closed.
+        handle = open(path / LOCK, "a+b", buffering=0)  # noqa: SIM115
     except OSError as error:
         raise OutputError(f"Scratch folder {path}: cannot be written ({error}). Name another one.") from error
     with handle:
@@ -227,17 +252,21 @@ def _locked(path: Path) -> Iterator[IO[str]]:
             taken = True
         if taken:
             handle.seek(0)
+            user = handle.read().decode() or "?"
             raise OutputError(
-                f"Scratch folder {path}: expected to be its only user, but process {handle.read() or '?'} has it. Wait "
-                "for that run, or use another folder."
+                f"Scratch folder {path}: expected to be its only user, but process {user} has it. Wait for that run, "
+                "or use another folder."
             )
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
+        try:
+            handle.truncate(0)
+            handle.write(str(os.getpid()).encode())
+        except OSError as error:
+            (path / LOCK).unlink(missing_ok=True)
+            raise no_room(path, error) from error
         try:
             yield handle
         finally:
-            if not any(_records(path)):
+            if not holds_records(path):
                 (path / LOCK).unlink(missing_ok=True)
 
 

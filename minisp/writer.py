@@ -78,7 +78,7 @@ def check_output(out: str | Path, needed_bytes: int) -> Path:
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise OutputError(
-            f"Output {path}: expected {needed_bytes / 1e9:.2f} GB of free disk, got {free / 1e9:.2f} GB. "
+            f"Output {path}: expected {needed_bytes / 1e9:.3f} GB of free disk, got {free / 1e9:.3f} GB. "
             "Free some space or choose another disk."
         )
     return path

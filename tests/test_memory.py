@@ -55,7 +55,7 @@ def test_the_peak_depends_neither_on_layers_nor_on_tokens() -> None:
 def test_what_never_fits_is_refused_with_what_it_would_take() -> None:
     with pytest.raises(ConfigError) as caught:
         choose_layout(LARGE, 10**9, None, "Option host_memory")
-    found = re.search(r"Option host_memory: expected at least ([\d.]+) GB, got 1\.00 GB\. With", str(caught.value))
+    found = re.search(r"Option host_memory: expected at least ([\d.]+) GB, got 1\.000 GB\. With", str(caught.value))
     assert found is not None
     assert choose_layout(LARGE, int(float(found[1]) * 1e9 + 1e7), None, "Option host_memory")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +80,7 @@ def test_a_changed_source_is_another_run(source: Path, tmp_path: Path) -> None:
     copy = save_checkpoint(tmp_path / "model", tiny_model("llama"))
     run(copy, tmp_path / "a", scratch=str(tmp_path / "work"))
     save_checkpoint(copy, tiny_model("llama", seed=1))
-    with pytest.raises(OutputError, match="got another one: modified was"):
+    with pytest.raises(OutputError, match="got another one: files changed at"):
         run(copy, tmp_path / "b", scratch=str(tmp_path / "work"), reuse=True)
 
 
@@ -126,9 +127,33 @@ def test_a_damaged_record_is_computed_anew(source: Path, tmp_path: Path) -> None
     data = bytearray(torn.read_bytes())
     data[len(data) // 2] ^= 1
     torn.write_bytes(data)
-    with pytest.warns(UserWarning, match="statistics_0001 is damaged and will be computed anew"):
+    with pytest.warns(UserWarning, match="statistics_0001 is damaged; statistics_0001 will be computed anew"):
         run(source, tmp_path / "out", inputs="dense", resume=True)
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_statistics_of_a_text_that_is_lost_serve_no_other_text(source: Path, tmp_path: Path) -> None:
+    work, other = str(tmp_path / "work"), WINDOWS.flip(0, 1)
+    run(source, tmp_path / "a", scratch=work)
+    run(source, tmp_path / "fresh", calibration=other)
+    with pytest.raises(OutputError, match="expected that of the earlier run"):
+        run(source, tmp_path / "b", calibration=other, scratch=work, reuse=True)
+    torn = tmp_path / "work" / "windows.data"
+    torn.write_bytes(bytes(len(torn.read_bytes())))
+    with pytest.warns(UserWarning, match="windows is damaged; everything will be computed anew"):
+        run(source, tmp_path / "b", calibration=other, scratch=work, reuse=True)
+    assert weights(tmp_path / "b") == weights(tmp_path / "fresh") != weights(tmp_path / "a")
+
+
+def test_a_disk_that_is_full_at_the_lock_is_a_typed_error(source: Path, tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        with pytest.raises(OutputError, match="expected room for what waits between the phases"):
+            run(source, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_runs_cannot_share_a_folder(source: Path, tmp_path: Path) -> None:
