@@ -280,3 +280,21 @@ def test_helper_threads_start_no_openmp_team_and_leave_the_number_of_threads() -
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["0", "2"]
+
+
+@pytest.mark.parametrize(
+    ("step", "says"), [("_select", "{folder}: the same command with --resume"), ("plan", "was left.")]
+)
+def test_an_interrupted_command_names_the_folder_if_something_waits_there(
+    step: str, says: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fast, step, interrupt)
+    text = tmp_path / "text.txt"
+    text.write_text("abc " * 500)
+    command = ["minify", str(source), "--out", str(tmp_path / "out"), "-c", str(text), "--window", "32", "--quiet"]
+    result = CliRunner(env={"COLUMNS": "2000"}).invoke(app, command)
+    assert result.exit_code == 130
+    assert says.format(folder=tmp_path / ".out.scratch") in result.stderr.replace("\n", "")
