@@ -26,7 +26,7 @@ IDENTITY, LOCK = "minisp-run.json", "minisp-lock"
 # What a later run with other ratios can use; everything else goes when a run ends well.
 TEXT = "windows"
 REUSABLE = re.compile(rf"(statistics_\d+|{TEXT})")
-RECORD = re.compile(rf"(statistics|states|gradient|result|healed|dense|trials)_\d+|{TEXT}|ratios")
+RECORD = re.compile(rf"(statistics|partial|states|gradient|result|healed|dense|trials)_\d+|{TEXT}|ratios")
 
 # How a run is made to be the earlier one.
 SAME = {
@@ -184,7 +184,7 @@ def _claim(path: Path, identity: Identity | None, resources: Resources) -> None:
 def _drop_useless(folder: Folder, resources: Resources) -> None:
     """Drop records that a power failure has torn, and results where only statistics are wanted."""
     for name in folder.names(RECORD):
-        if resources.reuse and not REUSABLE.fullmatch(name) and not name.startswith(("states", "gradient")):
+        if resources.reuse and not REUSABLE.fullmatch(name) and not name.startswith(("partial", "states", "gradient")):
             folder.drop(name)
         elif not folder.intact(name):
             what = "everything" if name == TEXT else name

@@ -13,6 +13,7 @@ wants the computation's cores: without such hand-overs, the computing thread of 
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -67,6 +68,10 @@ class Memory:
 
     def settle(self) -> None:
         """As `Folder.settle`: nothing waits here."""
+
+    def free_bytes(self) -> int:
+        """As `Folder.free_bytes`: none, for what is kept here does not outlive the process."""
+        return 0
 
 
 class Folder:
@@ -191,6 +196,10 @@ class Folder:
             OutputError: something could not be.
         """
         self._typed(self._writer.settle)
+
+    def free_bytes(self) -> int:
+        """Room for more."""
+        return shutil.disk_usage(self.path).free
 
     def close(self) -> None:
         """Stop the writing thread, after what it has still to write; failures no longer matter."""

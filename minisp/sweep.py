@@ -6,8 +6,11 @@ whole model needs no forward pass of its own; one layer per segment needs the le
 P parameters: forward 2P and backward 2P FLOPs, plus 2P·(1 − 1/segments) of recomputing, plus m² for the Gram matrix.
 
 What is finished is a record, see `minisp.workplace`: a sweep that finds records goes on from them, to the same bits.
+The first segment, which is the only one where the model fits in memory whole, leaves no gradient, so that its sums can
+be kept every few minutes before it is finished.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from itertools import islice
@@ -25,6 +28,10 @@ from minisp.workplace import Workplace, record
 
 # Tokens that a streamed head takes at once: each time, its weights are read twice.
 HEAD_TOKENS = 2048
+# What a run that is killed loses at most of the first segment's sweep.
+SAVE_SECONDS = 180.0
+# Written in turn, so that one of them is always whole.
+PARTIAL = (record("partial", 0), record("partial", 1))
 
 
 def saliency_sweep(
@@ -78,6 +85,8 @@ def saliency_sweep(
         work.ranks.wait()
         work.own.drop(record("states", segment.start))
         work.own.drop(record("gradient", segment.stop))
+        for name in PARTIAL:
+            work.own.drop(name)
 
 
 def _unfinished(segments: Sequence[range], work: Workplace) -> list[range]:
@@ -130,18 +139,55 @@ def _run_backward(
     advance: Callable[[str, range], None],
 ) -> dict[int, LayerStatistics]:
     """The statistics of a segment's layers; keeps the gradient at its input."""
-    records = {i: LayerStatistics.empty(w, gram=gram, device=stream.device) for i, w in _widths(stream, segment)}
+    records, first = _begin(stream, segment, own, gram)
+    saved = time.monotonic()
     source = record("gradient", segment.stop)
     known = own.has(source)
     assert known or segment.stop == len(stream.layers), f"no gradient behind layer {segment.stop - 1}"
     keeping = own.writing(record("gradient", segment.start)) if segment.start else nullcontext(_nowhere)
     with keeping as append, _watch_all(stream, records), fast_attention(stream.model.config):
         for number, ids in enumerate(batches):
+            if number < first:
+                advance("saliency", segment)
+                continue
             hidden = enter(stream, own, segment, number, ids)
             above = own.read(source, str(number), ahead=True).to(stream.device, non_blocking=True) if known else None
             append(str(number), _forward_backward(stream, segment, hidden, ids, above))
             advance("saliency", segment)
+            if segment.start == 0 and time.monotonic() - saved >= SAVE_SECONDS:
+                _save(records, own, number + 1)
+                saved = time.monotonic()
     return records
+
+
+def _begin(stream: Stream, segment: range, own: Scratch, gram: bool) -> tuple[dict[int, LayerStatistics], int]:
+    """The sums of a segment's layers to go on with, and the micro-batches that are in them already."""
+    widths = {i: mlp_weights(stream.layers[i], stream.row).up.shape[0] for i in segment}
+    facts = {name: own.facts(name) for name in PARTIAL if segment.start == 0 and own.has(name)}
+    usable = {name: found["batches"] for name, found in facts.items() if found["layers"] == len(segment)}
+    if not usable:
+        return {i: LayerStatistics.empty(w, gram=gram, device=stream.device) for i, w in widths.items()}, 0
+    newest = max(usable, key=lambda name: usable[name])
+
+    def kept(index: int) -> LayerStatistics:
+        def read(key: str) -> Tensor:
+            return own.read(newest, f"{index} {key}")
+
+        return LayerStatistics.from_tensors(read, gram=gram, device=stream.device)
+
+    return {i: kept(i) for i in segment}, usable[newest]
+
+
+def _save(records: dict[int, LayerStatistics], own: Scratch, batches: int) -> None:
+    """Keep the sums of so many micro-batches, in place of the older ones of two, where the disk has ample room."""
+    size = sum(tensor.nbytes for statistics in records.values() for _, tensor in statistics.tensors())
+    if own.free_bytes() < 4 * size:
+        return
+    there = {name: own.facts(name)["batches"] if own.has(name) else 0 for name in PARTIAL}
+    with own.writing(min(there, key=lambda name: there[name]), batches=batches, layers=len(records)) as append:
+        for index, statistics in records.items():
+            for key, tensor in statistics.tensors():
+                append(f"{index} {key}", tensor)
 
 
 def enter(stream: Stream, own: Scratch, segment: range, number: int, ids: Tensor, *, kind: str = "states") -> Tensor:
@@ -165,10 +211,6 @@ def _forward_backward(stream: Stream, segment: range, hidden: Tensor, ids: Tenso
 
 def _nowhere(key: str, tensor: Tensor) -> None:
     """Nobody asks for the gradient below the first layer."""
-
-
-def _widths(stream: Stream, segment: range) -> list[tuple[int, int]]:
-    return [(i, mlp_weights(stream.layers[i], stream.row).up.shape[0]) for i in segment]
 
 
 def _watch_all(stream: Stream, records: dict[int, LayerStatistics]) -> ExitStack:

@@ -120,6 +120,36 @@ def test_a_run_resumes_with_other_segments_to_the_same_bits(
         assert weights(out) == weights(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("segment", [1, LAYERS])
+def test_a_sweep_over_the_first_segment_goes_on_in_its_middle(
+    segment: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(source, tmp_path / "whole", segment=segment)
+    out, phase = tmp_path / "out", f"saliency, layers 0-{segment - 1}"
+    monkeypatch.setattr(sweep, "SAVE_SECONDS", 0.0)
+    passed = 0
+    backward = sweep._forward_backward
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal passed
+        passed += 1
+        return backward(*arguments)
+
+    def interrupt(at: str, done: int, total: int) -> None:
+        # Told about three of four windows, and the third one's sums not yet kept.
+        if at == phase and done == total - segment:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, out, segment=segment, progress=interrupt)
+    kept = [path.name for path in (tmp_path / ".out.scratch").glob("partial_*.json")]
+    assert sorted(kept) == ["partial_0000.json", "partial_0001.json"]
+    monkeypatch.setattr(sweep, "_forward_backward", counted)
+    run(source, out, segment=segment, resume=True)
+    assert passed == 2
+    assert weights(out) == weights(tmp_path / "whole")
+
+
 def test_a_damaged_record_is_computed_anew(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "whole", inputs="dense")
     interrupted(source, tmp_path / "out", "reconstruction", inputs="dense")
