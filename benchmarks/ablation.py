@@ -24,7 +24,6 @@ from torch import Tensor
 
 from minisp.calibration import Calibration
 from minisp.selection import default_alignment, select, uniform_widths
-from minisp.stream import Stream
 
 Rows = Iterator[tuple[str, Callable[[], Any]]]
 """Names of rows, and what makes their models."""
@@ -48,12 +47,12 @@ def scores(lab: Lab) -> Rows:
     yield "score fisher × share unexplained", lambda: ranked(kit, shared(1.0), keep)
     yield "score fisher × root of the share unexplained", lambda: ranked(kit, shared(0.5), keep)
 
-    def labels(how: type[Stream]) -> Any:
-        sums = lab.sweep(lab.windows[:SUBSET], gram=False, how=how)
+    def labels(sampled: bool) -> Any:
+        sums = lab.sweep(lab.windows[:SUBSET], gram=False, sampled=sampled)
         return ranked(kit, [x.score("fisher") for x in sums], keep)
 
-    yield f"score fisher of {SUBSET} windows", lambda: labels(Stream)
-    yield f"score fisher of {SUBSET} windows, sampled labels", lambda: labels(ideas.SampledLabels)
+    yield f"score fisher of {SUBSET} windows", lambda: labels(False)
+    yield f"score fisher of {SUBSET} windows, sampled labels", lambda: labels(True)
 
 
 def selection(lab: Lab) -> Rows:

@@ -8,24 +8,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from minisp.stream import Stream
-
-
-class SampledLabels(Stream):
-    """A stream whose loss takes labels that the model draws itself: Σ(x·g)² is then the true Fisher, not the empirical.
-
-    Source: Kunstner et al., 2019, "Limitations of the Empirical Fisher Approximation", equations 3 and 4.
-    """
-
-    def loss_gradient(self, hidden: Tensor, ids: Tensor) -> tuple[float, Tensor]:
-        """As `Stream.loss_gradient`, with one label drawn for every token from the model's own distribution."""
-        labels = ids.clone()
-        generator = torch.Generator().manual_seed(int(ids.sum()))
-        chances = self.logits(hidden[:, :-1], ids[:, :-1]).float().softmax(-1)
-        drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=generator)
-        labels[:, 1:] = drawn.view(len(ids), -1)
-        return super().loss_gradient(hidden, labels)
-
 
 def damped_inverse(gram: Tensor, damping: float) -> Tensor:
     """(G + μI)⁻¹ in float64, μ relative to the mean diagonal."""

@@ -60,14 +60,15 @@ class Lab:
         return self._kit(self.text.model, calibration_windows(arguments, self.tokenizer), self.text.texts)
 
     def sweep(
-        self, windows: Tensor, *, gram: bool = True, how: type[Stream] = Stream, model: Any = None
+        self, windows: Tensor, *, gram: bool = True, sampled: bool = False, model: Any = None
     ) -> list[LayerStatistics]:
         """Every layer's statistics on windows (N, L); those of the dense model are kept in the cache."""
-        name = self.cache / f"{Calibration(windows, ()).fingerprint[:16]}_{how.__name__}_{gram}.pt"
+        name = self.cache / f"{Calibration(windows, ()).fingerprint[:16]}_{'sampled' if sampled else 'text'}_{gram}.pt"
         if model is None and name.exists():
             return [LayerStatistics(*record) for record in torch.load(name, weights_only=True)]
         work, subject = Workplace.in_memory(), model or self.text.model
-        stream = how.from_module(subject)
+        stream = Stream.from_module(subject)
+        stream.label_seed = 0 if sampled else None
         count = len(stream.layers)
         with frozen(subject):
             saliency_sweep(stream, list(windows.split(1)), [range(count)], work, gram=gram)

@@ -7,6 +7,7 @@ from minisp.errors import ConfigError
 
 SaliencyScore = Literal["taylor", "fisher", "signed"]
 Widths = Literal["per-layer", "uniform"]
+Labels = Literal["text", "sampled"]
 Allocation = Literal["score", "measured"]
 Inputs = Literal["dense", "pruned", "both"]
 Shrinkage = Literal["original", "zero"]
@@ -21,6 +22,8 @@ class MinifyConfig:
     Args:
         keep: fraction of MLP units kept over all layers, in (0, 1]; a budget that rounding never exceeds.
         saliency: score of a unit from p = x·g per token: `taylor` Σ|p|, `fisher` Σp², `signed` |Σp|.
+        labels: of the loss whose gradient g is: `text`, the calibration text's next tokens; `sampled`, one drawn from
+            the model's own distribution for each token, see `minisp.labels`.
         widths: `per-layer` lets one global ranking set every layer's width; `uniform` gives all layers the same.
         allocation: what widths per layer follow: `score`, the scores as they are; `measured`, the scores of each layer
             scaled by what a trial cut of it does to the model's output, see `minisp.allocation`.
@@ -49,6 +52,7 @@ class MinifyConfig:
 
     keep: float = 0.8
     saliency: SaliencyScore = "fisher"
+    labels: Labels = "text"
     widths: Widths = "per-layer"
     allocation: Allocation = "measured"
     alignment: int | None = None
@@ -67,6 +71,7 @@ class MinifyConfig:
 
     def __post_init__(self) -> None:
         _require_choice("saliency", self.saliency, SaliencyScore)
+        _require_choice("labels", self.labels, Labels)
         _require_choice("widths", self.widths, Widths)
         _require_choice("allocation", self.allocation, Allocation)
         _require_choice("inputs", self.inputs, Inputs)

@@ -92,6 +92,7 @@ def minify(
         work = Workplace(shared, own, ranks, progress or stack.enter_context(progress_bar(quiet=not ranks.first)))
         with _timed(seconds, "loading"):
             stream = _open(model, checkpoint, made_plan)
+            stream.label_seed = config.seed if config.labels == "sampled" else None
             stack.enter_context(frozen(stream.model))
             if tokenizer is None and checkpoint is not None:
                 tokenizer = load_tokenizer(checkpoint.folder)

@@ -34,7 +34,10 @@ def plan_table(plan: Plan, seconds: float | None = None) -> Table:
     table.add_row("calibration", f"{config.num_windows} windows of {config.window} tokens ({plan.num_tokens:,})")
     damping = "by cross-validation" if config.damping == "auto" else f"= {config.damping:g}"
     refit = f"ridge λ {damping} on {config.inputs} inputs" if config.reconstruct else "slicing only"
-    table.add_row("method", f"{config.saliency} saliency, {refit}")
+    table.add_row(
+        "method",
+        f"{config.saliency} saliency{', labels drawn by the model' if config.labels == 'sampled' else ''}, {refit}",
+    )
     layout = plan.layout
     held = f"{len(plan.segments)} segment(s) of {len(plan.segments[0])} layer(s)"
     ahead = ", the next one read meanwhile" if layout.num_slots > 1 else ""

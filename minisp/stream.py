@@ -32,6 +32,7 @@ from minisp.architecture import (
 from minisp.checkpoint import Checkpoint
 from minisp.device import trim_memory
 from minisp.errors import CheckpointError
+from minisp.labels import draw_labels, label_numbers
 from minisp.loader import Loader
 from minisp.model import materialise_, skeleton, stored_names
 from minisp.vocabulary import StreamedVocabulary
@@ -58,6 +59,7 @@ class Stream:
         device, dtype: where and in what type it computes.
         checkpoint: where the weights come from; None when the model was in memory to begin with.
         vocabulary: embeddings and head, where they are left on disk.
+        label_seed: seeds the labels that the model draws itself for its loss; None takes those of the text.
     """
 
     def __init__(self, model: CausalLM, device: torch.device, dtype: torch.dtype, checkpoint: Checkpoint | None):
@@ -68,6 +70,7 @@ class Stream:
         self.checkpoint = checkpoint
         self.layers = decoder_layers(model, self.row)
         self.vocabulary: StreamedVocabulary | None = None
+        self.label_seed: int | None = None
         self._loader: Loader | None = None
         self._calls: dict[tuple[int, ...], list[LayerCall]] = {}
         self._empty = [{name: p.data for name, p in layer.named_parameters()} for layer in self.layers]
@@ -201,9 +204,9 @@ class Stream:
     def loss_gradient(self, hidden: Tensor, ids: Tensor) -> tuple[float, Tensor]:
         """Loss and its gradient at the last layer's output.
 
-        The loss is the summed negative log likelihood (nats) of tokens 2…L of each window. Tokens go through the head
-        in chunks, so that the logits stay within `LOGIT_BYTES`; a streamed head takes all tokens at once, for it is
-        read from disk each time.
+        The loss is the summed negative log likelihood (nats) of tokens 2…L of each window, or of as many that the model
+        draws in their place (`label_seed`). Tokens go through the head in chunks, so that the logits stay within
+        `LOGIT_BYTES`; a streamed head takes all tokens at once, for it is read from disk each time.
 
         Args:
             hidden: (B, L, d) output of the last layer.
@@ -213,6 +216,7 @@ class Stream:
             The loss, and ∂loss/∂hidden (B, L, d) in the dtype of `hidden`.
         """
         ids = ids.to(self.device)
+        numbers = None if self.label_seed is None else label_numbers(ids, self.label_seed).to(self.device)
         gradient = torch.zeros_like(hidden)
         step = hidden.shape[1]
         if self.vocabulary is None:
@@ -221,15 +225,16 @@ class Stream:
         for start in range(0, hidden.shape[1] - 1, step):
             stop = min(start + step, hidden.shape[1] - 1)
             chunk = hidden[:, start:stop].detach().requires_grad_()
-            targets = ids[:, start + 1 : stop + 1]
+            targets, drawn = ids[:, start + 1 : stop + 1], None if numbers is None else numbers[:, start:stop]
             with self._stubs(partial(self._hand_over, chunk)), torch.enable_grad():
                 # Logits, or what the head would make them from where it is streamed.
                 leaving = self.model(input_ids=ids[:, start:stop], use_cache=False).logits
             if self.vocabulary is None:
+                targets = targets if drawn is None else draw_labels(leaving.detach(), drawn)
                 chunk_loss, grad_leaving = ops.cross_entropy_gradient(leaving.detach(), targets)
             else:
                 flat = leaving.detach().reshape(-1, leaving.shape[-1])
-                chunk_loss, grad_flat = self.vocabulary.loss_gradient(flat, targets.reshape(-1))
+                chunk_loss, grad_flat = self.vocabulary.loss_gradient(flat, targets, drawn)
                 grad_leaving = grad_flat.view_as(leaving).to(leaving.dtype)
             gradient[:, start:stop] = torch.autograd.grad(leaving, chunk, grad_leaving)[0]
             loss += chunk_loss

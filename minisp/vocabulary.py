@@ -3,8 +3,8 @@
 With h (T, d) the input of the head, W (V, d) its weight and z = h Wᵀ the logits, two passes over blocks of W give,
 without ever holding (T, V) values (the first: Milakov & Gimelshein, 2018, "Online normalizer calculation for softmax"):
 
-    lse_t = log Σ_v exp z_tv,    loss = Σ_t lse_t − z_t,target,
-    ∂loss/∂h_t = Σ_v (exp(z_tv − lse_t) − 1[v = target]) W_v
+    lse_t = log Σ_v exp z_tv,    loss = Σ_t lse_t − z_t,label,
+    ∂loss/∂h_t = Σ_v (exp(z_tv − lse_t) − 1[v = label]) W_v
 
 Work: 6·T·V·d FLOPs where a resident head takes 4, since the logits are formed twice; V·d elements are read twice.
 """
@@ -22,6 +22,8 @@ from minisp.files import helper_thread
 
 # Float32 logits of one block: they, their 16-bit copy and the rows of W are what a block needs.
 BLOCK_BYTES = 32 * 2**20
+# The least probability of a label that counts in the loss, as 87 nats; the gradient takes them as they are.
+TINY = torch.finfo(torch.float32).tiny
 
 
 class StreamedVocabulary:
@@ -56,31 +58,31 @@ class StreamedVocabulary:
         embedding.forward = self._look_up
         head.forward = nn.Identity().forward
 
-    def loss_gradient(self, hidden: Tensor, targets: Tensor) -> tuple[float, Tensor]:
+    def loss_gradient(self, hidden: Tensor, targets: Tensor, drawn: Tensor | None = None) -> tuple[float, Tensor]:
         """Summed negative log likelihood (nats), and its gradient with respect to the head's input.
 
         Args:
             hidden: h (T, d).
-            targets: (T,) int64.
+            targets: int64 labels of the T tokens, in any shape.
+            drawn: in the same shape, numbers in [0, 1): the labels are then drawn by them, see `minisp.labels`.
 
         Returns:
             The loss, and the gradient (T, d) float32.
         """
         maximum = hidden.new_full((len(hidden),), float("-inf"), dtype=torch.float32)
-        total, score = torch.zeros_like(maximum), torch.zeros_like(maximum)
-        for start, rows in self._blocks(len(hidden)):
-            logits = (hidden @ rows.T).float()
-            maximum, _ = _raise_maximum(logits, maximum, total)
-            place, inside = _places(targets, start, len(rows))
-            score += logits.gather(1, place)[:, 0].where(inside, 0)
+        total, loss = torch.zeros_like(maximum), torch.zeros_like(maximum)
+        for _, rows in self._blocks(len(hidden)):
+            maximum, _ = _raise_maximum((hidden @ rows.T).float(), maximum, total)
         lse = maximum + total.log_()
+        labels = _Labels(targets.reshape(-1), None if drawn is None else drawn.reshape(-1), self._num_rows)
         gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         for start, rows in self._blocks(len(hidden)):
             share = (hidden @ rows.T).float().sub_(lse[:, None]).exp_()
-            place, inside = _places(targets, start, len(rows))
+            place, inside = labels.places(start, share)
+            loss -= share.gather(1, place)[:, 0].clamp_min(TINY).log().where(inside, 0)
             share.scatter_add_(1, place, -inside[:, None].float())
             gradient += share.to(self._dtype) @ rows
-        return float((lse - score).sum(dtype=torch.float64)), gradient
+        return float(loss.sum(dtype=torch.float64)), gradient
 
     def divergences(self, wanted: Tensor, others: Sequence[Tensor]) -> list[float]:
         """Σ_t KL(softmax z_t ‖ softmax z'_t), in nats, of the head's logits z for `wanted` and z' for each of `others`.
@@ -146,8 +148,28 @@ def _raise_maximum(logits: Tensor, maximum: Tensor, total: Tensor) -> tuple[Tens
     return higher, factor
 
 
-def _places(targets: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
-    """Where the targets lie in a block of the vocabulary: column (T, 1), and whether they do (T,)."""
-    place = targets - start
-    inside = (place >= 0) & (place < count)
-    return place.clamp(0, count - 1)[:, None], inside
+class _Labels:
+    """Where the labels lie, block after block of the vocabulary.
+
+    Args:
+        targets: (T,) int64.
+        drawn: (T,) numbers in [0, 1) that decide instead, or None.
+        num_rows: V.
+    """
+
+    def __init__(self, targets: Tensor, drawn: Tensor | None, num_rows: int):
+        self._targets, self._left, self._num_rows = targets, drawn, num_rows
+
+    def places(self, start: int, share: Tensor) -> tuple[Tensor, Tensor]:
+        """Column (T, 1) of each label in the block (T, v) of probabilities from `start` on, and whether it is there."""
+        count = share.shape[1]
+        if self._left is None:
+            place = self._targets - start
+            inside = (place >= 0) & (place < count)
+            return place.clamp(0, count - 1)[:, None], inside
+        # What is left of a number once the tokens before have had their shares; below 0 the label has been drawn.
+        found = self._left < 0
+        place = torch.searchsorted(share.cumsum(1), self._left[:, None], right=True)
+        inside = ~found & ((place[:, 0] < count) | (start + count == self._num_rows))
+        self._left = torch.where(inside | found, -1, (self._left - share.sum(1)).clamp_min(0))
+        return place.clamp_(max=count - 1), inside

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from minisp.errors import CalibrationError, ConfigError, NumericalError
+from minisp.errors import CalibrationError, ConfigError
+from minisp.labels import draw_tokens
 
 Draw = Callable[[int, int], Tensor]
 """(n, L) -> (at most n, L) int64."""
@@ -155,7 +156,7 @@ def _sample(model: nn.Module, start: Tensor, uniform: Tensor, temperature: float
     cache = _fixed_cache(model, uniform.shape[1])
     for step in range(uniform.shape[1]):
         output = model(input_ids=token[:, None], past_key_values=cache, use_cache=True)
-        token = _draw_token(output.logits[:, -1].float().div_(temperature), uniform[:, step])
+        token = draw_tokens(output.logits[:, -1].float().div_(temperature), uniform[:, step])
         yield token
 
 
@@ -191,24 +192,6 @@ class _FixedLayer(DynamicLayer):
         self.all_values[:, :, start:end] = value_states
         self.keys, self.values = self.all_keys[:, :, :end], self.all_values[:, :, :end]
         return self.keys, self.values
-
-
-def _draw_token(logits: Tensor, uniform: Tensor) -> Tensor:
-    """One token (B,) from each row of float32 logits (B, V), which it overwrites.
-
-    Inverse transform sampling: the first token whose cumulative weight exceeds u times the total. It takes one random
-    number per row where drawing from the V probabilities takes V.
-    """
-    weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_().cumsum(dim=-1)
-    total = weights[:, -1]
-    if not bool(torch.isfinite(total).all()):
-        raise NumericalError(
-            "Expected finite logits while the model writes its calibration text, got NaN or infinity. Check the "
-            "weights, or compute in bfloat16 or float32."
-        )
-    token = torch.searchsorted(weights, (uniform * total)[:, None], right=True)[:, 0]
-    # u · total can round up to the total itself.
-    return token.clamp_(max=logits.shape[-1] - 1)
 
 
 def _ordinary_tokens(model: nn.Module, tokenizer: Any) -> Tensor:

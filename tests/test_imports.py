@@ -29,7 +29,7 @@ LEVELS = (
     ("attention", "calibration", "checkpoint", "hub", "reconstruction", "selection"),
     ("builtin", "damping", "device", "files", "statistics"),
     ("architecture", "corpora", "ops", "ranks", "windows"),
-    ("ridge",),
+    ("labels", "ridge"),
     ("cholesky",),
     ("backend", "native"),
     ("_C", "config", "errors", "kernels", "minisp", "reference"),

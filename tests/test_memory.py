@@ -79,16 +79,20 @@ def statistics(stream: Stream, segment: int) -> list[tuple[Tensor, Tensor]]:
     return [(record.saliency, record.gram) for record in found if record.gram is not None]
 
 
+@pytest.mark.parametrize("label_seed", [None, 7])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_a_streamed_vocabulary_gives_the_same_statistics(
-    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_type: str, label_seed: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Blocks of 5 rows of the vocabulary, two micro-batches for the head at once.
     monkeypatch.setattr("minisp.vocabulary.BLOCK_BYTES", 4 * 60 * 5)
     monkeypatch.setattr("minisp.sweep.HEAD_TOKENS", 64)
     checkpoint = Checkpoint.open(save_checkpoint(tmp_path, tiny_model(model_type)))
-    held = statistics(Stream.from_checkpoint(checkpoint, CPU, torch.float32), LAYERS)
+    resident = Stream.from_checkpoint(checkpoint, CPU, torch.float32)
+    resident.label_seed = label_seed
+    held = statistics(resident, LAYERS)
     stream = Stream.from_checkpoint(checkpoint, CPU, torch.float32, num_slots=2, stream_vocabulary=True)
+    stream.label_seed = label_seed
     assert stream.model.get_input_embeddings().weight.is_meta
     for (saliency, gram), (expected, expected_gram) in zip(statistics(stream, 1), held, strict=True):
         torch.testing.assert_close(saliency, expected, rtol=1e-4, atol=1e-6)
@@ -97,7 +101,7 @@ def test_a_streamed_vocabulary_gives_the_same_statistics(
     hidden = torch.randn(3, 16, stream.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     loss, gradient = stream.loss_gradient(hidden, ids)
     with frozen(stream.model):
-        expected_loss, expected = Stream.from_checkpoint(checkpoint, CPU, torch.float32).loss_gradient(hidden, ids)
+        expected_loss, expected = resident.loss_gradient(hidden, ids)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 

@@ -1,0 +1,56 @@
+"""Tokens that a model draws from its own distribution: for text that it writes, and as labels of its loss.
+
+With labels drawn from the model, mean (x·g)² is the diagonal of the true Fisher information, which a second-order
+expansion of KL(before ‖ after) has; with the labels of a text it is the empirical one (Kunstner et al., 2019,
+"Limitations of the Empirical Fisher Approximation for Natural Gradient Descent", equations 2 and 3).
+"""
+
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from minisp.errors import NumericalError
+
+# Float32 logits that are drawn from at once: 8 MB.
+DRAWN_ELEMENTS = 2**21
+
+
+def draw_tokens(logits: Tensor, uniform: Tensor) -> Tensor:
+    """One token (B,) from each row of float32 logits (B, V), which it overwrites.
+
+    Inverse transform sampling: the first token whose cumulative weight exceeds u times the total. It takes one random
+    number per row where drawing from the V probabilities takes V.
+
+    Raises:
+        NumericalError: logits that are not finite.
+    """
+    weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_().cumsum(dim=-1)
+    total = weights[:, -1]
+    if not bool(torch.isfinite(total).all()):
+        raise NumericalError(
+            "Expected finite logits to draw tokens from, got NaN or infinity. Check the weights, or compute in "
+            "bfloat16 or float32."
+        )
+    token = torch.searchsorted(weights, (uniform * total)[:, None], right=True)[:, 0]
+    # u · total can round up to the total itself.
+    return token.clamp_(max=logits.shape[-1] - 1)
+
+
+def draw_labels(logits: Tensor, uniform: Tensor) -> Tensor:
+    """A token (...) for each row of logits (..., V) in any floating dtype, from numbers (...) in [0, 1)."""
+    rows, numbers = logits.reshape(-1, logits.shape[-1]), uniform.reshape(-1)
+    step = max(1, DRAWN_ELEMENTS // rows.shape[1])
+    parts = zip(rows.split(step), numbers.split(step), strict=True)
+    drawn = [draw_tokens(part.to(torch.float32, copy=True), number) for part, number in parts]
+    return torch.cat(drawn).view(uniform.shape)
+
+
+def label_numbers(ids: Tensor, seed: int) -> Tensor:
+    """Numbers (B, L) float32 in [0, 1) for windows (B, L): a window's depend on its tokens and the seed alone."""
+    rows = []
+    for window in ids.cpu():
+        digest = blake2b(window.numpy().tobytes(), digest_size=7, key=seed.to_bytes(8, "little")).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        rows.append(torch.rand(len(window), generator=generator))
+    return torch.stack(rows)

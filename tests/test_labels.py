@@ -1,0 +1,56 @@
+"""Drawing tokens from a model's own distribution."""
+
+import torch
+
+from minisp import fast
+from minisp.labels import draw_labels, label_numbers
+from minisp.stream import Stream
+from tests.models import tiny_model
+
+
+def test_labels_follow_the_distribution_of_the_logits() -> None:
+    logits = torch.tensor([2.0, -1.0, float("-inf"), 0.5, 1.0])
+    count = 20000
+    drawn = draw_labels(logits.expand(100, count // 100, 5), (torch.arange(count).view(100, -1) + 0.5) / count)
+    assert drawn.shape == (100, count // 100)
+    shares = torch.bincount(drawn.flatten(), minlength=5) / count
+    # Evenly spread numbers: every share is right to one of them.
+    torch.testing.assert_close(shares, logits.softmax(0), rtol=0, atol=2 / count)
+
+
+def test_the_largest_number_draws_a_token_that_exists() -> None:
+    below_one = torch.tensor([1 - 2**-24])
+    assert draw_labels(torch.zeros(1, 50000), below_one).item() == 49999
+
+
+def test_the_numbers_of_a_window_depend_on_it_and_the_seed_alone() -> None:
+    ids = torch.arange(24).view(3, 8)
+    numbers = label_numbers(ids, 0)
+    torch.testing.assert_close(numbers[1:2], label_numbers(ids[1:2], 0), rtol=0, atol=0)
+    assert not numbers.equal(label_numbers(ids, 1))
+    assert len(numbers.unique()) == 24 and float(numbers.min()) >= 0 and float(numbers.max()) < 1
+
+
+def test_the_gradient_over_many_draws_is_none() -> None:
+    """The expected score of a distribution under itself is zero, and the labels of a text have another one."""
+    model = tiny_model("llama").requires_grad_(False)
+    ids = torch.randint(model.config.vocab_size, (1, 24), generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(1, 24, model.config.hidden_size, generator=torch.Generator().manual_seed(2))
+    stream = Stream.from_module(model)
+    _, of_text = stream.loss_gradient(hidden, ids)
+    total = torch.zeros_like(of_text)
+    for seed in range(200):
+        stream.label_seed = seed
+        total += stream.loss_gradient(hidden, ids)[1]
+    assert (total / 200).norm() < 0.2 * of_text.norm()
+
+
+def test_minify_takes_labels_of_either_kind() -> None:
+    ids = torch.randint(64, (8, 32), generator=torch.Generator().manual_seed(0))
+    kept = {}
+    for labels in ("text", "sampled"):
+        for seed in (0, 1):
+            report = fast.minify(tiny_model("llama"), keep=0.5, calibration=ids, labels=labels, seed=seed, alignment=1)
+            kept[labels, seed] = [layer.tolist() for layer in report.kept]
+    assert kept["text", 0] == kept["text", 1]
+    assert kept["sampled", 0] != kept["sampled", 1] != kept["text", 0]
