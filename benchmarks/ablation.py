@@ -181,12 +181,9 @@ def main() -> None:
     name = f"ablation_{harness.machine_slug(harness.machine())}"
     path = harness.RESULTS / f"{name}.json"
     result = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    if result.get("calibration") != Calibration(lab.text.windows, ()).fingerprint:
-        result = {
-            "calibration": Calibration(lab.text.windows, ()).fingerprint,
-            "dense": lab.text.perplexities(lab.text.model),
-        }
-        result["rows"] = {}
+    key = Calibration(lab.text.windows, ()).fingerprint
+    if result.get("calibration") != key:
+        result = {"calibration": key, "dense": lab.text.perplexities(lab.text.model), "rows": {}}
     for group in arguments.groups:
         for idea, make in GROUPS[group](lab):
             cell = f"{lab.keep:.0%} {idea}"

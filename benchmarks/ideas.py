@@ -6,6 +6,7 @@ Shapes: m units, n kept units, d hidden size. G = XᵀX (m, m), W (d, m) the dow
 from collections.abc import Callable, Sequence
 
 import torch
+from opponents import others
 from torch import Tensor
 
 
@@ -80,13 +81,6 @@ def _exchanges(system: Tensor, weight: Tensor, kept: Tensor) -> tuple[float, Ten
     going, coming = cost.topk(count, largest=False), gain.topk(count)
     pays = coming.values > going.values
     return float((pulled * lost).sum()), going.indices[pays], removed[coming.indices[pays]]
-
-
-def others(chosen: Tensor, count: int) -> Tensor:
-    """The indices below `count` that were not chosen, sorted."""
-    mask = torch.ones(count, dtype=torch.bool)
-    mask[chosen] = False
-    return mask.nonzero().flatten()
 
 
 def _shares(domains: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:

@@ -93,7 +93,7 @@ def flap(layers: Sequence[Layer], keep: float) -> list[Cut]:
         scores.append((score - score.mean()) / score.std())
     cuts = []
     for x, kept in zip(layers, naive.rank(scores, keep), strict=True):
-        removed = _others(kept, len(x.mean))
+        removed = others(kept, len(x.mean))
         cuts.append(Cut(kept, bias=x.down[:, removed] @ x.mean[removed]))
     return cuts
 
@@ -145,7 +145,7 @@ def eliminate(gram: Tensor, down: Tensor, keep: int, *, damping: float, at_once:
         cost = columns.square().sum(0) / inverse.diagonal()
         gone = cost.topk(min(at_once, len(left) - keep), largest=False).indices
         step = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
-        stay = _others(gone, len(left))
+        stay = others(gone, len(left))
         columns = columns[:, stay] - columns[:, gone] @ step[:, stay]
         inverse = inverse[stay][:, stay] - inverse[stay][:, gone] @ step[:, stay]
         left = left[stay]
@@ -156,9 +156,10 @@ def _uniform(scores: Sequence[Tensor], keep: float) -> list[Cut]:
     return [Cut(kept) for kept in select(scores, [round(keep * len(score)) for score in scores])]
 
 
-def _others(kept: Tensor, count: int) -> Tensor:
+def others(chosen: Tensor, count: int) -> Tensor:
+    """The indices below `count` that were not chosen, sorted."""
     mask = torch.ones(count, dtype=torch.bool)
-    mask[kept] = False
+    mask[chosen] = False
     return mask.nonzero().flatten()
 
 
