@@ -22,8 +22,9 @@ from minisp.sweep import enter
 from minisp.workplace import Workplace, record
 
 # Every micro-batch passes a corrected layer three times: dense, pruned at full width, cut. From so many tokens on,
-# every second one has to do, which bounds what the correction adds to a run.
-FEW_TOKENS = 16384
+# every second one has to do, which bounds what the correction adds to a run. With 8192 instead of 16384 tokens,
+# SmolLM2-135M at 80 % has ×1.2267 of its perplexity instead of ×1.2259, and the sweep takes half the time.
+FEW_TOKENS = 8192
 
 
 def heal_tokens(tokens: int) -> int:
