@@ -9,7 +9,6 @@ the result file at once, and a run that is repeated goes on from there.
 
 import argparse
 import copy
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -179,8 +178,7 @@ def main() -> None:
 
     lab = Lab(arguments)
     name = f"ablation_{harness.machine_slug(harness.machine())}"
-    path = harness.RESULTS / f"{name}.json"
-    result = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    result = harness.read_json(name)
     key = Calibration(lab.text.windows, ()).fingerprint
     if result.get("calibration") != key:
         result = {"calibration": key, "dense": lab.text.perplexities(lab.text.model), "rows": {}}
@@ -189,7 +187,6 @@ def main() -> None:
             cell = f"{lab.keep:.0%} {idea}"
             if cell not in result["rows"]:
                 result["rows"][cell] = lab.text.perplexities(make())
-                result.pop("machine", None)
                 harness.write_json(name, result)
                 print(cell, flush=True)
     show(result)

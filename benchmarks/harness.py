@@ -149,11 +149,17 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 def write_json(name: str, content: dict[str, Any]) -> Path:
-    """Write `content` with the machine's description to benchmarks/results/`name`.json."""
+    """Write `content` with this machine's description to benchmarks/results/`name`.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    write_whole(path, {"machine": machine(), **content})
+    write_whole(path, {"machine": machine(), **{key: value for key, value in content.items() if key != "machine"}})
     return path
+
+
+def read_json(name: str) -> dict[str, Any]:
+    """What `write_json` has left under the name; nothing where it has not."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 def write_whole(path: Path, content: dict[str, Any]) -> None:

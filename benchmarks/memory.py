@@ -163,10 +163,10 @@ def main() -> None:
         return
     content: dict[str, Any] = {"model": args.model.name, "windows": args.windows, "window": args.window}
     name = f"memory_{args.model.name}_{harness.machine_slug(harness.machine())}"
-    path = harness.RESULTS / f"{name}.json"
-    if path.exists() and content.items() <= (earlier := json.loads(path.read_text("utf-8"))).items():
+    earlier = harness.read_json(name)
+    if content.items() <= earlier.items():
         # What an earlier run has measured with these windows, and this one does not, stays.
-        content = {key: value for key, value in earlier.items() if key != "machine"}
+        content = earlier
     if args.limits:
         content["limits"] = limits(args)
     if args.streaming_repeats:

@@ -12,7 +12,6 @@ every residual connection that stock classes do not have; no equal budget could 
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -222,8 +221,7 @@ def main() -> None:
     kit = Kit(model, work, layers, windows, evaluation_texts(arguments, tokenizer))
     name = f"quality_{'mixed' if arguments.mixed else 'text'}_{harness.machine_slug(harness.machine())}"
     key = Calibration(windows, ()).fingerprint
-    path = harness.RESULTS / f"{name}.json"
-    result = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    result = harness.read_json(name)
     if result.get("calibration") != key:
         dense = kit.perplexities(model)
         result = {"calibration": key, "tokens": windows.numel(), "seconds": seconds, "dense": dense, "rows": {}}
@@ -232,7 +230,6 @@ def main() -> None:
         if cell not in result["rows"]:
             place = [*OPPONENTS, *OURS].index(method)
             result["rows"][cell] = {"keep": keep, "place": place, **measure_row(kit, method, keep)}
-            result.pop("machine", None)
             harness.write_json(name, result)
     show(result)
 
