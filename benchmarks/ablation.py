@@ -9,19 +9,21 @@ the result file at once, and a run that is repeated goes on from there.
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import harness
 import ideas
 import opponents
+import refits as further
 import torch
 from lab import CURVE, PLAIN, SUBSET, Lab, on, ranked, refit, widths_of
 from quality import Kit, ours
 from torch import Tensor
 
 from minisp.calibration import Calibration
+from minisp.config import MinifyConfig
 from minisp.selection import default_alignment, select, uniform_widths
 
 Rows = Iterator[tuple[str, Callable[[], Any]]]
@@ -116,8 +118,26 @@ def refits(lab: Lab) -> Rows:
     for pair in (("dense", "pruned"), ("dense", "both")):
         yield f"refit, mean of {' and '.join(pair)}", lambda pair=pair: _mean(*map(model, pair))
     yield "refit, shrunk to zero", lambda: ours(kit, keep, {**PLAIN, "shrink_to": "zero", "damping": 1e-4})
+    for names in ((further.ATTENTION,), (further.ATTENTION, further.MLP)):
+        yield (
+            f"refit, drift corrected in {' and '.join(names)}",
+            lambda names=names: _corrected(kit, model("dense"), names),
+        )
+    yield f"refit, gate and up too, {SUBSET // 2} windows", lambda: _refitted_inside(lab, model("dense"))
     for damping in (0.005, 0.5, "auto"):
         yield f"refit, damping {damping}", lambda damping=damping: ours(kit, keep, {**PLAIN, "damping": damping})
+
+
+def _corrected(kit: Kit, cut: Any, names: Sequence[str]) -> Any:
+    cut = copy.deepcopy(cut)
+    further.correct_drift_(kit.model, cut, kit.windows[::2], names, MinifyConfig().correction_damping)
+    return cut
+
+
+def _refitted_inside(lab: Lab, cut: Any) -> Any:
+    cut = copy.deepcopy(cut)
+    further.refit_inside_(lab.text.model, cut, lab.windows[: SUBSET // 2], 0.05)
+    return cut
 
 
 @torch.no_grad()

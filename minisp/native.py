@@ -113,6 +113,11 @@ def _empty_heads(like: Tensor) -> Tensor:
     return like.new_empty(batch, tokens, heads, dim).transpose(1, 2)
 
 
+def _row_major(matrix: Tensor) -> tuple[int, int]:
+    """Address and stride of a matrix whose rows are contiguous; of a single row, torch may say any stride."""
+    return matrix.data_ptr(), max(matrix.stride(0), matrix.shape[1])
+
+
 def _strided(tensor: Tensor) -> tuple[int, ...]:
     return tensor.data_ptr(), *tensor.stride()[:3]
 
@@ -177,7 +182,7 @@ class Factorisation:
         size = workspace_bytes(self.device, len(matrix), matrix.dtype, self.streamed_columns)
         self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
         gemm = gemm_address(self.device.type, matrix.dtype)
-        place = (matrix.data_ptr(), matrix.stride(0))
+        place = _row_major(matrix)
         self.call = (place, len(matrix), double, self.workspace.data_ptr(), gemm, self.streamed_columns)
         if self.device.type == "cpu":
             return int(_extension().cholesky_factor(self.call))
@@ -188,7 +193,7 @@ class Factorisation:
 
     def solve_(self, right: Tensor) -> None:
         """right (d, n) ← right A⁻¹."""
-        place = (right.data_ptr(), right.stride(0))
+        place = _row_major(right)
         if self.device.type == "cpu":
             _extension().cholesky_solve(self.call, place, len(right))
             return

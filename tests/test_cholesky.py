@@ -113,6 +113,17 @@ def test_padding_around_the_matrices_is_neither_read_nor_written() -> None:
 
 
 @pytest.mark.skipif(not HAS_NATIVE, reason="extension not built")
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_single_row_may_have_any_stride(dtype: torch.dtype, impl: str) -> None:
+    # What a transposed column has: torch calls strides (1, 1) contiguous, a BLAS wants at least the row's length.
+    gram, right = random_gram(5).to(dtype), torch.randn(5, 1, dtype=dtype).T.contiguous()
+    assert right.stride() == (1, 1)
+    wanted = torch.linalg.solve(gram.double(), right[0].double())
+    cholesky.solve_(gram.clone(), right, impl=impl)
+    torch.testing.assert_close(right[0].double(), wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_native_work_takes_no_more_memory_than_it_says() -> None:
     assert native.workspace_bytes(torch.device("cpu"), 1536, torch.float32) <= 0.1 * 4 * 1536**2
     assert native.workspace_bytes(torch.device("cpu"), 1536, torch.float64) <= 0.1 * 8 * 1536**2
