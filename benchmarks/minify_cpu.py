@@ -27,7 +27,6 @@ import naive
 import torch
 
 HERE = Path(__file__).parent
-EVALUATION_WINDOWS, EVALUATION_WINDOW = 20, 1024
 # What minify() does before it minifies; the opponent's figure has no loading and no tokenising in it either.
 NOT_MINIFYING = ("loading", "calibration text")
 PAPER = {
@@ -42,7 +41,7 @@ class Contender:
 
     name: str
     options: dict[str, Any]
-    perplexity: float = float("nan")
+    quality: dict[str, float] = field(default_factory=dict)
     kept: list[list[int]] = field(default_factory=list)
     minify_seconds: list[float] = field(default_factory=list)
     runs: list[harness.ChildRun] = field(default_factory=list)
@@ -60,7 +59,7 @@ class Contender:
         return {
             "name": self.name,
             "options": self.options,
-            "perplexity": self.perplexity,
+            **self.quality,
             "widths": [len(indices) for indices in self.kept],
             "minify_seconds": self.minify_seconds,
             "phases": self.phases,
@@ -77,20 +76,20 @@ def run_contender(contender: Contender, args: argparse.Namespace, *, evaluate: b
             command = [HERE / "naive.py", args.model, "--text", args.calibration, "--save", out, "--json", result]
             command += [word for key, value in contender.options.items() for word in (f"--{key}", value)]
             command += ["--keep", args.keep, "--windows", args.windows, "--window", args.window]
-            return harness.run_child(command + (["--eval", args.evaluation] if evaluate else []), result)
+            return harness.run_child(command + (["--eval", args.evaluation, args.foreign] if evaluate else []), result)
         command = [__file__, *args.forward, "--child", json.dumps(contender.options), "--out", out, "--result", result]
         run = harness.run_child(command, result)
         if evaluate:
-            run.output["perplexity"] = evaluate_folder(out, args)
+            run.output.update(evaluate_folder(out, args))
         return run
 
 
-def evaluate_folder(folder: str | Path, args: argparse.Namespace) -> float:
-    """Perplexity of a checkpoint in bfloat16, in a child process, by the protocol of naive.py."""
+def evaluate_folder(folder: str | Path, args: argparse.Namespace) -> dict[str, float]:
+    """Perplexity of a checkpoint, in a child process, as `naive.evaluate` gives it."""
     with tempfile.TemporaryDirectory() as work:
         result = Path(work) / "result.json"
         command = [__file__, *args.forward, "--evaluate", folder, "--result", result]
-        return float(harness.run_child(command, result).output["perplexity"])
+        return harness.run_child(command, result).output
 
 
 def child_minify(args: argparse.Namespace) -> dict[str, Any]:
@@ -103,13 +102,12 @@ def child_minify(args: argparse.Namespace) -> dict[str, Any]:
     return {"seconds": report.seconds, "kept": [kept.tolist() for kept in report.kept]}
 
 
-def child_evaluate(args: argparse.Namespace) -> dict[str, Any]:
+def child_evaluate(args: argparse.Namespace) -> dict[str, float]:
     """In the child: perplexity of the checkpoint in a folder."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(args.evaluate, dtype=torch.bfloat16, trust_remote_code=True)
-    windows = naive.read_windows(args.model, args.evaluation, EVALUATION_WINDOWS, EVALUATION_WINDOW)
-    return {"perplexity": naive.perplexity(model.eval(), windows)}
+    return naive.evaluate(model, args.model, args.evaluation, args.foreign)
 
 
 def floor(args: argparse.Namespace) -> dict[str, float]:
@@ -163,15 +161,18 @@ def agreement(kept: list[list[int]], reference: list[list[int]]) -> float:
     return common / sum(len(b) for b in reference)
 
 
-def print_correctness(contenders: list[Contender], dense: float) -> None:
-    """Perplexity and kept units of every contender's first run."""
+def print_correctness(contenders: list[Contender], dense: dict[str, float]) -> None:
+    """Perplexity, on text and on the foreign domain, and kept units of every contender's first run."""
     first = contenders[0]
-    rows = [("dense", f"{dense:.3f}", "×1.000", "", "")]
+
+    def values(quality: dict[str, float]) -> list[str]:
+        return [word for key, base in dense.items() for word in (f"{quality[key]:.3f}", f"×{quality[key] / base:.4f}")]
+
+    rows = [["dense", *values(dense), "", ""]]
     for c in contenders:
-        units = sum(map(len, c.kept))
-        share = f"{agreement(c.kept, first.kept):.2%}"
-        rows.append((c.name, f"{c.perplexity:.3f}", f"×{c.perplexity / dense:.4f}", f"{units}", share))
-    columns = ["", "perplexity", "of dense", "units kept", f"kept as {first.name} does"]
+        units, share = sum(map(len, c.kept)), f"{agreement(c.kept, first.kept):.2%}"
+        rows.append([c.name, *values(c.quality), f"{units}", share])
+    columns = ["", "perplexity", "of dense", "documentation", "of dense", "units kept", f"kept as {first.name} does"]
     harness.print_table("Correctness", columns, rows)
 
 
@@ -217,7 +218,7 @@ def compare(args: argparse.Namespace) -> None:
     dense = evaluate_folder(args.model, args)
     for contender in contenders:
         run = run_contender(contender, args, evaluate=True)
-        contender.perplexity, contender.kept = run.output["perplexity"], run.output["kept"]
+        contender.quality, contender.kept = {key: run.output[key] for key in dense}, run.output["kept"]
         contender.add(run)
     print_correctness(contenders, dense)
     for repeat in range(1, args.repeats):
@@ -227,8 +228,13 @@ def compare(args: argparse.Namespace) -> None:
     settings = {key: getattr(args, key) for key in ("keep", "windows", "window", "batch", "repeats")}
     content = {
         "settings": {**settings, "model": Path(args.model).name, "calibration": args.calibration.name},
-        "evaluation": {"text": args.evaluation.name, "windows": EVALUATION_WINDOWS, "window": EVALUATION_WINDOW},
-        "dense_perplexity": dense,
+        "evaluation": {
+            "text": args.evaluation.name,
+            "foreign text": "Python's documentation",
+            "windows": naive.EVALUATION[0],
+            "window": naive.EVALUATION[1],
+        },
+        **{f"dense_{key}": value for key, value in dense.items()},
         "floor": made_floor,
         "contenders": [contender.summary() for contender in contenders],
     }
@@ -249,6 +255,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each; the first is evaluated")
     parser.add_argument("--only", nargs="+", help="parts of the names of contenders")
     parser.add_argument("--label", help="appended to the result file's name")
+    parser.add_argument("--foreign", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--evaluate", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -262,9 +269,15 @@ def main() -> None:
         output = child_minify(args) if args.child else child_evaluate(args)
         args.result.write_text(json.dumps(output), "utf-8")
         return
-    args.forward = ["--model", args.model, "--calibration", args.calibration, "--evaluation", args.evaluation]
-    args.forward += ["--keep", str(args.keep), "--windows", str(args.windows), "--window", str(args.window)]
-    compare(args)
+    with tempfile.TemporaryDirectory() as folder:
+        from minisp.measure import builtin_texts
+
+        args.foreign = Path(folder) / "documentation.txt"
+        args.foreign.write_text(builtin_texts()["documentation"], "utf-8")
+        args.forward = ["--model", args.model, "--calibration", args.calibration, "--evaluation", args.evaluation]
+        args.forward += ["--keep", str(args.keep), "--windows", str(args.windows), "--window", str(args.window)]
+        args.forward += ["--foreign", args.foreign]
+        compare(args)
 
 
 if __name__ == "__main__":

@@ -71,18 +71,20 @@ def machine_line(data: Data) -> str:
 
 def plot_minify(data: Data) -> Figure:
     """minify_cpu.py: quality, time and memory of each contender."""
-    contenders, dense = data["contenders"], data["dense_perplexity"]
+    contenders = data["contenders"]
     names = [c["name"].replace("ours", "minisp") for c in contenders]
     colors = [OURS if name.startswith("minisp") else THEIRS for name in names]
-    figure, (quality, time, memory) = plt.subplots(1, 3, figsize=(11, 2.7), layout="constrained", sharey=True)
-    bars(quality, names, [[c["perplexity"] / dense] for c in contenders], colors, "perplexity / dense model's")
-    quality.axvline(1, color="0.25", linewidth=1, linestyle=":")
+    figure, (text, foreign, time, memory) = plt.subplots(1, 4, figsize=(13, 2.7), layout="constrained", sharey=True)
+    for axes, key in ((text, "perplexity"), (foreign, "foreign_perplexity")):
+        ratios = [[c[key] / data[f"dense_{key}"]] for c in contenders]
+        bars(axes, names, ratios, colors, "perplexity / dense model's")
+        axes.axvline(1, color="0.25", linewidth=1, linestyle=":")
     bars(time, names, [c["minify_seconds"] for c in contenders], colors, "seconds")
     bars(memory, names, [[p / 1e9 for p in c["peak_rss_bytes"]] for c in contenders], colors, "GB, peak of the process")
     # Shared axes are inverted once for each panel.
-    quality.set_ylim(len(names) - 0.5, -0.5)
+    text.set_ylim(len(names) - 0.5, -0.5)
     settings = data["settings"]
-    for axes, title in ((quality, "Quality"), (time, "Time"), (memory, "Memory")):
+    for axes, title in ((text, "Text"), (foreign, "Documentation"), (time, "Time"), (memory, "Memory")):
         axes.set_title(f"{title} (less is better)")
     figure.supxlabel(
         f"{settings['keep']:.0%} of the units kept, {settings['windows']} windows of {settings['window']} tokens; "
