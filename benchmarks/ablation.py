@@ -19,10 +19,9 @@ import opponents
 import refits as further
 import torch
 from lab import CURVE, PLAIN, SUBSET, Lab, on, ranked, refit, widths_of
-from quality import Kit, ours
+from quality import Kit, measured_on, ours
 from torch import Tensor
 
-from minisp.calibration import Calibration
 from minisp.config import MinifyConfig
 from minisp.selection import default_alignment, select, uniform_widths
 
@@ -198,13 +197,13 @@ def main() -> None:
 
     lab = Lab(arguments)
     name = f"ablation_{harness.machine_slug(harness.machine())}"
-    result = harness.read_json(name)
-    key = Calibration(lab.text.windows, ()).fingerprint
-    if result.get("calibration") != key:
-        result = {"calibration": key, "dense": lab.text.perplexities(lab.text.model), "rows": {}}
+    identity = {**measured_on(lab.text), "defaults": MinifyConfig().as_dict()}
+    result = harness.resume_json(name, identity)
+    if not result:
+        result = {"measured on": identity, "dense": lab.text.perplexities(lab.text.model), "rows": {}}
     for group in arguments.groups:
         for idea, make in GROUPS[group](lab):
-            cell = f"{lab.keep:.0%} {idea}"
+            cell = f"{100 * lab.keep:.4g}% {idea}"
             if cell not in result["rows"]:
                 result["rows"][cell] = lab.text.perplexities(make())
                 harness.write_json(name, result)

@@ -1,6 +1,7 @@
 """What every benchmark shares: the machine in words, one contender per child process, medians, a table, a JSON file."""
 
 import ctypes
+import hashlib
 import json
 import os
 import platform
@@ -154,6 +155,30 @@ def write_json(name: str, content: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     write_whole(path, {"machine": machine(), **{key: value for key, value in content.items() if key != "machine"}})
     return path
+
+
+def resume_json(name: str, measured_on: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run on the same data has left under the name; nothing where there was none.
+
+    Raises:
+        SystemExit: what is there was measured on something else.
+    """
+    found = read_json(name)
+    if found and found.get("measured on") != measured_on:
+        raise SystemExit(
+            f"{RESULTS / name}.json: expected rows measured on {measured_on}, got {found.get('measured on')}. Move the "
+            "file away, or repeat the arguments and the version of the earlier run."
+        )
+    return found
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """16 hex digits of the SHA-256 of tensors: equal where their values, types and shapes are."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(repr((tensor.shape, tensor.dtype)).encode())
+        found.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def read_json(name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import harness
 import opponents
 import torch
 from quality import CPU, Kit, calibration_windows, collect, evaluation_texts
@@ -13,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from minisp.architecture import architecture_of, cut_
-from minisp.calibration import Calibration, write_windows
+from minisp.calibration import write_windows
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
 from minisp.model import frozen, load_model
@@ -63,7 +64,8 @@ class Lab:
         self, windows: Tensor, *, gram: bool = True, sampled: bool = False, model: Any = None
     ) -> list[LayerStatistics]:
         """Every layer's statistics on windows (N, L); those of the dense model are kept in the cache."""
-        name = self.cache / f"{Calibration(windows, ()).fingerprint[:16]}_{'sampled' if sampled else 'text'}_{gram}.pt"
+        key = harness.digest([*self.text.model.parameters(), windows])
+        name = self.cache / f"{key}_{'sampled' if sampled else 'text'}_{gram}.pt"
         if model is None and name.exists():
             return [LayerStatistics(*record) for record in torch.load(name, weights_only=True)]
         work, subject = Workplace.in_memory(), model or self.text.model
@@ -79,9 +81,9 @@ class Lab:
 
     def written(self, temperature: float) -> Tensor:
         """Text that the model writes itself, (SUBSET, L)."""
-        name = self.cache / f"written_{temperature}.pt"
+        model, length = self.text.model, self.windows.shape[1]
+        name = self.cache / f"{harness.digest(model.parameters())}_written_{length}_{temperature}.pt"
         if not name.exists():
-            model, length = self.text.model, self.windows.shape[1]
             torch.save(
                 write_windows(
                     model, self.tokenizer, num_windows=SUBSET, window=length, seed=0, temperature=temperature

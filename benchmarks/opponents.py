@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minisp.architecture import cut_, decoder_layers, mlp_weights
+from minisp.ridge import ridge_solve
 from minisp.selection import select
 from minisp.statistics import LayerStatistics
 
@@ -44,6 +45,8 @@ class Cut:
     bias: Tensor | None = None
 
 
+OSSCAR_DAMPING = 0.01
+
 Method = Callable[[Sequence[Layer], float], list[Cut]]
 
 
@@ -68,15 +71,16 @@ def apply_(model: Any, row: Any, cuts: Sequence[Cut]) -> None:
 
 
 def magnitude(layers: Sequence[Layer], keep: float) -> list[Cut]:
-    """Squared norm of all weights of a unit, the same share of every layer."""
+    """Squared norm of all weights of a unit, the same share of every layer: the baseline of most papers on pruning."""
     return _uniform([x.gate.square().sum(1) + x.up.square().sum(1) + x.down.square().sum(0) for x in layers], keep)
 
 
 def wanda_sp(layers: Sequence[Layer], keep: float) -> list[Cut]:
-    """Wanda-sp: mean_i |W_ij|·‖x_j‖, the same share of every layer, no refit.
+    """Wanda-sp-like: mean_i |W_ij|·‖x_j‖, the same share of every layer, no refit.
 
     Source: An et al., 2024, "Fluctuation-based Adaptive Structured Pruning for Large Language Models" (its baseline,
-    after Sun et al., 2024, "A Simple and Effective Pruning Approach for Large Language Models").
+    after Sun et al., 2024, "A Simple and Effective Pruning Approach for Large Language Models"). It differs in that x
+    is the dense model's; there, it comes from the layers below as they are already cut.
     """
     return _uniform([x.down.abs().mean(0) * x.gram.diagonal().sqrt() for x in layers], keep)
 
@@ -102,7 +106,9 @@ def llm_pruner(layers: Sequence[Layer], keep: float) -> list[Cut]:
     """LLM-Pruner-like: |Σ_i W_ij ∂L/∂W_ij| = |Σ_t p_tj| (its vector-wise first-order Taylor), no refit.
 
     Source: Ma et al., 2023, "LLM-Pruner: On the Structural Pruning of Large Language Models". It differs in that all
-    layers are cut by the same share (there, the first and the last ones are spared), and heads are left alone.
+    layers are cut by the same share (there, the first and the last ones are spared) and heads are left alone; in that
+    the sum is that of the up and down projections (twice Σ_t p_tj), without the gate's own; and in that it runs over
+    all of the calibration text, where the published scripts take ten short samples and sum |W ∂L/∂W| weight by weight.
     """
     return _uniform([x.statistics.score("signed") for x in layers], keep)
 
@@ -111,13 +117,14 @@ def osscar(layers: Sequence[Layer], keep: float) -> list[Cut]:
     """OSSCAR-like: backward elimination of the units that the others replace best, then least squares.
 
     Source: Meng et al., 2024, "OSSCAR: One-Shot Structured Pruning in Vision and Language Models with Combinatorial
-    Optimization": min ‖X Wᵀ − X_S W'ᵀ‖² over S, the same share of every layer. It differs in that units go eight at a
-    time without later swaps, and that X is the dense model's.
+    Optimization": min ‖X Wᵀ − X_S W'ᵀ‖² over S, the same share of every layer, damped by 0.01 of the
+    mean diagonal towards the old weights, as in its published code. It differs in that units go eight at a time, and
+    that X is the dense model's; there, it comes from the layers below as they are already cut.
     """
     cuts = []
     for x in layers:
-        kept = eliminate(x.gram, x.down, round(keep * len(x.gram)), damping=1e-2)
-        cuts.append(Cut(kept, naive.ridge(x.gram, x.down, kept, 1e-4)))
+        kept = eliminate(x.gram, x.down, round(keep * len(x.gram)), damping=OSSCAR_DAMPING)
+        cuts.append(Cut(kept, ridge_solve(x.gram, kept, x.down, OSSCAR_DAMPING).down))
     return cuts
 
 
@@ -165,7 +172,7 @@ def others(chosen: Tensor, count: int) -> Tensor:
 
 OPPONENTS: dict[str, Method] = {
     "magnitude": magnitude,
-    "Wanda-sp": wanda_sp,
+    "Wanda-sp-like": wanda_sp,
     "FLAP": flap,
     "LLM-Pruner-like": llm_pruner,
     "OSSCAR-like": osscar,

@@ -74,17 +74,23 @@ def plot_minify(data: Data) -> Figure:
     contenders = data["contenders"]
     names = [c["name"].replace("ours", "minisp") for c in contenders]
     colors = [OURS if name.startswith("minisp") else THEIRS for name in names]
-    figure, (text, foreign, time, memory) = plt.subplots(1, 4, figsize=(13, 2.7), layout="constrained", sharey=True)
-    for axes, key in ((text, "perplexity"), (foreign, "foreign_perplexity")):
+    titles = {"perplexity": "Text", "foreign_perplexity": "Documentation"}
+    measured = [key for key in titles if f"dense_{key}" in data]
+    size = (3.2 * (len(measured) + 2), 2.7)
+    figure, (*qualities, time, memory) = plt.subplots(
+        1, len(measured) + 2, figsize=size, layout="constrained", sharey=True
+    )
+    for axes, key in zip(qualities, measured, strict=True):
         ratios = [[c[key] / data[f"dense_{key}"]] for c in contenders]
         bars(axes, names, ratios, colors, "perplexity / dense model's")
         axes.axvline(1, color="0.25", linewidth=1, linestyle=":")
+        axes.set_title(f"{titles[key]} (less is better)")
     bars(time, names, [c["minify_seconds"] for c in contenders], colors, "seconds")
     bars(memory, names, [[p / 1e9 for p in c["peak_rss_bytes"]] for c in contenders], colors, "GB, peak of the process")
     # Shared axes are inverted once for each panel.
-    text.set_ylim(len(names) - 0.5, -0.5)
+    time.set_ylim(len(names) - 0.5, -0.5)
     settings = data["settings"]
-    for axes, title in ((text, "Text"), (foreign, "Documentation"), (time, "Time"), (memory, "Memory")):
+    for axes, title in ((time, "Time"), (memory, "Memory")):
         axes.set_title(f"{title} (less is better)")
     figure.supxlabel(
         f"{settings['keep']:.0%} of the units kept, {settings['windows']} windows of {settings['window']} tokens; "

@@ -3,8 +3,9 @@
 All rows share one set of statistics (kept under --cache) and are evaluated alike: perplexity over that of the dense
 model, windows of 1024 tokens, on the text given, on Python's documentation, and on source code. With --mixed 64, so
 many windows of documentation and as many of code are added to the calibration text; what is evaluated on is not among
-them. Every finished row is in the result file at once, and a run that is repeated goes on from there: delete the file
-where the defaults of minisp have changed. Seconds do not count the statistics, and trial cuts once for all ratios.
+them. Every finished row is in the result file at once, and a run that is repeated goes on from there; rows of minisp
+whose options have changed since are measured anew. Seconds do not count the statistics, and trial cuts only in the
+first row that needs them; memory is what comes on top of the dense model, the copy that is cut included.
 
 Not in the table: SliceGPT (Ashkboos et al., 2024), which cuts the hidden size instead of units and needs a rotation in
 every residual connection that stock classes do not have; no equal budget could be drawn up that is fair to both.
@@ -29,11 +30,11 @@ from transformers import AutoTokenizer
 from minisp.allocation import layer_ratios
 from minisp.architecture import architecture_of, cut_, decoder_layers
 from minisp.attention import fast_attention
-from minisp.calibration import Calibration, load_calibration
+from minisp.calibration import load_calibration
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
 from minisp.evaluate import perplexity
-from minisp.heal import heal_sweep
+from minisp.heal import heal_sweep, heal_windows
 from minisp.measure import builtin_texts
 from minisp.model import frozen, load_model
 from minisp.reconstruction import reconstruct
@@ -44,6 +45,7 @@ from minisp.sweep import saliency_sweep
 from minisp.workplace import Workplace, record
 
 CPU = torch.device("cpu")
+EVALUATION_WINDOW = 1024
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 OURS: dict[str, dict[str, Any]] = {
@@ -65,11 +67,16 @@ class Kit:
     texts: dict[str, tuple[Tensor, int]]
 
     def fresh(self) -> Any:
+        """A copy of the dense model."""
         return copy.deepcopy(self.model)
 
     def perplexities(self, model: Any) -> dict[str, float]:
+        """Perplexity of a model on every domain."""
         with fast_attention(model.config):
-            return {name: perplexity(model, t, max_windows=n).value for name, (t, n) in self.texts.items()}
+            return {
+                name: perplexity(model, ids, window=EVALUATION_WINDOW, max_windows=n).value
+                for name, (ids, n) in self.texts.items()
+            }
 
 
 def calibration_windows(arguments: argparse.Namespace, tokenizer: Any) -> Tensor:
@@ -95,7 +102,7 @@ def evaluation_texts(arguments: argparse.Namespace, tokenizer: Any) -> dict[str,
 def collect(model: Any, windows: Tensor, cache: Path) -> tuple[Workplace, list[Tensor], float]:
     """Records of every layer's statistics, the mean activations (m,), and the seconds that they took."""
     work = Workplace.in_memory()
-    name = cache / f"{Calibration(windows, ()).fingerprint[:16]}.pt"
+    name = cache / f"{harness.digest([*model.parameters(), windows])}.pt"
     row = architecture_of(model.config)
     count = len(decoder_layers(model, row))
     if name.exists():
@@ -149,7 +156,7 @@ def ours(kit: Kit, keep: float, options: dict[str, Any]) -> Any:
         widths = allocate_widths(scores, keep, alignment=alignment, min_keep=config.min_keep)
         kept = select(scores, widths)
         if config.inputs != "dense":
-            heal_sweep(stream, list(kit.windows.split(1)), kept, config, work)
+            heal_sweep(stream, heal_windows(kit.windows, config).split(1), kept, config, work)
             return model
         for index, layer in enumerate(kit.layers):
             result = reconstruct(index, layer.statistics, kept[index], stream.down_weight(index), config)
@@ -165,13 +172,29 @@ def theirs(kit: Kit, keep: float, name: str) -> Any:
     return model
 
 
+def measured_on(kit: Kit) -> dict[str, str]:
+    """What decides every row, beside the method: digests of the model, and of the tokens on both sides."""
+    return {
+        "model": harness.digest(kit.model.parameters()),
+        "calibration": harness.digest([kit.windows]),
+        "evaluation": harness.digest(ids[: n * EVALUATION_WINDOW] for ids, n in kit.texts.values()),
+    }
+
+
+def options_of(name: str, keep: float) -> dict[str, Any] | None:
+    """All options of a row of minisp's; None for the others."""
+    return MinifyConfig(keep=keep, **OURS[name]).as_dict() if name in OURS else None
+
+
 def measure_row(kit: Kit, name: str, keep: float) -> dict[str, Any]:
     """One cell of the table: seconds beside the statistics, peak memory beside the model, perplexities."""
     base = harness.start_peak(CPU)
     start = time.perf_counter()
     model = ours(kit, keep, OURS[name]) if name in OURS else theirs(kit, keep, name)
     seconds, peak = time.perf_counter() - start, harness.peak(CPU) - base
-    return {"seconds": seconds, "peak_bytes": peak, "perplexity": kit.perplexities(model)}
+    return {"options": options_of(name, keep), "seconds": seconds, "peak_bytes": peak} | {
+        "perplexity": kit.perplexities(model)
+    }
 
 
 def show(result: dict[str, Any]) -> None:
@@ -220,14 +243,14 @@ def main() -> None:
     layers = look_at(model, row, statistics, means)
     kit = Kit(model, work, layers, windows, evaluation_texts(arguments, tokenizer))
     name = f"quality_{'mixed' if arguments.mixed else 'text'}_{harness.machine_slug(harness.machine())}"
-    key = Calibration(windows, ()).fingerprint
-    result = harness.read_json(name)
-    if result.get("calibration") != key:
+    identity = measured_on(kit)
+    result = harness.resume_json(name, identity)
+    if not result:
         dense = kit.perplexities(model)
-        result = {"calibration": key, "tokens": windows.numel(), "seconds": seconds, "dense": dense, "rows": {}}
+        result = {"measured on": identity, "tokens": windows.numel(), "seconds": seconds, "dense": dense, "rows": {}}
     for method, keep in cells(arguments):
-        cell = f"{keep:.0%} {method}"
-        if cell not in result["rows"]:
+        cell = f"{100 * keep:.4g}% {method}"
+        if cell not in result["rows"] or result["rows"][cell]["options"] != options_of(method, keep):
             place = [*OPPONENTS, *OURS].index(method)
             result["rows"][cell] = {"keep": keep, "place": place, **measure_row(kit, method, keep)}
             harness.write_json(name, result)

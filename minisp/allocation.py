@@ -25,6 +25,7 @@ from minisp.attention import fast_attention
 from minisp.config import MinifyConfig
 from minisp.reconstruction import reconstruct
 from minisp.stream import Stream
+from minisp.windows import spread
 from minisp.workplace import Workplace, record
 
 RATIOS = "ratios"
@@ -111,12 +112,6 @@ def ratios(measured: Sequence[float], removed: Sequence[float]) -> list[float]:
         return [1.0] * len(raw)
     bounded = raw.clamp(median / LARGEST_FACTOR, median * LARGEST_FACTOR)
     return [float(ratio) for ratio in torch.where(raw.isnan(), median, bounded)]
-
-
-def spread(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of `count` indices, evenly spread."""
-    wanted = min(wanted, count)
-    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
 
 
 def divergences(stream: Stream, dense: Tensor, trials: Sequence[Tensor], ids: Tensor) -> list[float]:

@@ -74,7 +74,9 @@ def continuation_choices(model: nn.Module, tokens: Tensor, *, num_questions: int
             answers = (group[:, None] + torch.arange(NUM_ANSWERS)) % count
             contexts = questions[group, :CONTEXT].repeat_interleave(NUM_ANSWERS, 0)
             ids = torch.cat([contexts, questions[answers.flatten(), CONTEXT:]], 1)
-            right += int((_scores(model, ids).view(-1, NUM_ANSWERS).argmax(1) == 0).sum())
+            scores = _scores(model, ids).view(-1, NUM_ANSWERS)
+            # A tie is no answer.
+            right += int((scores[:, :1] > scores[:, 1:]).all(1).sum())
     return Choices(right / count, count, NUM_ANSWERS, CONTEXT, CONTINUATION)
 
 

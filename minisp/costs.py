@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from minisp.allocation import TRIAL_CUT, trial_tokens
 from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths
 from minisp.config import MinifyConfig
-from minisp.heal import heal_tokens
+from minisp.heal import heal_count
 from minisp.memory import Layout, Shape
 from minisp.statistics import PANEL_ROWS
 from minisp.sweep import HEAD_TOKENS
@@ -25,7 +25,7 @@ def sweep_flops(model: CausalLM, config: MinifyConfig, num_segments: int, layout
         total += tokens * 2 * inside * (1 + config.keep)
     if config.inputs == "both":
         # The dense model once, the pruned one at full width and then cut; the drift's Gram matrix and cross product.
-        heals = heal_tokens(tokens)
+        heals = heal_count(config.num_windows, config.window) * config.window
         total += heals * (2 * inside * (2 + config.keep) + config.keep**2 * gram)
         total += heals * 2 * config.keep * sum(widths) * model.config.hidden_size
     if config.measures:
@@ -60,7 +60,7 @@ def disk_traffic(shape: Shape, layout: Layout, widths: Sequence[int], bytes_afte
     layers = shape.num_layers * shape.layer * shape.stored_item
     vocabulary = shape.vocabulary_weights * shape.stored_item
     heads = -(-shape.tokens // max(HEAD_TOKENS, shape.batch_tokens))
-    visits = 1 + forward / segments + shape.trials + shape.heals
+    visits = 1 + forward / segments + shape.trials + (shape.heals > 0)
     return {
         # The sweeps, the down projections once more, and what is copied to the result.
         "weights read": int(layers * (visits + 1.3)) + vocabulary * (1 + (2 * heads if layout.stream_vocabulary else 1))
@@ -71,7 +71,7 @@ def disk_traffic(shape: Shape, layout: Layout, widths: Sequence[int], bytes_afte
         # The states of every trial below a layer pass it.
         "trials": shape.num_layers * (shape.num_layers + 1) * _trial_states(shape) if shape.trials else 0,
         # Of the dense and of the pruned model: both are written once and read twice.
-        "heal states": 6 * shape.num_layers * _heal_states(shape) if shape.heals else 0,
+        "heal states": 6 * shape.num_layers * _heal_states(shape),
         "statistics": 2 * _panels(shape, widths),
         "refitted": 2 * sum(widths) * shape.hidden * shape.stored_item,
         "result": bytes_after,
@@ -85,7 +85,7 @@ def scratch_room(shape: Shape, layout: Layout, widths: Sequence[int]) -> int:
     _, forward = _passes(shape, layout)
     passing = [_states(shape) * (forward + 2)]
     passing += [2 * shape.num_layers * _trial_states(shape)] if shape.trials else []
-    passing += [4 * _heal_states(shape)] if shape.heals else []
+    passing += [4 * _heal_states(shape)]
     return max(passing) + _panels(shape, widths) + sum(widths) * shape.hidden * shape.stored_item
 
 
@@ -100,7 +100,7 @@ def _states(shape: Shape) -> int:
 
 
 def _heal_states(shape: Shape) -> int:
-    return heal_tokens(shape.tokens) * shape.hidden * shape.item
+    return shape.heals * shape.hidden * shape.item
 
 
 def _trial_states(shape: Shape) -> int:

@@ -27,7 +27,7 @@ from minisp.device import CPU, compute_device, compute_dtype, computing_on, free
 from minisp.errors import ConfigError, UnsupportedModelError
 from minisp.evaluate import checkpoint_bytes
 from minisp.export.folder import describe, export_checkpoint, export_module
-from minisp.heal import heal_sweep
+from minisp.heal import heal_sweep, heal_windows
 from minisp.hub import load_tokenizer, local_folder
 from minisp.model import frozen, load_model, skeleton
 from minisp.planner import Plan, Source, make_plan
@@ -106,6 +106,7 @@ def minify(
             kept = _select(stream, text.windows, made_plan, work)
             stream.release()
         with _timed(seconds, "reconstruction"):
+            batches = ranks.share(heal_windows(text.windows, config, ranks.size)).split(made_plan.batch)
             _reconstruct(stream, batches, kept, config, work)
         with _timed(seconds, "writing"):
             folder = stack.enter_context(output_folder(target)) if target is not None and ranks.first else None

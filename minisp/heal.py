@@ -19,17 +19,25 @@ from minisp.reconstruction import Reconstruction, correct, reconstruct
 from minisp.statistics import LayerStatistics
 from minisp.stream import Stream
 from minisp.sweep import enter
+from minisp.windows import spread
 from minisp.workplace import Workplace, record
 
-# Every micro-batch passes a corrected layer three times: dense, pruned at full width, cut. From so many tokens on,
-# every second one has to do, which bounds what the correction adds to a run. With 8192 instead of 16384 tokens,
-# SmolLM2-135M at 80 % has ×1.2267 of its perplexity instead of ×1.2259, and the sweep takes half the time.
+# Every window passes a corrected layer three times: dense, pruned at full width, cut. From so many tokens on, every
+# second one has to do, which bounds what the correction adds to a run. With 8192 instead of 16384 tokens, SmolLM2-135M
+# at 80 % has ×1.2267 of its perplexity instead of ×1.2259, and the sweep takes half the time.
 FEW_TOKENS = 8192
 
 
-def heal_tokens(tokens: int) -> int:
-    """On how many of the calibration tokens a correction is made."""
-    return tokens if tokens <= FEW_TOKENS else tokens // 2
+def heal_count(count: int, window: int, ranks: int = 1) -> int:
+    """On how many of the calibration windows a correction is made: at least one for every process."""
+    return min(count, max(-(-count // 2), -(-FEW_TOKENS // window), ranks))
+
+
+def heal_windows(windows: Tensor, config: MinifyConfig, ranks: int = 1) -> Tensor:
+    """The calibration windows (N, L) that run through the heal sweep, evenly spread: the same whoever computes them."""
+    if config.inputs != "both":
+        return windows
+    return windows[spread(len(windows), heal_count(windows.shape[0], windows.shape[1], ranks))]
 
 
 def heal_sweep(
@@ -38,7 +46,7 @@ def heal_sweep(
     """Leave a record of every layer's reconstruction, each made on the pruned layers below it.
 
     Args:
-        batches: this process's calibration windows (B, L) int64.
+        batches: this process's share of `heal_windows` (B, L) int64.
         kept: per layer (n,) int64 sorted.
         config: inputs, "pruned" or "both", and how to refit.
 
@@ -46,8 +54,6 @@ def heal_sweep(
         NumericalError: a ridge system cannot be solved.
     """
     both = config.inputs == "both"
-    if both and sum(ids.numel() for ids in batches) > FEW_TOKENS:
-        batches = batches[::2]
     first, count = _first_unhealed(len(kept), work, both), len(kept)
     widths = [mlp_weights(layer, stream.row).up.shape[0] for layer in stream.layers]
     for segment in stream.visit([range(index, index + 1) for index in range(first, count)]):

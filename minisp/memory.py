@@ -45,7 +45,8 @@ class Shape:
         item, stored_item: bytes of an element, in the compute type and as stored.
         kept: units that stay at most, in one layer.
         gram: whether the saliency sweep collects Gram matrices.
-        trials: whether trial cuts decide the widths; heals: whether layers are refitted on the pruned model.
+        trials: whether trial cuts decide the widths.
+        heals: tokens of this process on which layers are refitted or corrected on the pruned model; 0 where none is.
         logits: bytes that a chunk of logits may take.
         loaded: whether the model was in memory before the run: its weights are then no part of what the run needs.
         streams: whether weights stream from a checkpoint; else the model is in memory whole.
@@ -67,7 +68,7 @@ class Shape:
     kept: int
     gram: bool
     trials: bool
-    heals: bool
+    heals: int
     logits: int
     loaded: bool
     streams: bool

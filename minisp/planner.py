@@ -12,6 +12,7 @@ from minisp.config import MinifyConfig, Resources, parse_size
 from minisp.costs import disk_traffic, scratch_room, solve_flops, sweep_flops
 from minisp.device import memory_limit, product_rate
 from minisp.errors import CalibrationError, ConfigError
+from minisp.heal import heal_count
 from minisp.memory import Layout, Shape, choose_layout, shape_of, staging
 from minisp.ops import implementations
 from minisp.selection import allocate_widths, default_alignment, uniform_widths
@@ -220,12 +221,21 @@ def _shape(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: i
         kept=kept,
         gram=config.collects_gram,
         trials=config.measures,
-        heals=config.inputs != "dense" and config.keep < 1 and config.reconstruct,
+        heals=_heal_tokens(config, ranks),
         logits=LOGIT_BYTES.get(source.device.type, LOGIT_BYTES["cpu"]),
         loaded=source.checkpoint is None,
         streams=source.streams,
         writes=source.writes,
     )
+
+
+def _heal_tokens(config: MinifyConfig, ranks: int) -> int:
+    if config.inputs == "dense" or config.keep == 1 or not config.reconstruct:
+        return 0
+    count = config.num_windows
+    if config.inputs == "both":
+        count = heal_count(count, config.window, ranks)
+    return -(-count // ranks) * config.window
 
 
 def expected_seconds(plan: Plan) -> float:

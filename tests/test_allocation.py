@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from minisp import fast
-from minisp.allocation import divergences, ratios, spread
+from minisp.allocation import divergences, ratios
 from minisp.checkpoint import Checkpoint
 from minisp.stream import Stream
+from minisp.windows import spread
 from tests.models import LAYERS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
 
 CPU = torch.device("cpu")

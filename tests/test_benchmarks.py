@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import signal
 import sys
 import time
@@ -286,11 +287,15 @@ def test_nothing_measured_gives_no_figure(script: Any, tmp_path: Path) -> None:
     assert script("plot").plot_folder(tmp_path) == []
 
 
-def test_every_committed_result_has_its_figure(script: Any) -> None:
-    kinds = tuple(f"{kind}_" for kind in script("plot").KINDS)
+def test_every_committed_result_can_be_drawn_and_has_its_figure(script: Any, tmp_path: Path) -> None:
+    plot = script("plot")
+    kinds = tuple(f"{kind}_" for kind in plot.KINDS)
     sources = [path for path in RESULTS.glob("*.json") if path.name.startswith(kinds)]
     assert sources
-    assert all(path.with_suffix(".png").exists() for path in sources)
+    for path in sources:
+        shutil.copy(path, tmp_path)
+    drawn = {path.name for path in plot.plot_folder(tmp_path)}
+    assert drawn == {path.name for path in RESULTS.glob("*.png")} == {path.with_suffix(".png").name for path in sources}
 
 
 def test_the_quality_figure_has_a_panel_for_each_domain_and_a_line_for_each_method(script: Any) -> None:

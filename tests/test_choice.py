@@ -30,6 +30,14 @@ def test_a_model_that_knows_the_text_answers_everything_rightly() -> None:
     assert (found.accuracy, found.num_questions, found.standard_error) == (1.0, 20, 0.0)
 
 
+def test_a_model_without_an_opinion_answers_nothing() -> None:
+    class Blank(Knows):
+        def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, VOCAB))
+
+    assert continuation_choices(Blank(0), torch.arange(VOCAB), num_questions=20).accuracy == 0
+
+
 def test_likelihood_of_every_token_counts_against_a_double_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCAB, (40 * LENGTH,), generator=generator)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from minisp import fast
 from minisp.config import MinifyConfig
+from minisp.heal import FEW_TOKENS, heal_count, heal_windows
 from minisp.reconstruction import Reconstruction, correct
 from minisp.ridge import ridge_fit
 from tests.models import VOCABULARY, save_checkpoint, tiny_model
@@ -49,6 +50,21 @@ def test_a_correction_explains_the_share_that_it_says() -> None:
 def test_no_drift_needs_no_correction() -> None:
     before = Reconstruction(0, torch.arange(3), torch.ones(2, 3), 0.0, 0.0)
     assert correct(before, torch.eye(3), torch.zeros(2, 3), 0.0, MinifyConfig()) is before
+
+
+def test_more_text_never_means_that_less_is_corrected_on() -> None:
+    counts = [heal_count(count, 512) for count in range(1, 300)]
+    assert counts == sorted(counts)
+    assert counts[15] == 16 == FEW_TOKENS // 512 and counts[31] == 16 and counts[290] == 146
+    # Long windows: every process has one.
+    assert heal_count(4, FEW_TOKENS, ranks=4) == 4 and heal_count(4, FEW_TOKENS) == 2
+
+
+def test_what_is_corrected_on_depends_neither_on_processes_nor_on_micro_batches() -> None:
+    ids = torch.arange(40)[:, None].expand(40, 512)
+    found = [heal_windows(ids, MinifyConfig(), ranks)[:, 0].tolist() for ranks in (1, 2, 4)]
+    assert found[0] == found[1] == found[2] == list(range(1, 40, 2))
+    assert heal_windows(ids, MinifyConfig(inputs="pruned")) is ids
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])

@@ -47,6 +47,18 @@ def test_elimination_removes_what_least_squares_misses_least() -> None:
     assert not {0, WIDTH - 1} <= set(left)
 
 
+def test_oscar_refits_with_the_damping_that_it_selects_with() -> None:
+    layer = layer_of()
+    (cut,) = opponents.osscar([layer], 0.625)
+    # Its published formula: the damped matrix on both sides.
+    damped = layer.gram + opponents.OSSCAR_DAMPING * layer.gram.diagonal().mean() * torch.eye(WIDTH)
+    rows = damped[cut.kept]
+    assert len(cut.kept) == 5 and cut.down is not None
+    torch.testing.assert_close(
+        cut.down.T, torch.linalg.solve(rows[:, cut.kept], rows @ layer.down.T), rtol=1e-3, atol=1e-4
+    )
+
+
 def test_flap_keeps_the_mean_output() -> None:
     layers = [layer_of(0), layer_of(1)]
     cuts = opponents.flap(layers, 0.5)
@@ -71,7 +83,7 @@ def test_flap_ranks_standardised_variances() -> None:
     assert missing == [worst]
 
 
-@pytest.mark.parametrize("name", ["magnitude", "Wanda-sp", "LLM-Pruner-like", "OSSCAR-like"])
+@pytest.mark.parametrize("name", ["magnitude", "Wanda-sp-like", "LLM-Pruner-like", "OSSCAR-like"])
 def test_uniform_methods_cut_every_layer_alike(name: str) -> None:
     cuts = opponents.OPPONENTS[name]([layer_of(0), layer_of(1)], 0.5)
     assert [len(cut.kept) for cut in cuts] == [4, 4]
