@@ -236,7 +236,9 @@ def compare(args: argparse.Namespace) -> None:
         },
         **{f"dense_{key}": value for key, value in dense.items()},
         "floor": made_floor,
-        "contenders": [contender.summary() for contender in contenders],
+        "contenders": [
+            {**c.summary(), "units_kept_as_first": agreement(c.kept, contenders[0].kept)} for c in contenders
+        ],
     }
     name = f"minify_cpu_{harness.machine_slug(harness.machine())}"
     print(harness.write_json(f"{name}_{args.label}" if args.label else name, content))
