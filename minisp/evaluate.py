@@ -8,7 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -147,21 +147,29 @@ def _logit_chunks(model: nn.Module, ids: Tensor, first: int, last: int) -> Itera
     decoder: Any = getattr(model, "get_decoder", lambda: None)()
     caught: list[Any] = []
     if decoder is not None and decoder is not model and _keeps_logits(model):
-        handle = decoder.register_forward_hook(lambda module, args, output: caught.append(output))
-        try:
-            logits = model(input_ids=ids[None], use_cache=False, logits_to_keep=1).logits
-        finally:
-            handle.remove()
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            caught.append(output)
+            raise _DecodedError
+
+        with decoder.register_forward_hook(stop), suppress(_DecodedError):
+            model(input_ids=ids[None], use_cache=False, logits_to_keep=1)
     if not caught or getattr(caught[0], "last_hidden_state", None) is None:
         logits = model(input_ids=ids[None], use_cache=False).logits[0]
         yield from ((start, logits[start : min(start + rows, last)]) for start in range(first, last, rows))
         return
-    hidden = caught[0].last_hidden_state
+    (hidden,) = caught[0].last_hidden_state
     for start in range(first, last, rows):
-        chunk = replace(caught[0], last_hidden_state=hidden[:, start : min(start + rows, last)])
+        # A slice of the window, then its batch dimension: a slice with one, whose strides do not fold, torch would
+        # multiply as a batch, after copying the head's weights.
+        chunk = replace(caught[0], last_hidden_state=hidden[start : min(start + rows, last)][None])
         with _returning(decoder, chunk):
             logits = model(input_ids=ids[None], use_cache=False).logits[0]
         yield start, logits
+
+
+class _DecodedError(Exception):
+    """Raised behind the decoder: the rest of the forward is not wanted."""
 
 
 def throughput(
