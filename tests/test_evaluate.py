@@ -117,6 +117,18 @@ def test_the_decoder_runs_once_per_window_and_logits_stay_small(
     assert max(head_rows) == 5
 
 
+def test_the_head_gets_what_it_multiplies_without_a_copy_of_its_weights(
+    llama: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "LOGIT_BYTES", 4 * VOCAB * 5)
+    entering: list[Tensor] = []
+    with llama.lm_head.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0])):
+        perplexity(llama, tokens, window=12, max_windows=1)
+    assert [tuple(x.shape[:2]) for x in entering] == [(1, 5), (1, 5), (1, 1)]
+    # Other strides torch would multiply as a batch.
+    assert all(x.stride(0) == x[0].numel() for x in entering)
+
+
 def test_a_model_without_a_decoder_of_its_own_is_evaluated_whole(llama: nn.Module, tokens: Tensor) -> None:
     class Wrapped(nn.Module):
         def __init__(self) -> None:
