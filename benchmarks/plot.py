@@ -84,17 +84,17 @@ def plot_minify(data: Data) -> Figure:
         ratios = [[c[key] / data[f"dense_{key}"]] for c in contenders]
         bars(axes, names, ratios, colors, "perplexity / dense model's")
         axes.axvline(1, color="0.25", linewidth=1, linestyle=":")
-        axes.set_title(f"{titles[key]} (less is better)")
+        axes.set_title(titles[key])
     bars(time, names, [c["minify_seconds"] for c in contenders], colors, "seconds")
     bars(memory, names, [[p / 1e9 for p in c["peak_rss_bytes"]] for c in contenders], colors, "GB, peak of the process")
     # Shared axes are inverted once for each panel.
     time.set_ylim(len(names) - 0.5, -0.5)
     settings = data["settings"]
     for axes, title in ((time, "Time"), (memory, "Memory")):
-        axes.set_title(f"{title} (less is better)")
+        axes.set_title(title)
     figure.supxlabel(
-        f"{settings['keep']:.0%} of the units kept, {settings['windows']} windows of {settings['window']} tokens; "
-        f"{machine_line(data)}",
+        f"Less is better. {settings['keep']:.0%} of the units kept, {settings['windows']} windows of "
+        f"{settings['window']} tokens; {machine_line(data)}",
         fontsize=8.5,
         color="0.35",
     )
