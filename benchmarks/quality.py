@@ -204,7 +204,9 @@ def show(result: dict[str, Any]) -> None:
     for key, cell in sorted(result["rows"].items(), key=lambda item: (-item[1]["keep"], item[1]["place"])):
         values = [cell["perplexity"][domain] / dense[domain] for domain in domains]
         mean = sum(values) / len(values)
-        rows.append([key, *(f"{v:.4f}" for v in (*values, mean)), f"{cell['seconds']:.0f}", cell["peak_bytes"] >> 20])
+        # A row that was held up has no seconds.
+        seconds = "" if cell["seconds"] is None else f"{cell['seconds']:.0f}"
+        rows.append([key, *(f"{v:.4f}" for v in (*values, mean)), seconds, cell["peak_bytes"] >> 20])
     title = "dense: " + ", ".join(f"{domain} {value:.3f}" for domain, value in dense.items())
     columns = ["kept, method", *domains, "mean", "seconds", "peak MiB"]
     spent = "not timed" if result["seconds"] is None else f"{result['seconds']:.0f} s"
