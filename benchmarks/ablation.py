@@ -23,6 +23,7 @@ from quality import Kit, measured_on, ours
 from torch import Tensor
 
 from minisp.config import MinifyConfig
+from minisp.heal import heal_windows
 from minisp.selection import default_alignment, select, uniform_widths
 
 Rows = Iterator[tuple[str, Callable[[], Any]]]
@@ -129,7 +130,8 @@ def refits(lab: Lab) -> Rows:
 
 def _corrected(kit: Kit, cut: Any, names: Sequence[str]) -> Any:
     cut = copy.deepcopy(cut)
-    further.correct_drift_(kit.model, cut, kit.windows[::2], names, MinifyConfig().correction_damping)
+    config = MinifyConfig()
+    further.correct_drift_(kit.model, cut, heal_windows(kit.windows, config), names, config.correction_damping)
     return cut
 
 

@@ -177,7 +177,7 @@ def digest(tensors: Iterable[torch.Tensor]) -> str:
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(repr((tensor.shape, tensor.dtype)).encode())
-        found.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(tensor.detach().contiguous().view(torch.uint8).numpy())
     return found.hexdigest()[:16]
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import harness
 import torch
-from naive import read_windows
+from naive import EVALUATION, read_windows
 from opponents import OPPONENTS, Layer, apply_, look_at
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -45,7 +45,6 @@ from minisp.sweep import saliency_sweep
 from minisp.workplace import Workplace, record
 
 CPU = torch.device("cpu")
-EVALUATION_WINDOW = 1024
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 OURS: dict[str, dict[str, Any]] = {
@@ -74,7 +73,7 @@ class Kit:
         """Perplexity of a model on every domain."""
         with fast_attention(model.config):
             return {
-                name: perplexity(model, ids, window=EVALUATION_WINDOW, max_windows=n).value
+                name: perplexity(model, ids, window=EVALUATION[1], max_windows=n).value
                 for name, (ids, n) in self.texts.items()
             }
 
@@ -94,7 +93,7 @@ def evaluation_texts(arguments: argparse.Namespace, tokenizer: Any) -> dict[str,
     """Domain → (tokens, windows of 1024 that are evaluated)."""
     texts = {"text": arguments.text.read_text("utf-8"), **builtin_texts()}
     return {
-        name: (torch.tensor(tokenizer(text, verbose=False)["input_ids"]), 20 if name == "text" else 10)
+        name: (torch.tensor(tokenizer(text, verbose=False)["input_ids"]), EVALUATION[0] // (1 if name == "text" else 2))
         for name, text in texts.items()
     }
 
@@ -177,7 +176,7 @@ def measured_on(kit: Kit) -> dict[str, str]:
     return {
         "model": harness.digest(kit.model.parameters()),
         "calibration": harness.digest([kit.windows]),
-        "evaluation": harness.digest(ids[: n * EVALUATION_WINDOW] for ids, n in kit.texts.values()),
+        "evaluation": harness.digest(ids[: n * EVALUATION[1]] for ids, n in kit.texts.values()),
     }
 
 
@@ -192,9 +191,7 @@ def measure_row(kit: Kit, name: str, keep: float) -> dict[str, Any]:
     start = time.perf_counter()
     model = ours(kit, keep, OURS[name]) if name in OURS else theirs(kit, keep, name)
     seconds, peak = time.perf_counter() - start, harness.peak(CPU) - base
-    return {"options": options_of(name, keep), "seconds": seconds, "peak_bytes": peak} | {
-        "perplexity": kit.perplexities(model)
-    }
+    return {"seconds": seconds, "peak_bytes": peak, "perplexity": kit.perplexities(model)}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -252,9 +249,10 @@ def main() -> None:
         result = {"measured on": identity, "tokens": windows.numel(), "seconds": seconds, "dense": dense, "rows": {}}
     for method, keep in cells(arguments):
         cell = f"{100 * keep:.4g}% {method}"
-        if cell not in result["rows"] or result["rows"][cell]["options"] != options_of(method, keep):
-            place = [*OPPONENTS, *OURS].index(method)
-            result["rows"][cell] = {"keep": keep, "place": place, **measure_row(kit, method, keep)}
+        options = options_of(method, keep)
+        if cell not in result["rows"] or result["rows"][cell]["options"] != options:
+            about = {"keep": keep, "place": [*OPPONENTS, *OURS].index(method), "options": options}
+            result["rows"][cell] = {**about, **measure_row(kit, method, keep)}
             harness.write_json(name, result)
     show(result)
 

@@ -41,15 +41,24 @@ def correct_drift_(dense: Any, cut: Any, windows: Tensor, names: Sequence[str], 
             targets = [_pass(streams[0], index, *pair) for pair in zip(wanted, batches, strict=True)]
             for name in names:
                 weight = layer.get_submodule(name).weight
-                gram = torch.zeros(weight.shape[1], weight.shape[1])
-                cross = torch.zeros(weight.shape[1], weight.shape[0])
-                for hidden, ids, target in zip(states, batches, targets, strict=True):
-                    x, behind = _pass(streams[1], index, hidden, ids)[name]
-                    ops.gram_update_(gram, x)
-                    ops.cross_update_(cross, x, (target[name][1] - behind).flatten(0, 1))
-                weight += ridge_fit(ops.mirror_(gram), cross.T.contiguous(), damping).to(weight)
+                passes = (_pass(streams[1], index, *pair)[name] for pair in zip(states, batches, strict=True))
+                drifts = (
+                    (x, (target[name][1] - behind).flatten(0, 1))
+                    for (x, behind), target in zip(passes, targets, strict=True)
+                )
+                _take_over_(weight, drifts, damping)
             wanted = [target[MLP][1] for target in targets]
             states = [_pass(streams[1], index, *pair)[MLP][1] for pair in zip(states, batches, strict=True)]
+
+
+def _take_over_(weight: Tensor, pairs: Iterable[tuple[Tensor, Tensor]], damping: float) -> None:
+    """Add to a weight (d, n) the ridge regression of e (T, d) on its inputs x (T, n), for pairs of them."""
+    d, n = weight.shape
+    gram, cross = torch.zeros(n, n), torch.zeros(n, d)
+    for x, e in pairs:
+        ops.gram_update_(gram, x)
+        ops.cross_update_(cross, x, e)
+    weight += ridge_fit(ops.mirror_(gram), cross.T.contiguous(), damping).to(weight)
 
 
 def _pass(stream: Stream, index: int, hidden: Tensor, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -104,7 +113,9 @@ def refit_inside_(dense: Any, cut: Any, windows: Tensor, damping: float) -> None
             step, length = gauss_newton(weights.gate, weights.up, weights.down, kind, pairs, damping)
             weights.gate.add_((length * step[:n]).to(weights.gate))
             weights.up.add_((length * step[n:]).to(weights.up))
-            _refit_down_(weights.gate, weights.up, weights.down, kind, pairs, damping)
+            inputs = (ops.activation(h @ weights.gate.T, h @ weights.up.T, kind) for h, _ in pairs)
+            missing = ((x, y - x @ weights.down.T) for x, (_, y) in zip(inputs, pairs, strict=True))
+            _take_over_(weights.down, missing, damping)
 
 
 def gauss_newton(
@@ -153,15 +164,6 @@ def _moves(
         x, z = _slopes(h @ gate.T, h @ up.T, kind)
         moved = (h @ step.T.to(h)) * z
         yield y - x @ down.T, (moved[:, : len(gate)] + moved[:, len(gate) :]) @ down.T
-
-
-def _refit_down_(gate: Tensor, up: Tensor, down: Tensor, kind: str, pairs: Pairs, damping: float) -> None:
-    gram, cross = torch.zeros(len(gate), len(gate)), torch.zeros(len(gate), len(down))
-    for h, y in pairs:
-        x = ops.activation(h @ gate.T, h @ up.T, kind)
-        ops.gram_update_(gram, x)
-        ops.cross_update_(cross, x, y - x @ down.T)
-    down.add_(ridge_fit(ops.mirror_(gram), cross.T.contiguous(), damping).to(down))
 
 
 def _slopes(gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
