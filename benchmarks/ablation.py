@@ -152,8 +152,7 @@ def _mean(first: Any, second: Any) -> Any:
 
 def domains(lab: Lab) -> Rows:
     """Scores of three domains, combined; Gram matrices of all three together."""
-    kit = lab.mixed()
-    parts = kit.windows.split([len(lab.text.windows), SUBSET // 2, SUBSET // 2])
+    kit, parts = lab.mixed()
     each = [[x.statistics.score("fisher") * x.statistics.num_tokens for x in lab.text.layers]]
     each += [[x.score("fisher") * x.num_tokens for x in lab.sweep(part, gram=False)] for part in parts[1:]]
     for name, combine in ideas.DOMAINS.items():

@@ -32,6 +32,7 @@ import naive
 import torch
 from torch import Tensor, nn
 
+from minisp.errors import ConfigError
 from minisp.fast import minify
 
 # Gigabytes of GPU memory that the process may have.
@@ -72,7 +73,7 @@ def attempt(name: str, measure: Callable[[], Figures]) -> Figures:
     try:
         figures = measure()
         text = f"{figures['seconds']:.1f} s, peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, ConfigError) as error:
         figures, text = {"seconds": None, "error": str(error)[:300]}, f"out of memory: {str(error)[:80]}"
     figures["peak_bytes"] = torch.cuda.max_memory_allocated()
     return figures | {"summary": [{"name": f"7B, {name}", "text": text}]}
@@ -89,9 +90,11 @@ def in_memory(cut: Callable[[nn.Module], dict[str, float]]) -> Figures:
     torch.manual_seed(0)
     # Half the memory from the start: float32 weights of this model would not leave room on every GPU.
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model: nn.Module = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cuda"):
+            model: nn.Module = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
     torch.cuda.synchronize()
     start = time.perf_counter()
     phases = cut(model)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def machine() -> dict[str, Any]:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         description["gpu"] = torch.cuda.get_device_name()
         description["cuda"] = torch.version.cuda
-        description["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        with suppress(FileNotFoundError):
+            description["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     return description
 
 

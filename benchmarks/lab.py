@@ -9,23 +9,23 @@ from typing import Any
 import harness
 import opponents
 import torch
-from quality import CPU, Kit, calibration_windows, collect, evaluation_texts
+from quality import CPU, OURS, Kit, calibration_windows, collect, evaluation_texts, refitted
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from minisp.architecture import architecture_of, cut_
-from minisp.calibration import write_windows
+from minisp.architecture import architecture_of
+from minisp.calibration import interleave
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
 from minisp.model import frozen, load_model
-from minisp.reconstruction import reconstruct
 from minisp.selection import allocate_widths, default_alignment, select
 from minisp.statistics import LayerStatistics
 from minisp.stream import Stream
 from minisp.sweep import saliency_sweep
+from minisp.windows import write_windows
 from minisp.workplace import Workplace
 
-PLAIN: dict[str, Any] = {"inputs": "dense", "allocation": "score"}
+PLAIN = OURS["minisp: + refit"]
 # Windows of what needs a sweep of its own.
 SUBSET = 128
 CURVE = (16, 32, 64, SUBSET)
@@ -43,7 +43,7 @@ class Lab:
         model = load_model(Checkpoint.open(arguments.model), CPU, torch.bfloat16)
         # Half of the windows of quality.py: rows are compared with each other, on the same windows.
         texts = {name: (ids, n // 2) for name, (ids, n) in evaluation_texts(arguments, self.tokenizer).items()}
-        self.text = self._kit(model, calibration_windows(arguments, self.tokenizer), texts)
+        self.text = self._kit(model, interleave(calibration_windows(arguments, self.tokenizer)), texts)
         self.arguments = arguments
         # Subsets are nested, so that a larger one costs only what is new in it.
         order = torch.randperm(len(self.text.windows), generator=torch.Generator().manual_seed(0))
@@ -55,10 +55,11 @@ class Lab:
         layers = opponents.look_at(model, architecture_of(model.config), records, means)
         return Kit(model, work, layers, windows, texts)
 
-    def mixed(self) -> Kit:
-        """Calibrated on three domains."""
+    def mixed(self) -> tuple[Kit, list[Tensor]]:
+        """Calibrated on three domains; and the windows (N, L) of each."""
         arguments = argparse.Namespace(**{**vars(self.arguments), "mixed": SUBSET // 2})
-        return self._kit(self.text.model, calibration_windows(arguments, self.tokenizer), self.text.texts)
+        parts = calibration_windows(arguments, self.tokenizer)
+        return self._kit(self.text.model, interleave(parts), self.text.texts), parts
 
     def sweep(
         self, windows: Tensor, *, gram: bool = True, sampled: bool = False, model: Any = None
@@ -119,14 +120,7 @@ def on(kit: Kit, records: Sequence[LayerStatistics], model: Any = None) -> Kit:
 
 def refit(kit: Kit, kept: Sequence[Tensor]) -> Any:
     """A copy of the model with these units, refitted as the plain row."""
-    model = kit.fresh()
-    stream = Stream.from_module(model)
-    with frozen(model):
-        for index, layer in enumerate(kit.layers):
-            result = reconstruct(index, layer.statistics, kept[index], stream.down_weight(index), MinifyConfig(**PLAIN))
-            if result.down is not None:
-                cut_(stream.layers[index], stream.row, kept[index], result.down)
-    return model
+    return refitted(kit, kept, MinifyConfig(**PLAIN))
 
 
 def widths_of(scores: Sequence[Tensor], keep: float, min_keep: float = 0.1) -> list[int]:

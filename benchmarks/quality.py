@@ -14,7 +14,7 @@ every residual connection that stock classes do not have; no equal budget could 
 import argparse
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from transformers import AutoTokenizer
 from minisp.allocation import layer_ratios
 from minisp.architecture import architecture_of, cut_, decoder_layers
 from minisp.attention import fast_attention
-from minisp.calibration import load_calibration
+from minisp.calibration import interleave, load_calibration
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
 from minisp.evaluate import perplexity
@@ -78,15 +78,12 @@ class Kit:
             }
 
 
-def calibration_windows(arguments: argparse.Namespace, tokenizer: Any) -> Tensor:
-    """(N, L): of the calibration text alone, or of three domains."""
+def calibration_windows(arguments: argparse.Namespace, tokenizer: Any) -> list[Tensor]:
+    """(N, L) of every domain that is calibrated on: of the text alone, or of three."""
     count, window, added = arguments.windows, arguments.window, arguments.mixed
     windows = read_windows(arguments.model, arguments.calibration, count, window)
-    if not added:
-        return windows
-    others = ("builtin:documentation", "builtin:code")
-    drawn = [load_calibration(name, tokenizer, num_windows=added, window=window).windows for name in others]
-    return torch.cat([windows, *drawn])
+    others = ("builtin:documentation", "builtin:code") if added else ()
+    return [windows, *(load_calibration(name, tokenizer, num_windows=added, window=window).windows for name in others)]
 
 
 def evaluation_texts(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[Tensor, int]]:
@@ -142,21 +139,29 @@ def _means(model: Any, row: Any, windows: Tensor) -> list[Tensor]:
 def ours(kit: Kit, keep: float, options: dict[str, Any]) -> Any:
     """A copy of the model, minified by the engine with these options from the statistics at hand."""
     config = MinifyConfig(keep=keep, **options)
-    model = kit.fresh()
-    stream, work = Stream.from_module(model), kit.work
-    for layer in range(len(kit.layers)):
-        work.shared.drop(record("result", layer))
     scores = [layer.statistics.score(config.saliency) for layer in kit.layers]
+    if config.measures:
+        with frozen(kit.model):
+            measured = layer_ratios(Stream.from_module(kit.model), kit.windows, scores, config, kit.work)
+        scores = [score * ratio for score, ratio in zip(scores, measured, strict=True)]
+    alignment = config.alignment or default_alignment(min(len(score) for score in scores))
+    kept = select(scores, allocate_widths(scores, keep, alignment=alignment, min_keep=config.min_keep))
+    if not config.heals:
+        return refitted(kit, kept, config)
+    model = kit.fresh()
+    for layer in range(len(kept)):
+        kit.work.shared.drop(record("result", layer))
     with frozen(model):
-        if config.measures:
-            measured = layer_ratios(stream, kit.windows, scores, config, work)
-            scores = [score * ratio for score, ratio in zip(scores, measured, strict=True)]
-        alignment = config.alignment or default_alignment(min(len(score) for score in scores))
-        widths = allocate_widths(scores, keep, alignment=alignment, min_keep=config.min_keep)
-        kept = select(scores, widths)
-        if config.inputs != "dense":
-            heal_sweep(stream, heal_windows(kit.windows, config).split(1), kept, config, work)
-            return model
+        batches = heal_windows(kit.windows, config).split(1)
+        heal_sweep(Stream.from_module(model), batches, kept, config, kit.work)
+    return model
+
+
+def refitted(kit: Kit, kept: Sequence[Tensor], config: MinifyConfig) -> Any:
+    """A copy of the model with these units, refitted on the dense model's activations."""
+    model = kit.fresh()
+    stream = Stream.from_module(model)
+    with frozen(model):
         for index, layer in enumerate(kit.layers):
             result = reconstruct(index, layer.statistics, kept[index], stream.down_weight(index), config)
             if result.down is not None:
@@ -235,7 +240,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = load_model(Checkpoint.open(arguments.model), CPU, torch.bfloat16)
-    windows = calibration_windows(arguments, tokenizer)
+    windows = interleave(calibration_windows(arguments, tokenizer))
     work, means, seconds = collect(model, windows, arguments.cache)
     row = architecture_of(model.config)
     statistics = [work.statistics(index, gram=True) for index in range(len(means))]

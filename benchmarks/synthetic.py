@@ -78,8 +78,9 @@ def pieces(tensors: list[Entry], seed: int) -> Iterator[tuple[str, Tensor]]:
             continue
         rows, columns = entry.shape
         for count in torch.arange(rows).split(max(1, PIECE_ELEMENTS // columns)):
-            piece = torch.empty(len(count), columns, dtype=torch.bfloat16)
-            yield entry.name, piece.normal_(0, 0.02, generator=generator)
+            # Drawn in float32, for which torch has vector code.
+            piece = torch.empty(len(count), columns).normal_(0, 0.02, generator=generator)
+            yield entry.name, piece.to(torch.bfloat16)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

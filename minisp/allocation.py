@@ -10,7 +10,8 @@ turns its scores into nats. One ranking of r_l·s_j over all layers then sets th
 the costs of layers add up. On SmolLM2-135M, r of the first seven layers is about 0.2, from layer 11 on 0.3 to 0.42.
 
 All trials run in one forward sweep: at layer l the dense states pass, so do those of the l trials of the layers below,
-and a new trial begins. Work: L²/2 layers for `trial_tokens`; the trials' states wait in the scratch folder.
+and a new trial begins. Work: L²/2 layers for `trial_tokens`; the trials' states wait in the scratch folder, where a run
+that was stopped finds those of the last layer that was finished.
 
 Shapes: B windows, L tokens per window, d hidden size, V vocabulary.
 """
@@ -29,6 +30,8 @@ from minisp.windows import spread
 from minisp.workplace import Workplace, record
 
 RATIOS = "ratios"
+# Of the record of the trials: the dense states beside theirs, and the saliency that every trial so far has removed.
+DENSE, REMOVED = "dense", "removed"
 # With other windows of so many tokens, most ratios of SmolLM2-135M were the same within a tenth.
 TRIAL_TOKENS = 2048
 FEWEST_TRIAL_TOKENS = 512
@@ -71,22 +74,25 @@ def measure_ratios(
         NumericalError: a ridge system cannot be solved.
     """
     count = len(scores)
-    ids = windows[spread(len(windows), max(1, trial_tokens(windows.numel(), count) // windows.shape[1]))]
-    dense = stream.embed(ids)
-    removed: list[float] = []
-    for segment in stream.visit([range(index, index + 1) for index in range(count)]):
+    tokens = trial_tokens(windows.numel(), count)
+    ids = windows[spread(len(windows), max(1, tokens // windows.shape[1])), :tokens]
+    first = max((index for index in range(count + 1) if work.own.has(record("trials", index))), default=0)
+    dense = work.own.read(record("trials", first), DENSE).to(stream.device) if first else stream.embed(ids)
+    removed: list[float] = list(work.own.facts(record("trials", first))[REMOVED]) if first else []
+    for segment in stream.visit([range(index, index + 1) for index in range(first, count)]):
         index, calls = segment.start, stream.calls(ids)
-        keeping = work.own.writing(record("trials", index + 1))
+        order = scores[index].argsort(descending=True, stable=True)
+        kept = order[: len(order) - max(1, int(TRIAL_CUT * len(order)))].sort().values.cpu()
+        removed.append(float(scores[index].sum() - scores[index][kept].sum()))
+        keeping = work.own.writing(record("trials", index + 1), **{REMOVED: removed})
         with keeping as append, fast_attention(stream.model.config):
             for trial in range(index):
                 states = work.own.read(record("trials", index), str(trial)).to(stream.device)
                 append(str(trial), stream.run_layer(index, states, calls))
-            order = scores[index].argsort(descending=True, stable=True)
-            kept = order[: len(order) - max(1, int(TRIAL_CUT * len(order)))].sort().values.cpu()
-            removed.append(float(scores[index].sum() - scores[index][kept].sum()))
             with other_down(stream.layers[index], stream.row, _trial_down(stream, index, kept, config, work)):
                 append(str(index), stream.run_layer(index, dense, calls))
             dense = stream.run_layer(index, dense, calls)
+            append(DENSE, dense)
         work.own.drop(record("trials", index))
         work.progress("trial cuts", index + 1, count)
     measured: list[float] = []

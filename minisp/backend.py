@@ -43,3 +43,15 @@ def choose(op: str, impl: Impl, *, native: bool = False, triton: bool = False) -
             "Pass impl='auto', build the extension, or move the tensors."
         )
     return impl
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How kernels multiply float32 inputs: as `torch.set_float32_matmul_precision` asks of torch's own products."""
+    if dtype != torch.float32:
+        return "ieee"
+    try:
+        named = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # Set by torch's other name for it, after which torch refuses to read this one.
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[named]

@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 
 from minisp.architecture import CausalLM
-from minisp.calibration import Calibration, load_calibration, write_windows
-from minisp.errors import OutputError
+from minisp.calibration import Calibration, load_calibration
+from minisp.errors import CalibrationError, OutputError
 from minisp.model import load_model
 from minisp.planner import Plan
 from minisp.stream import Stream
+from minisp.windows import write_windows
 from minisp.workplace import Progress, Workplace
 
 # exp of the entropy of single tokens: 250 to 800 for prose, documentation and source code, below 20 for logs, tables
 # and text that repeats itself (SmolLM2's tokens, 4k to 65k of them). Small vocabularies, of bytes say, have less.
 FEWEST_EFFECTIVE_TOKENS, OF_VOCABULARY = 100, 1 / 400
+# More are no faster.
+WRITTEN_AT_ONCE = 32
 # With fewer tokens than units, damping alone decides most of the refit.
 FEWEST_TOKENS_PER_UNIT = 2
 
@@ -49,7 +52,13 @@ def calibrate(stream: Stream, source: Any, tokenizer: Any, plan: Plan, work: Wor
                 append("windows", text.windows)
             work.shared.settle()
     work.ranks.wait()
-    return Calibration(work.shared.read(name, "windows"), tuple(work.shared.facts(name)["description"]))
+    windows: Tensor = work.shared.read(name, "windows")
+    if len(windows) < work.ranks.size:
+        raise CalibrationError(
+            f"Calibration text: expected a window for each of {work.ranks.size} processes, got {len(windows)}. Pass "
+            "more text or shorter windows, or start fewer processes."
+        )
+    return Calibration(windows, tuple(work.shared.facts(name)["description"]))
 
 
 def _new_windows(stream: Stream, source: Any, tokenizer: Any, plan: Plan, progress: Progress) -> Calibration:
@@ -74,6 +83,7 @@ def _new_windows(stream: Stream, source: Any, tokenizer: Any, plan: Plan, progre
             num_windows=num_windows,
             window=window,
             seed=config.seed,
+            batch=_written_at_once(stream, plan),
             on_progress=lambda done, total: progress("writing calibration text", done, total),
         )
         return windows
@@ -87,6 +97,19 @@ def _new_windows(stream: Stream, source: Any, tokenizer: Any, plan: Plan, progre
         max_positions=getattr(stream.model.config, "max_position_embeddings", None),
         writer=write if fits else None,
     )
+
+
+def _written_at_once(stream: Stream, plan: Plan) -> int:
+    """Windows whose KV caches fit in what the saliency sweep will take beside the weights."""
+    config: Any = stream.model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache: int = 2 * len(stream.layers) * heads * size * plan.config.window * stream.dtype.itemsize
+    sweep = plan.layout.peaks["saliency sweep"]
+    # A checkpoint's model is loaded beside the stream, which holds embeddings and head already.
+    copies = 1 if stream.checkpoint is None else 2
+    room = sum(sweep.values()) - sweep["weights"] - copies * sweep["embeddings and head"]
+    return max(1, min(WRITTEN_AT_ONCE, room // cache))
 
 
 def narrowness(windows: Tensor, width: int, vocab_size: int) -> list[str]:

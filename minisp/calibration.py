@@ -16,19 +16,9 @@ import torch
 from torch import Tensor
 
 from minisp.builtin import BUILTIN_PREFIX, open_builtin
-from minisp.corpora import HUB_PREFIX, Corpus, load_text, open_documents, open_file, open_hub, parse_source
+from minisp.corpora import HUB_PREFIX, Corpus, open_documents, open_file, open_hub
 from minisp.errors import CalibrationError
-from minisp.windows import Draw, text_windows, token_windows, write_windows
-
-__all__ = [
-    "Calibration",
-    "apportion",
-    "interleave",
-    "load_calibration",
-    "load_text",
-    "parse_source",
-    "write_windows",
-]
+from minisp.windows import Draw, text_windows, token_windows
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +32,6 @@ class Calibration:
 
     windows: Tensor
     description: tuple[str, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return self.windows.numel()
 
     @property
     def fingerprint(self) -> str:
@@ -95,7 +81,9 @@ def load_calibration(
     """
     if isinstance(source, Tensor) and source.dim() == 2:
         window = source.shape[1]
-    _check_request(num_windows, window, max_positions)
+    if num_windows < 1:
+        raise CalibrationError(f"Expected at least 1 calibration window, got {num_windows}. Ask for one or more.")
+    check_window(window, max_positions)
     parts = _default_parts(tokenizer, writer) if source is None else _parts(source, tokenizer, writer)
     drawn, description = [], []
     for part, wanted in zip(parts, apportion([part.weight for part in parts], num_windows), strict=True):
@@ -157,7 +145,7 @@ def _parts(source: Any, tokenizer: Any, writer: Draw | None) -> list[_Part]:
         return _weighted_parts(list(source.items()), tokenizer, writer)
     if isinstance(source, (list, tuple)):
         if not source:
-            raise CalibrationError("Expected calibration text or tokens, got an empty list.")
+            raise CalibrationError("Expected calibration text or tokens, got an empty list. Put something in it.")
         pairs = [_is_pair(item) for item in source]
         if all(pairs):
             return _weighted_parts(source, tokenizer, writer)
@@ -173,10 +161,13 @@ def _parts(source: Any, tokenizer: Any, writer: Draw | None) -> list[_Part]:
 
 def _weighted_parts(pairs: Sequence[tuple[Any, Any]], tokenizer: Any, writer: Draw | None) -> list[_Part]:
     if not pairs:
-        raise CalibrationError("Expected a mixture {source: weight}, got an empty one.")
+        raise CalibrationError("Expected a mixture {source: weight}, got an empty one. Put a source in it.")
     for source, weight in pairs:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
-            raise CalibrationError(f"Expected a finite weight above 0 for {_name(source)}, got {weight!r}.")
+            raise CalibrationError(
+                f"Expected a finite weight above 0 for {_name(source)}, got {weight!r}. Leave the source out, or give "
+                "it such a weight."
+            )
     return [_part(source, float(weight), tokenizer, writer) for source, weight in pairs]
 
 
@@ -187,7 +178,7 @@ def _part(source: Any, weight: float, tokenizer: Any, writer: Draw | None) -> _P
         if writer is None:
             raise CalibrationError(
                 "Expected a model that fits in memory whole, to write calibration text, got one that does not. Leave "
-                f"{source} out, or allow more memory."
+                f"{source} out, or allow more memory and as many layers at once (segment)."
             )
         return _Part("text that the model wrote itself", weight, writer)
     if isinstance(source, str) and source.startswith(BUILTIN_PREFIX):
@@ -200,7 +191,7 @@ def _part(source: Any, weight: float, tokenizer: Any, writer: Draw | None) -> _P
         return _text_part(open_documents(source), weight, tokenizer)
     raise CalibrationError(
         f"Expected a path, {HUB_PREFIX}NAME, {BUILTIN_PREFIX}NAME, an iterable of strings, an integer tensor or a "
-        f"weighted mixture of these, got {type(source).__name__}."
+        f"weighted mixture of these, got {type(source).__name__}. Pass one of them."
     )
 
 
@@ -224,14 +215,15 @@ def _checked(windows: Tensor, vocab_size: int | None, label: str) -> Tensor:
     return windows
 
 
-def _check_request(num_windows: int, window: int, max_positions: int | None) -> None:
-    if num_windows < 1:
-        raise CalibrationError(f"Expected at least 1 calibration window, got {num_windows}.")
+def check_window(window: int, max_positions: int | None) -> None:
+    """Raise `CalibrationError` where windows are longer than the model's positions, or have nothing to predict."""
     if window < 2:
-        raise CalibrationError(f"Expected windows of at least 2 tokens (one to predict the next), got {window}.")
+        raise CalibrationError(
+            f"Expected windows of at least 2 tokens (one to predict the next), got {window}. Pass longer ones."
+        )
     if max_positions is not None and window > max_positions:
         raise CalibrationError(
-            f"Expected windows of at most {max_positions} tokens, the positions this model has, got window={window}. "
+            f"Expected windows of at most {max_positions} tokens, the positions this model has, got {window}. "
             f"Pass window={max_positions} or less."
         )
 

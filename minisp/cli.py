@@ -100,7 +100,7 @@ def minify(
 ) -> None:
     """Write a smaller copy of a checkpoint."""
     from minisp import fast, plan_view, report
-    from minisp.calibration import parse_source
+    from minisp.corpora import parse_source
 
     if os.environ.get("RANK", "0") != "0":
         # Of the processes that torchrun starts, one speaks.

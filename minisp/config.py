@@ -21,19 +21,18 @@ class MinifyConfig:
 
     Args:
         keep: fraction of MLP units kept over all layers, in (0, 1]; a budget that rounding never exceeds.
-        saliency: score of a unit from p = x·g per token: `taylor` Σ|p|, `fisher` Σp², `signed` |Σp|.
+        saliency: score of a unit from p = x·g per token t: `taylor` mean |p|, `fisher` mean p², `signed` |mean p|.
         labels: of the loss whose gradient g is: `text`, the calibration text's next tokens; `sampled`, one drawn from
-            the model's own distribution for each token, see `minisp.labels`.
+            the model's own distribution for each token (the true Fisher information instead of the empirical one).
         widths: `per-layer` lets one global ranking set every layer's width; `uniform` gives all layers the same.
         allocation: what widths per layer follow: `score`, the scores as they are; `measured`, the scores of each layer
-            scaled by what a trial cut of it does to the model's output, see `minisp.allocation`.
+            scaled by what a trial cut of it does to the model's output.
         alignment: widths are multiples of it (or untouched); None picks the largest power of two that is at
             most a 32nd of the width, and at most 128.
         min_keep: no layer keeps less than this fraction of its units, in [0, 1].
         inputs: what the kept units are refitted on: `dense`, the dense model's activations, in one sweep; `pruned`,
             the activations of the already pruned layers below, in a second sweep; `both`, the dense model's, and then,
-            in a second sweep, the drift that the pruned layers below have left is corrected, see
-            `reconstruction.correct`.
+            in a second sweep, every layer takes over what it can of the drift that the pruned layers below have left.
         correction_damping: ridge λ of that correction, relative to the mean diagonal of its Gram matrix, above 0.
         damping: ridge λ relative to the mean diagonal of the Gram matrix, at least 0; `auto` chooses it per layer by
             generalised cross-validation.
@@ -99,7 +98,12 @@ class MinifyConfig:
     @property
     def collects_gram(self) -> bool:
         """Whether the saliency sweep collects Gram matrices."""
-        return self.inputs != "pruned" or self.measures
+        return self.inputs != "pruned" or self.measures or not self.heals
+
+    @property
+    def heals(self) -> bool:
+        """Whether a second sweep refits or corrects layers on what the pruned layers below them produce."""
+        return self.inputs != "dense" and self.reconstruct and self.keep < 1
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for manifests and reports."""
@@ -121,7 +125,7 @@ RESULT_OPTIONS = (
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run may use, and where it keeps what waits. Nothing here changes the result beyond rounding.
+    """What a run may use, and where it keeps what waits. Nothing here changes the result of a given text but rounding.
 
     Args:
         host_memory: most main memory that the whole process may take, as 16GB or 2GiB; a run whose plan needs more is
@@ -132,7 +136,8 @@ class Resources:
             beside the output, which goes when the run ends well.
         resume: continue a run that was stopped, if there is one, to the same bits.
         reuse: take the statistics that an earlier run left in `scratch`. The model, the windows, dtype and device must
-            be the same; how units are chosen and refitted may differ.
+            be the same; how units are chosen and refitted may differ, where the Gram matrices that both need were
+            collected (they are not for `inputs` pruned with `allocation` score).
 
     Raises:
         ConfigError: a value outside its range.
@@ -160,7 +165,9 @@ class Resources:
             _require("scratch", self.scratch, "a path", lambda v: bool(str(v)))
         for name in ("resume", "reuse"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"Option {name}: expected True or False, got {getattr(self, name)!r}.")
+                raise ConfigError(
+                    f"Option {name}: expected True or False, got {getattr(self, name)!r}. Pass one of them."
+                )
 
 
 def parse_size(text: str | int) -> int:
@@ -208,4 +215,4 @@ def _require(name: str, value: Any, expected: str, holds: Any) -> None:
 def _require_choice(name: str, value: Any, choices: Any) -> None:
     allowed = get_args(choices)
     if value not in allowed:
-        raise ConfigError(f"Option {name}: expected one of {', '.join(allowed)}, got {value!r}.")
+        raise ConfigError(f"Option {name}: expected one of {', '.join(allowed)}, got {value!r}. Check the spelling.")

@@ -21,9 +21,9 @@ def sweep_flops(model: CausalLM, config: MinifyConfig, num_segments: int, layout
     recompute = 1 if layout.stream_vocabulary else 1 - 1 / num_segments
     gram = sum(m * m for m in widths)
     total = tokens * (2 * inside * (2 + recompute) + (6 if layout.stream_vocabulary else 4) * head + gram)
-    if config.inputs == "pruned":
+    if config.heals and config.inputs == "pruned":
         total += tokens * 2 * inside * (1 + config.keep)
-    if config.inputs == "both":
+    if config.heals and config.inputs == "both":
         # The dense model once, the pruned one at full width and then cut; the drift's Gram matrix and cross product.
         heals = heal_count(config.num_windows, config.window) * config.window
         total += heals * (2 * inside * (2 + config.keep) + config.keep**2 * gram)
@@ -60,7 +60,7 @@ def disk_traffic(shape: Shape, layout: Layout, widths: Sequence[int], bytes_afte
     layers = shape.num_layers * shape.layer * shape.stored_item
     vocabulary = shape.vocabulary_weights * shape.stored_item
     heads = -(-shape.tokens // max(HEAD_TOKENS, shape.batch_tokens))
-    visits = 1 + forward / segments + shape.trials + (shape.heals > 0)
+    visits = 1 + forward / segments + (shape.trials > 0) + (shape.heals > 0)
     return {
         # The sweeps, the down projections once more, and what is copied to the result.
         "weights read": int(layers * (visits + 1.3)) + vocabulary * (1 + (2 * heads if layout.stream_vocabulary else 1))
@@ -69,7 +69,7 @@ def disk_traffic(shape: Shape, layout: Layout, widths: Sequence[int], bytes_afte
         # States are written once and read on both ways, gradients written and read.
         "states": _states(shape) * (2 * forward + 3 * (segments - 1)),
         # The states of every trial below a layer pass it.
-        "trials": shape.num_layers * (shape.num_layers + 1) * _trial_states(shape) if shape.trials else 0,
+        "trials": shape.num_layers * (shape.num_layers + 2) * _trial_states(shape),
         # Of the dense and of the pruned model: both are written once and read twice.
         "heal states": 6 * shape.num_layers * _heal_states(shape),
         "statistics": 2 * _panels(shape, widths),
@@ -84,8 +84,7 @@ def scratch_room(shape: Shape, layout: Layout, widths: Sequence[int]) -> int:
         return 0
     _, forward = _passes(shape, layout)
     passing = [_states(shape) * (forward + 2)]
-    passing += [2 * shape.num_layers * _trial_states(shape)] if shape.trials else []
-    passing += [4 * _heal_states(shape)]
+    passing += [2 * (shape.num_layers + 1) * _trial_states(shape), 4 * _heal_states(shape)]
     return max(passing) + _panels(shape, widths) + sum(widths) * shape.hidden * shape.stored_item
 
 
@@ -104,7 +103,7 @@ def _heal_states(shape: Shape) -> int:
 
 
 def _trial_states(shape: Shape) -> int:
-    return trial_tokens(shape.tokens, shape.num_layers) * shape.hidden * shape.item
+    return shape.trials * shape.hidden * shape.item
 
 
 def _panels(shape: Shape, widths: Sequence[int]) -> int:

@@ -16,6 +16,9 @@ CPU = torch.device("cpu")
 # Share of the free memory that a run may plan with where no limit is given; the rest is for other processes, of which a
 # GPU has fewer.
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.85}
+# Of a GPU's memory that was given, what is left for the libraries' workspaces, and the share that the allocator's gaps
+# may take.
+LIBRARY_BYTES, GAPS = 128 * 2**20, 0.08
 # malloc.h: parameters of mallopt. Blocks from 4 MB on cost more to compute on than to map anew; smaller ones that are
 # free at the end of the heap stay for the next layer, up to this many bytes.
 M_MMAP_THRESHOLD, PROMPT_BYTES = -3, 4 * 2**20
@@ -122,15 +125,16 @@ def computing_on(device: torch.device, resources: Resources) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(before, device)
 
 
-def memory_limit(resources: Resources, device: torch.device, base: int) -> tuple[str, int]:
-    """What bounds the computing memory beside what the process has already: in words, and in bytes."""
+def memory_limit(resources: Resources, device: torch.device, base: int) -> tuple[str, int, int]:
+    """What bounds the computing memory: in words, in bytes, and the bytes of it that the process itself takes."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         share = torch.cuda.get_per_process_memory_fraction(device)
         free = min(free, int(share * total) - torch.cuda.memory_reserved(device))
         if resources.device_memory is None:
-            return f"Memory of {device}", int(MEMORY_SHARE["cuda"] * free)
-        return "Option device_memory", min(parse_size(resources.device_memory), free)
+            return f"Memory of {device}", int(MEMORY_SHARE["cuda"] * free), 0
+        given = min(parse_size(resources.device_memory), free)
+        return "Option device_memory", given, int(GAPS * given) + LIBRARY_BYTES
     if resources.host_memory is None:
-        return "Main memory", int(MEMORY_SHARE["cpu"] * psutil.virtual_memory().available)
-    return "Option host_memory", parse_size(resources.host_memory) - base
+        return "Main memory", int(MEMORY_SHARE["cpu"] * psutil.virtual_memory().available) + base, base
+    return "Option host_memory", parse_size(resources.host_memory), base

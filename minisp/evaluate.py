@@ -189,7 +189,7 @@ def throughput(
     counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "repeats": repeats}
     for name, count in counts.items():
         if count < 1:
-            raise ConfigError(f"Expected {name} of at least 1, got {count}.")
+            raise ConfigError(f"Expected {name} of at least 1, got {count}. Pass such a number.")
     positions = _max_positions(model)
     if positions is not None:
         new_tokens = min(new_tokens, max(positions // 2, 1))
@@ -253,9 +253,9 @@ def _check_windows(model: nn.Module, tokens: Tensor, window: int, stride: int, m
         )
         raise CalibrationError(f"Expected windows of {limit}, got window={window}. Pass another window.")
     if not 1 <= stride <= window:
-        raise ConfigError(f"Expected a stride in [1, {window}], the window, got {stride}.")
+        raise ConfigError(f"Expected a stride in [1, {window}], the window, got {stride}. Pass such a number.")
     if max_windows is not None and max_windows < 1:
-        raise ConfigError(f"Expected max_windows of at least 1, or None, got {max_windows}.")
+        raise ConfigError(f"Expected max_windows of at least 1, or None, got {max_windows}. Pass such a number.")
     if len(tokens) < window:
         raise CalibrationError(
             f"Expected at least one window of {window} tokens, got {len(tokens)} tokens. Pass more text, or a shorter "

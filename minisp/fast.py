@@ -74,11 +74,16 @@ def minify(
 
     Raises:
         MinispError: one of its subclasses, see `minisp.errors`; nothing is then left at `out`, and what was finished
-            of a checkpoint's run waits in the scratch folder for `resume`.
+            of a checkpoint's run waits in the scratch folder for `resume`. A model in memory may then be cut in part.
     """
     if isinstance(calibration, Tensor) and calibration.dim() == 2:
         # Ready-made windows bring their own number and length.
         options = {"num_windows": max(1, calibration.shape[0]), "window": max(1, calibration.shape[1]), **options}
+        if options["window"] != max(1, calibration.shape[1]):
+            raise ConfigError(
+                f"Option window: expected {calibration.shape[1]}, the length of the windows that were passed, got "
+                f"{options['window']}. Leave it out, or pass the tokens as one flat tensor."
+            )
     config, resources = split_options(keep=keep, **options)
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
@@ -120,7 +125,7 @@ def minify(
 
 
 def plan(model: str | Path | nn.Module, *, keep: float = 0.8, **options: Any) -> Plan:
-    """What `minify` would do with the same arguments and an output folder, from shapes alone: no weight is read.
+    """What `minify` would do with the same options and an output folder, from shapes alone: no weight is read.
 
     Raises:
         MinispError: the run would be refused for its arguments, its checkpoint, or its memory limit.
@@ -136,7 +141,9 @@ def _plan(
     if ranks.size > 1 and (checkpoint is None or not writes or config.num_windows < ranks.size):
         raise ConfigError(
             f"Run of {ranks.size} processes: expected a checkpoint on disk, an output folder, and a window for each "
-            f"process, got {config.num_windows} windows. Give it these, or run one process."
+            f"process, got {'a model in memory' if checkpoint is None else 'a checkpoint'}, "
+            f"{'an' if writes else 'no'} output folder and {config.num_windows} windows. Give it these, or run one "
+            "process."
         )
     if checkpoint is not None:
         device = compute_device(config)
@@ -202,11 +209,10 @@ def _reconstruct(
     stream: Stream, batches: Sequence[Tensor], kept: Sequence[Tensor], config: MinifyConfig, work: Workplace
 ) -> None:
     """Leave a record of every layer's reconstruction, on the inputs that the config names."""
-    nothing_drifts = config.keep == 1 or not config.reconstruct
-    if config.inputs == "dense" or (config.inputs == "both" and nothing_drifts):
-        _reconstruct_dense(stream, kept, config, work)
-    else:
+    if config.heals:
         heal_sweep(stream, batches, kept, config, work)
+    else:
+        _reconstruct_dense(stream, kept, config, work)
 
 
 def _reconstruct_dense(stream: Stream, kept: Sequence[Tensor], config: MinifyConfig, work: Workplace) -> None:

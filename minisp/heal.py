@@ -4,8 +4,9 @@ On pruned inputs (`inputs="pruned"`): Gram, solve, cut, go on. On both (`inputs=
 statistics, run the dense and the pruned model side by side, correct what has drifted apart, cut, go on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,9 +23,10 @@ from minisp.sweep import enter
 from minisp.windows import spread
 from minisp.workplace import Workplace, record
 
-# Every window passes a corrected layer three times: dense, pruned at full width, cut. From so many tokens on, every
-# second one has to do, which bounds what the correction adds to a run. With 8192 instead of 16384 tokens, SmolLM2-135M
-# at 80 % has ×1.227 or ×1.235 of its perplexity (the even or the odd windows) instead of ×1.226, in half the time.
+# Every window passes a corrected layer three times: dense, pruned at full width, cut. From twice so many tokens on,
+# every second one has to do, which bounds what the correction adds to a run. With 8192 instead of 16384 tokens,
+# SmolLM2-135M at 80 % has ×1.227 or ×1.235 of its perplexity (the even or the odd windows) instead of ×1.226, in half
+# the time.
 FEW_TOKENS = 8192
 
 
@@ -53,19 +55,23 @@ def heal_sweep(
     Raises:
         NumericalError: a ridge system cannot be solved.
     """
-    both = config.inputs == "both"
-    first, count = _first_unhealed(len(kept), work, both), len(kept)
+    both, count = config.inputs == "both", len(kept)
     widths = [mlp_weights(layer, stream.row).up.shape[0] for layer in stream.layers]
+    first_cut = next((i for i in range(count) if len(kept[i]) < widths[i]), count)
+    # The states that enter each layer, the pruned model's last: as far as the first cut they are the dense one's.
+    kinds = [(["dense"] if both else []) + (["healed"] if not both or i > first_cut else []) for i in range(count)]
+    first = _first_unhealed(kinds, work)
     for segment in stream.visit([range(index, index + 1) for index in range(first, count)]):
         index, layer = segment.start, stream.layers[segment.start]
-        drifts = both and any(len(kept[i]) < widths[i] for i in range(index + 1))
+        passing = partial(_states, stream, batches, work, index)
+        entering = kinds[index][-1]
         with torch.no_grad(), fast_attention(stream.model.config):
             if both:
-                _propagate(stream, batches, work, segment, "dense")
+                _keep(passing("dense"), "dense", work, index, (count, len(batches)))
             # Together: what the first process has just written, a slower one must not take for an earlier run's.
             if work.ranks.most(not work.shared.has(record("result", index))):
-                heal_layer = _correct_layer if drifts else _refit_layer
-                result = heal_layer(stream, batches, kept[index], config, work, index)
+                heal_layer = _correct_layer if both and index >= first_cut else _refit_layer
+                result = heal_layer(stream, passing(entering), kept[index], config, work, index)
                 if work.ranks.first:
                     work.keep_result(result)
                     work.shared.settle()
@@ -78,52 +84,60 @@ def heal_sweep(
                 # The model has the new weights now.
                 work.keep_result(replace(found, down=None))
             del found
-            if index + 1 < count:
-                _propagate(stream, batches, work, segment, "healed")
-        for kind in ("healed", "dense"):
+            if index + 1 < count and "healed" in kinds[index + 1]:
+                _keep(passing(entering), "healed", work, index, (count, len(batches)))
+        for kind in kinds[index]:
             work.own.drop(record(kind, index))
 
 
-def _propagate(stream: Stream, batches: Sequence[Tensor], work: Workplace, segment: range, kind: str) -> None:
-    """Keep the states that leave a layer: `dense` before, `healed` after it has been cut."""
-    index, steps = segment.start, len(stream.layers) * len(batches)
-    with work.own.writing(record(kind, segment.stop)) as append:
-        for number, ids in enumerate(batches):
-            hidden = enter(stream, work.own, segment, number, ids, kind=kind)
-            append(str(number), stream.run_layer(index, hidden, stream.calls(ids)))
-            work.progress(f"heal, layer {index}, {kind}", index * len(batches) + number + 1, steps)
+def _states(stream: Stream, batches: Sequence[Tensor], work: Workplace, index: int, kind: str) -> Iterator[Tensor]:
+    """Run the windows through a layer as it is, from the states of a kind; yield those that leave it (B, L, d)."""
+    for number, ids in enumerate(batches):
+        hidden = enter(stream, work.own, range(index, index + 1), number, ids, kind=kind)
+        yield stream.run_layer(index, hidden, stream.calls(ids))
 
 
-def _first_unhealed(count: int, work: Workplace, both: bool) -> int:
-    """The lowest layer that still has to be run: those below have results, and their output is known."""
-    first = 0
+def _keep(leaving: Iterable[Tensor], kind: str, work: Workplace, index: int, steps: tuple[int, int]) -> None:
+    """Make the states that leave a layer a record; `steps` are the layers and the micro-batches."""
+    layers, batches = steps
+    with work.own.writing(record(kind, index + 1)) as append:
+        for number, states in enumerate(leaving):
+            append(str(number), states)
+            work.progress(f"heal, layer {index}, {kind}", index * batches + number + 1, layers * batches)
+
+
+def _first_unhealed(kinds: Sequence[Sequence[str]], work: Workplace) -> int:
+    """The lowest layer that still has to be run: those below have results, and what enters it is known."""
+    first, count = 0, len(kinds)
     for layer in range(count):
         if not work.shared.has(record("result", layer)):
             break
-        known = work.own.has(record("healed", layer + 1)) and (not both or work.own.has(record("dense", layer + 1)))
-        if known or layer == count - 1:
+        if layer == count - 1 or all(work.own.has(record(kind, layer + 1)) for kind in kinds[layer + 1]):
             first = layer + 1
     return count - work.ranks.most(count - first)
 
 
 def _refit_layer(
-    stream: Stream, batches: Sequence[Tensor], kept: Tensor, config: MinifyConfig, work: Workplace, index: int
+    stream: Stream, passing: Iterable[Tensor], kept: Tensor, config: MinifyConfig, work: Workplace, index: int
 ) -> Reconstruction:
-    """Refit the kept units of a layer to what the whole layer computes from the pruned layers below it."""
+    """Refit the kept units of a layer to what the whole layer computes from the pruned layers below it.
+
+    As for `_correct_layer`: `passing` runs the pruned model's windows through the layer.
+    """
     width = mlp_weights(stream.layers[index], stream.row).up.shape[0]
     if len(kept) == width:
         return Reconstruction(index, kept, None, 0.0, 0.0)
     kind = activation_kind(stream.model.config, stream.row)
     statistics = LayerStatistics.empty(width, gram=True, device=stream.device)
     with watch(stream.layers[index], stream.row, kind, statistics):
-        for _ in _states(stream, batches, work, index):
+        for _ in passing:
             pass
     statistics.sum_over_(work.ranks)
     return reconstruct(index, statistics.finalize_(index), kept, stream.down_weight(index), config)
 
 
 def _correct_layer(
-    stream: Stream, batches: Sequence[Tensor], kept: Tensor, config: MinifyConfig, work: Workplace, index: int
+    stream: Stream, passing: Iterable[Tensor], kept: Tensor, config: MinifyConfig, work: Workplace, index: int
 ) -> Reconstruction:
     """Refit the kept units of a layer on the dense model's statistics, then correct the drift behind it."""
     weight = stream.down_weight(index)
@@ -138,18 +152,11 @@ def _correct_layer(
     down[:, kept.to(down.device)] = refitted.to(down)
     drift = _Drift.empty(kept.to(stream.device), len(weight))
     with other_down(layer, row, down), watch(layer, row, activation_kind(stream.model.config, row), drift):
-        for number, leaving in enumerate(_states(stream, batches, work, index)):
+        for number, leaving in enumerate(passing):
             target = work.own.read(record("dense", index + 1), str(number), ahead=True)
             drift.add_(target.to(stream.device, non_blocking=True) - leaving)
     work.ranks.sum_(drift.gram, drift.cross, drift.energy)
     return correct(result, ops.mirror_(drift.gram), drift.cross.T.contiguous(), float(drift.energy), config)
-
-
-def _states(stream: Stream, batches: Sequence[Tensor], work: Workplace, index: int) -> Iterator[Tensor]:
-    """Run the windows of the pruned model through a layer; yield the states (B, L, d) that leave it."""
-    for number, ids in enumerate(batches):
-        hidden = enter(stream, work.own, range(index, index + 1), number, ids, kind="healed")
-        yield stream.run_layer(index, hidden, stream.calls(ids))
 
 
 @dataclass

@@ -25,7 +25,8 @@ def local_folder(model: str | Path) -> Path:
     """
     if not isinstance(model, (str, Path)):
         raise CheckpointError(
-            f"Model: expected a folder, a .gguf file, a hub id or a transformers model, got {type(model).__name__}."
+            f"Model: expected a folder, a .gguf file, a hub id or a transformers model, got {type(model).__name__}. "
+            "Pass one of them."
         )
     path = Path(model).expanduser()
     if path.is_dir():
@@ -43,7 +44,7 @@ def local_folder(model: str | Path) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
             f"Model: expected a checkpoint folder, a .gguf file or a hub id, got {name}: there is no such folder here, "
-            f"and the hub did not provide it ({reason})."
+            f"and the hub did not provide it ({reason}). Check the name and the connection."
         ) from error
 
 

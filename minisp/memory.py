@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
-from minisp.allocation import COMPARED_AT_ONCE, TRIAL_CUT, trial_tokens
+from minisp.allocation import COMPARED_AT_ONCE, TRIAL_CUT
 from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths
 from minisp.device import HEAP_BYTES
 from minisp.errors import ConfigError
@@ -43,9 +43,9 @@ class Shape:
         tokenizer: bytes of the tokenizer's file.
         tokens, batch_tokens: T of this process, and of a micro-batch.
         item, stored_item: bytes of an element, in the compute type and as stored.
-        kept: units that stay at most, in one layer.
+        kept: units that stay at most, in one layer that is cut.
         gram: whether the saliency sweep collects Gram matrices.
-        trials: whether trial cuts decide the widths.
+        trials: tokens on which trial cuts are made; 0 where none is.
         heals: tokens of this process on which layers are refitted or corrected on the pruned model; 0 where none is.
         logits: bytes that a chunk of logits may take.
         loaded: whether the model was in memory before the run: its weights are then no part of what the run needs.
@@ -67,7 +67,7 @@ class Shape:
     stored_item: int
     kept: int
     gram: bool
-    trials: bool
+    trials: int
     heals: int
     logits: int
     loaded: bool
@@ -126,7 +126,7 @@ def choose_layout(shape: Shape, limit: int, segment: int | None, what: str, base
     Args:
         segment: layers held at once, where it is given.
         what: how a message calls the limit.
-        base: bytes that the process has already, for the message.
+        base: bytes that the process itself takes, for the message.
 
     Raises:
         ConfigError: nothing fits.
@@ -145,17 +145,26 @@ def choose_layout(shape: Shape, limit: int, segment: int | None, what: str, base
         f"{what}: expected at least {ceil((smallest.peak + base) / 1e6) / 1e3:.3f} GB, "
         f"got {(limit + base) / 1e9:.3f} GB. With "
         f"{smallest.segment} layer(s) at once the {phase} takes {smallest.peak / 1e9:.3f} GB, most of it for {largest} "
-        f"({purposes[largest] / 1e9:.3f} GB), beside {base / 1e9:.3f} GB that the process has already. Allow more"
+        f"({purposes[largest] / 1e9:.3f} GB), beside {base / 1e9:.3f} GB for the process itself. Allow more"
         f"{', or pass shorter windows (window), or fewer at once (batch)' if largest in BY_BATCH else ''}."
     )
 
 
 def staging(shape: Shape, layout: Layout) -> int:
-    """Main memory in bytes that a run on a GPU takes: pinned copies of what is read, and what waits to be written."""
-    read = layout.segment * layout.num_slots * shape.layer if shape.streams else shape.vocabulary_weights
+    """Main memory in bytes that a run on a GPU takes: pinned copies of what is read, and what waits to be written.
+
+    torch keeps pinned blocks when they are free again, and rounds each up to a power of two.
+    """
+    read = layout.segment * shape.layer if shape.streams else shape.vocabulary_weights
+    slots = layout.num_slots * _power_of_two(read * shape.stored_item)
+    states = 6 * _power_of_two(shape.batch_tokens * shape.hidden * shape.item)
+    states += 3 * _power_of_two(PANEL_ROWS * 4 * shape.width)
     written = 2 * shape.layer * shape.stored_item + _pieces(shape)
-    states = 6 * shape.batch_tokens * shape.hidden * shape.item + 3 * PANEL_ROWS * 4 * shape.width
-    return max(read * shape.stored_item, written) + states + TOKENIZER_FACTOR * shape.tokenizer
+    return slots + states + written + TOKENIZER_FACTOR * shape.tokenizer
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << max(0, size - 1).bit_length()
 
 
 def _candidates(shape: Shape, segment: int | None) -> Iterator[tuple[int, int, bool]]:
@@ -228,10 +237,10 @@ def _head(shape: Shape) -> dict[str, int]:
 
 
 def _heal(shape: Shape) -> dict[str, int]:
-    """The refit, or, while the layer runs at full width with zeros, X_SᵀX_S, X_SᵀE and the transpose of that."""
+    """The refit, or, at full width, X_SᵀX_S, X_SᵀE and its transpose: of layers that are not cut too."""
     d, m, item = shape.hidden, shape.width, shape.item
     drift = {
-        "Gram matrices": 4 * shape.kept**2 + 2 * 4 * shape.kept * d,
+        "Gram matrices": 4 * m**2 + 2 * 4 * m * d,
         "activations": shape.batch_tokens * (4 * item * m + 6 * 4 * d + 2 * item * d),
         "full width": 2 * shape.stored_item * d * m,
     }
@@ -240,7 +249,7 @@ def _heal(shape: Shape) -> dict[str, int]:
 
 def _trials(shape: Shape, again: dict[str, int], stream_vocabulary: bool) -> Peaks:
     """A layer refitted at two thirds of its width; run with zeros at full width; outputs compared, a few at once."""
-    tokens = trial_tokens(shape.tokens, shape.num_layers)
+    tokens = shape.trials
     blas = {"buffers of the BLAS": _blas(shape)}
     states = tokens * shape.hidden * shape.item
     down = {"states": 4 * states, "trial weights": 2 * shape.stored_item * shape.hidden * shape.width}

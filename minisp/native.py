@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# cublas_api.h, cublasMath_t.
+CUBLAS_DEFAULT_MATH = 0
 KINDS = {"silu": 0, "gelu_tanh": 1, "relu": 2, "relu2": 3}
 """The activations, numbered as in csrc/elementwise.h; exact GELU has no native version."""
 
@@ -122,19 +124,22 @@ def _strided(tensor: Tensor) -> tuple[int, ...]:
     return tensor.data_ptr(), *tensor.stride()[:3]
 
 
-@cache
 def gemm_address(device: str, dtype: torch.dtype) -> int:
     """Address of the process's float32 or float64 GEMM: Fortran's on "cpu", cuBLAS's on "cuda"; 0 where none is found.
 
     On a CPU it is the BLAS inside torch, which shares torch's threads.
     """
-    double = dtype == torch.float64
+    letter = "d" if dtype == torch.float64 else "s"
+    return blas_address(device, f"cublas{letter.upper()}gemm_v2" if device == "cuda" else f"{letter}gemm_")
+
+
+@cache
+def blas_address(device: str, name: str) -> int:
+    """Address of a function of the BLAS that torch has loaded for "cpu" or "cuda"; 0 where it is not found."""
     folder = Path(torch.__file__).parent / "lib"
     libraries = ["libtorch_cpu.so", "libtorch_cpu.dylib"]
-    name = "dgemm_" if double else "sgemm_"
     if device == "cuda":
-        major = (torch.version.cuda or "0").split(".")[0]
-        libraries, name = [f"libcublas.so.{major}"], "cublasDgemm_v2" if double else "cublasSgemm_v2"
+        libraries = [f"libcublas.so.{(torch.version.cuda or '0').split('.')[0]}"]
     for library in libraries:
         for path in (folder / library, library):
             with suppress(OSError, AttributeError):
@@ -202,8 +207,14 @@ class Factorisation:
 
 
 def _queue() -> tuple[int, int]:
-    """torch's cuBLAS handle and current stream."""
-    return torch.cuda.current_blas_handle(), torch.cuda.current_stream().cuda_stream
+    """torch's cuBLAS handle and current stream.
+
+    The handle multiplies in full precision, whatever torch's own products do; torch sets that anew when it takes it.
+    """
+    handle = torch.cuda.current_blas_handle()
+    set_mode = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+    set_mode(blas_address("cuda", "cublasSetMathMode"))(handle, CUBLAS_DEFAULT_MATH)
+    return handle, torch.cuda.current_stream().cuda_stream
 
 
 def gram_update_(gram: Tensor, x: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from minisp import native
-from minisp.backend import Impl, choose, serves_triton
+from minisp.backend import Impl, choose, input_precision, serves_triton
 from minisp.ridge import RidgeSolution, output_energy, ridge_solve
 
 __all__ = [
@@ -160,7 +160,7 @@ def gram_update_(gram: Tensor, x: Tensor, *, weights: Tensor | None = None, impl
     if chosen == "triton":
         from minisp.kernels import gram as kernel
 
-        kernel.gram_update_(gram, x, weights=weights, input_precision=_precision())
+        kernel.gram_update_(gram, x, weights=weights, input_precision=input_precision(x.dtype))
         return
     if chosen == "native":
         native.gram_update_(gram, x)
@@ -186,7 +186,7 @@ def cross_update_(cross: Tensor, x: Tensor, y: Tensor, *, weights: Tensor | None
     if choose("cross_update_", impl, triton=serves_triton(x, y, any_strides=True)) == "triton":
         from minisp.kernels import cross as kernel
 
-        kernel.cross_update_(cross, x, y, weights=weights, input_precision=_precision())
+        kernel.cross_update_(cross, x, y, weights=weights, input_precision=input_precision(x.dtype))
         return
     with _sixteen_bit_products(x.dtype):
         cross.addmm_(_weighted(x, weights).T, y.float())
@@ -244,11 +244,6 @@ def cross_entropy_gradient(logits: Tensor, targets: Tensor, *, impl: Impl = "aut
         probability.scatter_add_(1, target, probability.new_full((1, 1), -1.0).expand(target.shape))
         gradient[start : start + step] = probability
     return loss, gradient.view_as(logits)
-
-
-def _precision() -> str:
-    """How kernels multiply float32 inputs: as `torch.set_float32_matmul_precision` asks of torch's own products."""
-    return {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}[torch.get_float32_matmul_precision()]
 
 
 def _weighted(x: Tensor, weights: Tensor | None) -> Tensor:

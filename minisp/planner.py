@@ -1,17 +1,18 @@
 """What a run would do, from shapes alone: sizes, work, traffic, memory, and how many layers to hold at once."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import psutil
 import torch
 
+from minisp.allocation import trial_tokens
 from minisp.architecture import CausalLM, activation_kind, architecture_of, decoder_layers, layer_widths, unit_axes
+from minisp.calibration import check_window
 from minisp.checkpoint import DTYPE_OF, Checkpoint
 from minisp.config import MinifyConfig, Resources, parse_size
 from minisp.costs import disk_traffic, scratch_room, solve_flops, sweep_flops
 from minisp.device import memory_limit, product_rate
-from minisp.errors import CalibrationError, ConfigError
+from minisp.errors import ConfigError
 from minisp.heal import heal_count
 from minisp.memory import Layout, Shape, choose_layout, shape_of, staging
 from minisp.ops import implementations
@@ -142,13 +143,13 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
         ranks: processes that share the windows.
 
     Raises:
-        ConfigError: no width satisfies keep, alignment and bounds, or no layout the memory limit.
+        ConfigError: no widths satisfy keep, alignment and bounds, or no layout keeps the memory limit.
         CalibrationError: windows longer than the model's positions.
     """
     model = source.model
     row = architecture_of(model.config)
     widths = layer_widths(model, row)
-    check_window(model.config, config.window)
+    check_window(config.window, getattr(model.config, "max_position_embeddings", None))
     alignment = config.alignment or default_alignment(min(widths))
     kept_units = _kept_units(widths, config, alignment)
     parameters = sum(p.numel() for p in model.parameters())
@@ -193,11 +194,11 @@ def _fit(
     source: Source, config: MinifyConfig, resources: Resources, ranks: int, kept: int, base: int
 ) -> tuple[int, Shape, Layout]:
     """Windows per micro-batch, and with them the sizes and the layout that fits in memory."""
-    what, limit = memory_limit(resources, source.device, base)
+    what, limit, apart = memory_limit(resources, source.device, base)
     for tokens in TOKENS_PER_BATCH.get(source.device.type, TOKENS_PER_BATCH["cpu"]):
         batch = config.batch or max(1, tokens // config.window)
         shape = _shape(source, config, batch, ranks, kept)
-        layout = choose_layout(shape, limit, resources.segment, what, base if source.device.type != "cuda" else 0)
+        layout = choose_layout(shape, limit - apart, resources.segment, what, apart)
         if config.batch is not None or -(-shape.num_layers // layout.segment) <= FEW_SEGMENTS:
             break
     if source.device.type == "cuda" and resources.host_memory is not None:
@@ -211,6 +212,7 @@ def _fit(
 
 
 def _shape(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: int) -> Shape:
+    layers = decoder_layers(source.model, architecture_of(source.model.config))
     return shape_of(
         source.model,
         tokens=-(-config.num_windows // ranks) * config.window,
@@ -220,7 +222,7 @@ def _shape(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: i
         tokenizer=source.tokenizer_bytes,
         kept=kept,
         gram=config.collects_gram,
-        trials=config.measures,
+        trials=trial_tokens(config.num_windows * config.window, len(layers)) if config.measures else 0,
         heals=_heal_tokens(config, ranks),
         logits=LOGIT_BYTES.get(source.device.type, LOGIT_BYTES["cpu"]),
         loaded=source.checkpoint is None,
@@ -230,7 +232,7 @@ def _shape(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: i
 
 
 def _heal_tokens(config: MinifyConfig, ranks: int) -> int:
-    if config.inputs == "dense" or config.keep == 1 or not config.reconstruct:
+    if not config.heals:
         return 0
     count = config.num_windows
     if config.inputs == "both":
@@ -245,22 +247,11 @@ def expected_seconds(plan: Plan) -> float:
     return (sweeps + plan.solve_flops / product_rate(device, torch.float32)) / REACHED
 
 
-def check_window(model_config: Any, window: int) -> None:
-    """Raise `CalibrationError` where windows are longer than the model's positions."""
-    positions = getattr(model_config, "max_position_embeddings", None)
-    if positions is not None and window > positions:
-        raise CalibrationError(
-            f"Calibration window: expected at most {positions} tokens (the model's positions), got {window}. "
-            "Pass a shorter window."
-        )
-    if window < 2:
-        raise CalibrationError(f"Calibration window: expected at least 2 tokens (one to predict), got {window}.")
-
-
 def _kept_units(widths: list[int], config: MinifyConfig, alignment: int) -> int:
-    if config.keep < 1 and alignment >= min(widths):
+    if config.keep < 1 and alignment >= max(widths):
         raise ConfigError(
-            f"Alignment: expected less than the layer width {min(widths)}, got {alignment}. Pass a smaller alignment."
+            f"Alignment: expected less than the largest layer width, {max(widths)}, got {alignment}. Pass a smaller "
+            "alignment; layers of one unit cannot be cut."
         )
     if config.widths == "uniform":
         return sum(uniform_widths(widths, config.keep, alignment=alignment))

@@ -22,11 +22,11 @@ class Reconstruction:
         layer: index of the layer.
         kept: (n,) int64 sorted.
         down: (d, n), the new down projection in the dtype of the old one; None where nothing changed.
-        residual: ‖X Wᵀ − X_S W'ᵀ‖ / ‖X Wᵀ‖ on the calibration tokens.
+        residual: ‖X Wᵀ − X_S W'ᵀ‖ / ‖X Wᵀ‖ on the calibration tokens, of the refit: before drift is corrected.
         residual_sliced: the same without refitting, W' = W_S.
         damping: the ridge λ that was used, relative to the mean diagonal of G; 0 where nothing was refitted.
         damping_curve: what was tried to find it, see `damping.Curve`; empty where it was given.
-        backward_error, shift: of the solve, see `cholesky.Solved`.
+        backward_error, shift: of the refit's solve, see `cholesky.Solved`.
         drift_explained: share of ‖H_dense − H_pruned‖² behind the layer that its correction took away on the
             calibration tokens; 0 where nothing was corrected.
     """
@@ -68,9 +68,10 @@ def reconstruct(
     Raises:
         NumericalError: the ridge system cannot be solved; the message names the layer.
     """
-    gram = statistics.gram
-    if len(kept) == weight.shape[1] or gram is None:
+    if len(kept) == weight.shape[1]:
         return Reconstruction(layer, kept, None, 0.0, 0.0)
+    gram = statistics.gram
+    assert gram is not None
     on_device = kept.to(gram.device)
     total = ops.output_energy(gram, weight)
     problem = RidgeProblem(gram, on_device, weight)

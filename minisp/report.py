@@ -166,7 +166,7 @@ def report_table(report: MinifyReport) -> Table:
             f"mean residual of {len(cut)} layers",
             f"{sliced:.3f} sliced",
             f"{refitted:.3f} refitted",
-            f"{refitted / sliced:.3f}",
+            f"{refitted / sliced:.3f}" if sliced else "",
         )
         low, high = min(layer.damping for layer in cut), max(layer.damping for layer in cut)
         table.add_row("damping", "", f"{low:.1e}" if low == high else f"{low:.1e} to {high:.1e}", "")

@@ -31,7 +31,7 @@ RECORD = re.compile(rf"(statistics|partial|states|gradient|result|healed|dense|t
 # How a run is made to be the earlier one.
 SAME = {
     "version": "Run the earlier version of minisp",
-    "statistics": "Repeat the earlier options on the unchanged model",
+    "statistics": "Repeat the earlier options on the unchanged model, with batch as it was then",
     "results": "Repeat the earlier options",
     "rounding": "Start as many processes, with as much memory, as before",
 }
@@ -73,7 +73,8 @@ def open_scratch(
         raise ConfigError(
             f"Option scratch: expected a folder apart from the output {out}, got {path}. Name another one."
         )
-    if wanted and (identity is None or path is None):
+    # Without an output the result is a model in memory, cut in place: of that nothing can be continued.
+    if wanted and (identity is None or path is None or (out is None and resources.resume)):
         raise ConfigError(
             f"Option {wanted}: expected a checkpoint on disk and an output folder, whose runs leave something to "
             "continue, got a run in memory. Leave the option out."
@@ -82,7 +83,7 @@ def open_scratch(
         memory = Memory()
         yield memory, memory
         return
-    with _made(path), _locked(path) if ranks.first else nullcontext():
+    with _made(path, hidden=resources.scratch is None), _locked(path) if ranks.first else nullcontext():
         # A folder that is refused is left exactly as it was found.
         if ranks.first:
             _check_room(path, needed_bytes)
@@ -220,8 +221,8 @@ def _records(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _made(path: Path) -> Iterator[None]:
-    """The folder exists within the block; where it was made here and is empty at the end, it goes."""
+def _made(path: Path, *, hidden: bool = False) -> Iterator[None]:
+    """The folder exists within the block; where it was made here, or is a hidden one, and empty at the end, it goes."""
     try:
         existed = path.is_dir()
         path.mkdir(parents=True, exist_ok=True)
@@ -230,7 +231,7 @@ def _made(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if not existed or path.name.startswith("."):
+        if not existed or hidden:
             with suppress(OSError):
                 path.rmdir()
 

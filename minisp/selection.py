@@ -1,6 +1,6 @@
 """Which units stay: scores in, kept indices out. Knows neither files nor models.
 
-Scores are sums over the same tokens of the same loss, so they compare across layers. A unit costs the same number of
+Scores are means over the same tokens of the same loss, so they compare across layers. A unit costs the same number of
 parameters in every layer, so keeping the most saliency under a budget is a knapsack of equal weights.
 """
 
@@ -34,7 +34,8 @@ def allocate_widths(scores: Sequence[Tensor], keep: float, *, alignment: int, mi
         scores: per layer (m_l,) saliency, non-negative.
         keep: fraction of all units, in (0, 1].
         alignment: every width is a multiple of it, or the layer's full width.
-        min_keep: lower bound of a layer's width as a fraction of it; at most `keep` is used.
+        min_keep: lower bound of a layer's width as a fraction of it, rounded up to the alignment where the budget has
+            room for that, else down to at least one step; at most `keep` is used.
 
     Raises:
         ConfigError: the lower bounds alone exceed the budget.
@@ -42,6 +43,9 @@ def allocate_widths(scores: Sequence[Tensor], keep: float, *, alignment: int, mi
     full = [len(score) for score in scores]
     budget = floor(keep * sum(full) + 1e-9)
     widths = [_lower_bound(m, min(min_keep, keep), alignment) for m in full]
+    if sum(widths) > budget:
+        # No room for bounds that are rounded up.
+        widths = [_lower_bound(m, min(min_keep, keep), alignment, up=False) for m in full]
     room = budget - sum(widths)
     if room < 0:
         raise ConfigError(
@@ -103,6 +107,6 @@ def select(scores: Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:
     return kept
 
 
-def _lower_bound(width: int, fraction: float, alignment: int) -> int:
-    wanted = max(1, floor(fraction * width))
-    return min(width, -(-wanted // alignment) * alignment)
+def _lower_bound(width: int, fraction: float, alignment: int, *, up: bool = True) -> int:
+    wanted = floor(fraction * width) + (alignment - 1 if up else 0)
+    return min(width, max(1, wanted // alignment) * alignment)

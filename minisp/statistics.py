@@ -75,7 +75,8 @@ class LayerStatistics:
         """Saliency (m,) float64, non-negative, a mean over tokens: `taylor` Σ|p|/T, `fisher` Σp²/T, `signed` |Σp|/T.
 
         First-order Taylor: removing unit j changes the loss by about −x_j g_j per token (Khasia, 2026; Molchanov et
-        al., 2017); `fisher` is the diagonal empirical Fisher of a gate on the unit (Theis et al., 2018).
+        al., 2017). `fisher` is the diagonal of the empirical Fisher information of gates on the unit, one for every
+        token (Theis et al., 2018, have one for all); half of it is the second-order estimate of what removal costs.
         """
         return self.saliency[SCORES.index(kind)].abs() / max(self.num_tokens, 1)
 

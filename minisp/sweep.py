@@ -5,7 +5,8 @@ then segments go in reverse: recompute, backward without weight gradients, stati
 whole model needs no forward pass of its own; one layer per segment needs the least memory. Work per token and layer of
 P parameters: forward 2P and backward 2P FLOPs, plus 2P·(1 − 1/segments) of recomputing, plus m² for the Gram matrix.
 
-What is finished is a record, see `minisp.workplace`: a sweep that finds records goes on from them, to the same bits.
+What is finished is a record, see `minisp.workplace`: a sweep that finds records goes on from them, to the same bits
+(on a GPU as far as the backward of its attention adds up in a fixed order, which torch does not promise).
 The first segment, which is the only one where the model fits in memory whole, leaves no gradient, so that its sums can
 be kept every few minutes before it is finished.
 """

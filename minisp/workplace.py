@@ -1,8 +1,10 @@
 """What a run has besides the model: where records wait, who takes part, who is told.
 
 Everything that a phase finishes is a record of its layer: `states_0007`, the hidden states that enter layer 7, and
-`gradient_0007`, the gradient there, one tensor per micro-batch; `statistics_0007`; `result_0007`; `healed_0007`, the
-states that enter layer 7 in the pruned model, and `dense_0007`, those of the dense model beside it.
+`gradient_0007`, the gradient there, one tensor per micro-batch; `partial_…`, sums of an unfinished sweep;
+`statistics_0007`; `trials_0007`, the states of all trial cuts that enter layer 7; `result_0007`; `healed_0007`, the
+states that enter layer 7 in the pruned model, and `dense_0007`, those of the dense model beside it. The windows and the
+ratios that the trial cuts gave are records of the run.
 """
 
 from collections.abc import Callable

@@ -7,11 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisp import fast
-from minisp.allocation import divergences, ratios
+from minisp import allocation, fast
+from minisp.allocation import divergences, measure_ratios, ratios, trial_tokens
 from minisp.checkpoint import Checkpoint
+from minisp.config import MinifyConfig
+from minisp.errors import ConfigError
+from minisp.model import frozen
+from minisp.selection import allocate_widths
 from minisp.stream import Stream
+from minisp.sweep import saliency_sweep
 from minisp.windows import spread
+from minisp.workplace import Workplace
 from tests.models import LAYERS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
@@ -71,3 +77,34 @@ def test_measured_widths_are_the_same_on_disk_and_in_memory(inputs: str, tmp_pat
     assert 0.5 * WIDTH * LAYERS < sum(len(kept) for kept in on_disk.kept) <= 0.6 * WIDTH * LAYERS
     by_score = fast.minify(source, out=tmp_path / "other", calibration=windows(), **{**options, "allocation": "score"})
     assert [len(kept) for kept in by_score.kept] != [len(kept) for kept in on_disk.kept]
+
+
+@pytest.mark.parametrize(("count", "length"), [(20, 32), (3, 64), (1, 64)])
+def test_no_more_tokens_are_tried_than_planned(count: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocation, "TRIAL_TOKENS", 48)
+    monkeypatch.setattr(allocation, "FEWEST_TRIAL_TOKENS", 40)
+    model, texts = tiny_model("llama"), windows(count, length)
+    stream, work = Stream.from_module(model), Workplace.in_memory()
+    with frozen(model):
+        saliency_sweep(stream, list(texts.split(1)), [range(LAYERS)], work, gram=True)
+        scores = [work.statistics(layer, gram=False).score("fisher") for layer in range(LAYERS)]
+        embedded: list[Tensor] = []
+        monkeypatch.setattr(stream, "embed", lambda ids, embed=stream.embed: (embedded.append(ids), embed(ids))[1])
+        found = measure_ratios(stream, texts, scores, MinifyConfig(), work)
+    assert len(found) == LAYERS and all(ratio > 0 for ratio in found)
+    assert 32 <= embedded[0].numel() <= trial_tokens(texts.numel(), LAYERS) <= 48
+
+
+@pytest.mark.parametrize("keep", [0.03, 0.1, 0.13])
+def test_a_small_share_finds_widths_under_the_default_bound(keep: float) -> None:
+    scores = [torch.rand(1536, generator=torch.Generator().manual_seed(layer)) for layer in range(30)]
+    widths = allocate_widths(scores, keep, alignment=32, min_keep=0.1)
+    assert sum(widths) <= keep * 30 * 1536
+    assert min(widths) >= 32 and all(width % 32 == 0 for width in widths)
+
+
+def test_bounds_are_rounded_up_where_there_is_room() -> None:
+    scores = [torch.full((1536,), 1e-6), torch.ones(1536)]
+    assert allocate_widths(scores, 0.6, alignment=32, min_keep=0.1)[0] >= 160
+    with pytest.raises(ConfigError, match="Lower the alignment"):
+        allocate_widths(scores, 0.01, alignment=32, min_keep=0.1)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from minisp import cholesky, native, ops, reference
+from minisp import cholesky, memory, native, ops, reference
 from minisp.checkpoint import Checkpoint
 from minisp.fast import minify
 from minisp.model import load_model
@@ -154,14 +154,17 @@ def test_a_model_on_the_gpu_gives_what_the_cpu_gives() -> None:
     [
         ({}, 1, False),
         ({"segment": 1, "device_memory": "4GB"}, LAYERS, False),
-        ({"segment": 1, "device_memory": "1GB"}, LAYERS, True),
+        ({"segment": 1}, LAYERS, True),
     ],
 )
 def test_a_checkpoint_gives_on_the_gpu_what_it_gives_on_the_cpu(
-    options: dict[str, Any], num_segments: int, head_on_disk: bool, tmp_path: Path
+    options: dict[str, Any], num_segments: int, head_on_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save_checkpoint(tmp_path / "source", tiny_model("llama"))
     theirs = cut(source, out=tmp_path / "cpu", device="cpu", dtype="float32")
+    if head_on_disk:
+        # The head of so small a model never pays to leave on disk.
+        monkeypatch.setattr(memory, "_candidates", lambda shape, segment: iter([(1, 2, True)]))
     ours = cut(source, out=tmp_path / "cuda", device="cuda", dtype="float32", **options)
     assert (len(ours.plan.segments), ours.plan.layout.stream_vocabulary) == (num_segments, head_on_disk)
     assert_agree(ours, theirs)

@@ -12,7 +12,9 @@ from minisp import fast
 from minisp.architecture import ARCHITECTURES, architecture_of, decoder_layers, known_model_types, mlp_weights
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
+from minisp.errors import ConfigError
 from minisp.model import frozen, load_model
+from minisp.report import report_table
 from minisp.statistics import LayerStatistics
 from minisp.stream import Stream
 from minisp.sweep import saliency_sweep
@@ -181,6 +183,42 @@ def test_a_result_can_be_minified_again(tmp_path: Path) -> None:
     assert second.plan.widths == tuple(len(kept) for kept in first.kept)
     assert sum(len(kept) for kept in second.kept) <= 0.8 * sum(second.plan.widths)
     load_model(Checkpoint.open(tmp_path / "b"), CPU, torch.float32)(windows(1))
+
+
+def test_a_result_in_memory_can_be_minified_again(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"keep": 0.8, "calibration": windows(), "alignment": 4}
+    fast.minify(save_checkpoint(tmp_path / "source", tiny_model("llama")), out=tmp_path / "a", **options)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", trust_remote_code=True)
+    fast.minify(model, out=tmp_path / "b", **options)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b", trust_remote_code=True)
+    assert torch.equal(again(windows(1)).logits, model(windows(1)).logits)
+
+
+@pytest.mark.parametrize("inputs", ["pruned", "both"])
+@pytest.mark.parametrize("options", [{"keep": 1.0}, {"reconstruct": False}])
+def test_no_second_sweep_runs_where_nothing_is_refitted(
+    inputs: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_checkpoint(tmp_path / "source", tiny_model("llama"))
+    monkeypatch.setattr(fast, "heal_sweep", None)
+    report = fast.minify(source, out=tmp_path / "a", calibration=windows(), inputs=inputs, alignment=4, **options)
+    assert "heal sweep" not in report.plan.layout.peaks and not report.plan.traffic["heal states"]
+    assert all(layer.residual == layer.residual_sliced for layer in report.layers)
+    load_model(Checkpoint.open(tmp_path / "a"), CPU, torch.float32)(windows(1))
+
+
+def test_windows_that_contradict_the_option_are_refused() -> None:
+    with pytest.raises(ConfigError, match=f"Option window: expected {WINDOW}, .* got {WINDOW // 2}"):
+        fast.minify(tiny_model("llama"), calibration=windows(), window=WINDOW // 2)
+
+
+def test_layers_without_any_output_are_reported(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data.zero_()
+    report = fast.minify(model, out=tmp_path / "a", calibration=windows(), alignment=4)
+    assert {layer.residual_sliced for layer in report.layers} == {0.0}
+    assert report_table(report).row_count
 
 
 def test_sharded_sources_give_the_same_result(tmp_path: Path) -> None:

@@ -1,10 +1,7 @@
 """Scratch folders: what a run leaves is used by the right run only, and gives the same bits."""
 
-import json
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from minisp import fast, sweep
+from minisp import allocation, fast, sweep
 from minisp.cli import app
 from minisp.config import Resources
 from minisp.errors import ConfigError, OutputError
@@ -93,6 +90,43 @@ def test_nothing_to_reuse_is_an_error_and_nothing_to_resume_is_none(source: Path
             fast.minify(tiny_model("llama"), calibration=WINDOWS, **{name: True})
 
 
+def test_a_model_that_stays_in_memory_cannot_be_resumed_but_reused(source: Path, tmp_path: Path) -> None:
+    work, options = str(tmp_path / "work"), {"calibration": WINDOWS, "dtype": "float32", "batch": 1}
+
+    def interrupt(phase: str, done: int, total: int) -> None:
+        if phase.startswith("heal, layer 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fast.minify(source, scratch=work, progress=interrupt, **options)
+    with pytest.raises(ConfigError, match="Option resume: expected a checkpoint on disk and an output folder"):
+        fast.minify(source, scratch=work, resume=True, **options)
+    report = fast.minify(source, scratch=work, reuse=True, **options)
+    widths = [layer.mlp.up_proj.out_features for layer in report.model.model.layers]
+    assert widths == [layer.kept for layer in report.layers] and sum(widths) < LAYERS * 48
+
+
+def test_trial_cuts_go_on_behind_the_last_layer_that_was_finished(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(source, tmp_path / "whole")
+    interrupted(source, tmp_path / "out", "trial cuts")
+    assert [path.name for path in (tmp_path / ".out.scratch").glob("trials*.json")] == ["trials_0002.json"]
+    tried: list[int] = []
+    cut = allocation._trial_down
+    monkeypatch.setattr(allocation, "_trial_down", lambda s, index, *a: (tried.append(index), cut(s, index, *a))[1])
+    run(source, tmp_path / "out", resume=True)
+    assert tried == [2]
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_an_empty_hidden_folder_of_the_user_stays(source: Path, tmp_path: Path) -> None:
+    (tmp_path / ".work").mkdir()
+    with pytest.raises(OutputError, match="found none"):
+        run(source, tmp_path / "out", scratch=str(tmp_path / ".work"), reuse=True)
+    assert (tmp_path / ".work").is_dir()
+
+
 def interrupted(source: Path, out: Path, at: str, **options: Any) -> None:
     """A run that stops when the phase `at` has made its second step."""
     steps = 0
@@ -113,7 +147,7 @@ def test_a_run_resumes_with_other_segments_to_the_same_bits(
     segment: int, inputs: str, source: Path, tmp_path: Path
 ) -> None:
     run(source, tmp_path / "whole", inputs=inputs)
-    for at in ("saliency, layers 1", "reconstruction" if inputs == "dense" else "heal, layer 1"):
+    for at in ("saliency, layers 1", "trial cuts", "reconstruction" if inputs == "dense" else "heal, layer 1"):
         out = tmp_path / at
         interrupted(source, out, at, inputs=inputs)
         run(source, out, inputs=inputs, segment=segment, resume=True)
@@ -244,72 +278,6 @@ def test_a_record_exists_only_when_it_is_whole(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="expected 0 as it was written, got other bytes"):
         again.read("states_0001", "0")
     assert not again.intact("states_0001")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
-def test_processes_share_the_windows_and_give_one_result(size: int, source: Path, text: Path, tmp_path: Path) -> None:
-    options = ["--num-windows", "10", "--window", "32", "--dtype", "float32", "--keep", "0.6", "-c", str(text), "-q"]
-    command = ["-m", "minisp", "minify", str(source), *options, "--segment", "2"]
-    alone = CliRunner().invoke(app, [*command[2:], "--out", str(tmp_path / "alone")])
-    assert alone.exit_code == 0, alone.output
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fast.__file__).parents[1])}
-    done = subprocess.run(
-        [*launcher, *command, "--out", str(tmp_path / "together")], env=environment, capture_output=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    one, many = (json.loads((tmp_path / name / "minisp.json").read_text()) for name in ("alone", "together"))
-    assert [layer["kept"] for layer in one["layers"]] == [layer["kept"] for layer in many["layers"]]
-    for a, b in zip(one["layers"], many["layers"], strict=True):
-        assert a["residual"] == pytest.approx(b["residual"], rel=1e-4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", text.name, "together"]
-
-
-LOST = """
-import os, signal, sys, torch
-from minisp import fast
-from tests.test_resume import OPTIONS, WINDOWS
-
-def progress(phase, done, total):
-    if os.environ["RANK"] == "1" and phase == "saliency, layers 1-1" and "--resume" not in sys.argv:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-resume = "--resume" in sys.argv
-fast.minify(sys.argv[1], out=sys.argv[2], calibration=WINDOWS, progress=progress, resume=resume, **OPTIONS)
-"""
-
-
-@pytest.mark.slow
-def test_a_lost_process_ends_the_run_which_resumes(source: Path, tmp_path: Path) -> None:
-    run(source, tmp_path / "alone")
-    (tmp_path / "lost.py").write_text(LOST)
-    root = Path(fast.__file__).parents[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command = [*launcher, str(tmp_path / "lost.py"), str(source), str(tmp_path / "out")]
-    lost = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-    assert lost.returncode != 0 and "Signal 9 (SIGKILL)" in lost.stderr
-    assert not (tmp_path / "out").exists() and (tmp_path / ".out.scratch").is_dir()
-    done = subprocess.run([*command, "--resume"], cwd=root, env=environment, capture_output=True, timeout=300)
-    assert done.returncode == 0, done.stderr.decode()
-    kept = [
-        [layer["kept"] for layer in json.loads((tmp_path / name / "minisp.json").read_text())["layers"]]
-        for name in ("alone", "out")
-    ]
-    assert kept[0] == kept[1]
-
-
-def test_helper_threads_start_no_openmp_team_and_leave_the_number_of_threads() -> None:
-    # In a process of its own: teams that other tests have started would hide one.
-    script = (
-        "import os, torch; torch.set_num_threads(2); from minisp.files import helper_thread\n"
-        "large = torch.ones(10**7); large.sum(); pool = helper_thread('helper')\n"
-        "before = len(os.listdir('/proc/self/task')); pool.submit(large.sum).result()\n"
-        "print(len(os.listdir('/proc/self/task')) - before, torch.get_num_threads())"
-    )
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert found.stdout.split() == ["0", "2"]
 
 
 @pytest.mark.parametrize(

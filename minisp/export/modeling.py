@@ -8,6 +8,8 @@ vLLM and SGLang take their Transformers backend, which builds `AutoModel` from t
 from string import Template
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
 from minisp.architecture import WIDTHS_KEY, Architecture
 
 FILE_NAME = "modeling_minisp.py"
@@ -64,8 +66,8 @@ class MinispForCausalLM($causal):
 def modeling_source(model: Any, row: Architecture) -> str:
     """The text of the modelling file for a causal language model of this architecture."""
     return _SOURCE.substitute(
-        causal=type(model).__name__,
-        base=type(model.base_model).__name__,
+        causal=_stock(model),
+        base=_stock(model, MODEL_MAPPING),
         prefix=model.base_model_prefix,
         layers=row.layers,
         rows=repr(row.row_modules),
@@ -74,12 +76,17 @@ def modeling_source(model: Any, row: Architecture) -> str:
     )
 
 
+def _stock(model: Any, classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING) -> str:
+    """The stock class of a model, which may have been loaded from an earlier result's modelling file."""
+    return str(classes[type(model.config)].__name__)
+
+
 def width_config(model: Any, row: Architecture, raw_config: dict[str, Any], widths: list[int]) -> dict[str, Any]:
     """config.json of the result: the stock class where all layers have one width, else the modelling file's."""
     config = dict(raw_config)
     for key in [key for key in config if key in ("auto_map", WIDTHS_KEY, "transformers_version") or "attn_impl" in key]:
         del config[key]
-    config["architectures"] = [type(model).__name__]
+    config["architectures"] = [_stock(model)]
     config[row.width_key] = max(widths)
     if len(set(widths)) > 1:
         module = FILE_NAME.removesuffix(".py")

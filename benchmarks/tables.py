@@ -1,0 +1,182 @@
+"""All result files as tables: `python benchmarks/tables.py` writes benchmarks/RESULTS.md anew.
+
+Nothing in RESULTS.md is written by hand; what a file does not hold is an empty cell. What was measured on a GPU is not
+among it: `gpu_suite.py` prints its own figures.
+"""
+
+import csv
+import json
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+TARGET = HERE / "RESULTS.md"
+HEAD = """# Results
+
+Written by `python benchmarks/tables.py` from the files in `results/`; what each was measured on stands in its head, and
+how, in the script that it is named after. Ratios of perplexity are to the dense model's, less is better.
+"""
+Data = dict[str, Any]
+
+# One form of every Triton kernel; kernel_table.csv has all of them.
+KERNELS = {
+    "gram bf16 aligned": "Gram, bfloat16",
+    "gram bf16 by descriptors": "Gram, bfloat16, by descriptors",
+    "gram bf16 weighted aligned": "Gram, bfloat16, row weights",
+    "gram fp32 ieee aligned": "Gram, float32 (IEEE)",
+    "cross bf16 aligned": "cross product, bfloat16",
+    "saliency bf16 silu gated": "saliency, SiLU, gated, bfloat16",
+    "activation bf16 silu gated": "activation, SiLU, gated, bfloat16",
+    "cross entropy bf16": "cross entropy, bfloat16",
+}
+GENERATIONS = ("80", "89", "90", "100", "120")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; all columns but the first are aligned right."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+
+
+def quality(data: Data) -> Iterator[str]:
+    """quality.py: a table of ratios and one of what they cost, methods against the share kept."""
+    dense = data["dense"]
+    cells = {(key.split("% ", 1)[1], cell["keep"]): cell for key, cell in data["rows"].items()}
+    names = dict.fromkeys(name for name, _ in sorted(cells, key=lambda key: cells[key]["place"]))
+    keeps = sorted({keep for _, keep in cells}, reverse=True)
+    columns = ["units kept", *(f"{keep:.0%}" for keep in keeps)]
+
+    def rows(show: Callable[[Data], str]) -> Iterator[list[str]]:
+        for name in names:
+            yield [name, *(show(cells[name, keep]) if (name, keep) in cells else "" for keep in keeps)]
+
+    spent = f"{data['seconds']:.0f} s" if data["seconds"] else "not timed"
+    yield f"Calibrated on {data['tokens']:,} tokens; statistics {spent}. Perplexity of the dense model: "
+    yield ", ".join(f"{domain} {value:.3f}" for domain, value in dense.items()) + ".\n\n"
+    yield " · ".join(dense) + ":\n\n"
+    yield table(columns, rows(lambda cell: _ratios(cell["perplexity"], dense)))
+    yield "\nSeconds beside the statistics · MiB at most beside the dense model:\n\n"
+    yield table(columns, rows(lambda cell: f"{_seconds(cell['seconds'])} · {cell['peak_bytes'] >> 20}"))
+
+
+def ablation(data: Data) -> Iterator[str]:
+    """ablation.py: one row an idea."""
+    dense = data["dense"]
+    yield table(["kept, idea", " · ".join(dense)], ([key, _ratios(cell, dense)] for key, cell in data["rows"].items()))
+
+
+def minify_cpu(data: Data) -> Iterator[str]:
+    """minify_cpu.py: quality, time and memory of whole processes."""
+    measured = {"text": "perplexity", "documentation": "foreign_perplexity"}
+    measured = {domain: key for domain, key in measured.items() if f"dense_{key}" in data}
+    settings = data["settings"]
+    yield f"{settings['keep']:.0%} kept, {settings['windows']} windows of {settings['window']} tokens, "
+    yield f"{settings['repeats']} interleaved runs: median (fastest–slowest). Disturbance is the share of the machine "
+    yield "that others used meanwhile.\n\n"
+    columns = ["", " · ".join(measured), "minify, seconds", "peak of the process", "disturbance"]
+    rows = []
+    for one in data["contenders"]:
+        ratios = " · ".join(f"{one[key] / data[f'dense_{key}']:.3f}" for key in measured.values())
+        peak = f"{statistics.median(one['peak_rss_bytes']) / 1e9:.2f} GB"
+        rows.append([one["name"], ratios, _spread(one["minify_seconds"]), peak, f"{max(one['disturbance']):.1%}"])
+    yield table(columns, rows)
+
+
+def memory(data: Data) -> Iterator[str]:
+    """memory.py: planned and measured, and what streaming costs."""
+    columns = ["limit", "planned", "peak of the process", "segments", "seconds"]
+    yield f"{data['windows']} windows of {data['window']} tokens.\n\n"
+    yield table(
+        columns,
+        (
+            [
+                run["limit"] if run["limit_bytes"] else "none",
+                *(f"{run[key] / 1e9:.2f} GB" for key in ("planned_bytes", "peak_bytes")),
+                run["segments"],
+                f"{run['wall_seconds']:.0f}",
+            ]
+            for run in data["limits"]
+        ),
+    )
+    same = len({run["weights"] for run in data["limits"]}) == 1
+    yield f"\nThe results are {'the same bytes' if same else 'not the same'}."
+    if data.get("streaming"):
+        seconds = data["streaming"]["seconds"]
+        yield " Sweeps, seconds: " + ", ".join(f"{name} {_spread(values)}" for name, values in seconds.items()) + "."
+    yield "\n"
+
+
+def crash(data: Data) -> Iterator[str]:
+    """crash.py: processes killed at random moments."""
+    parts = {name: part for name, part in data.items() if isinstance(part, dict) and "kills" in part}
+    rows = ([name, part["kills"], part["resumed"]] for name, part in parts.items())
+    yield table(["inputs", "killed", "of these, resumed from records"], rows)
+
+
+def ridge(data: Data) -> Iterator[str]:
+    """ridge.py: solvers by size; speed against torch's Cholesky, memory in multiples of the Gram matrix."""
+    found = {(s["dtype"], s["n"], s["d"], s["name"]): s for s in data["solves"]}
+    columns = ["n, d, solver", "seconds", "speed", "memory", "backward error"]
+    rows = []
+    for (dtype, n, d, name), solve in sorted(found.items()):
+        base = statistics.median(found[dtype, n, d, "torch cholesky"]["seconds"])
+        speed = f"×{base / statistics.median(solve['seconds']):.2f}"
+        share = f"{solve['extra_bytes'] / solve['gram_bytes']:.2f}"
+        who = f"{n}, {d}, {dtype}, {name.replace('ours', 'minisp')}"
+        rows.append([who, _spread(solve["seconds"], 3), speed, share, f"{solve['backward_error']:.1e}"])
+    yield table(columns, rows)
+
+
+def kernels(source: Path) -> Iterator[str]:
+    """kernel_table.py: registers a thread / KB of shared memory a program."""
+    with source.open(encoding="utf-8", newline="") as stream:
+        found = {(row["name"], row["capability"]): row for row in csv.DictReader(stream)}
+    rows = []
+    for name, words in KERNELS.items():
+        cells = [found.get((name, capability)) for capability in GENERATIONS]
+        rows.append([words, *(f"{c['registers']} / {int(c['shared']) // 1024}" if c else "–" for c in cells)])
+    yield f"Registers a thread / KB of shared memory a program; {len(found)} compilations in all.\n\n"
+    yield table(["", *(f"sm_{capability}" for capability in GENERATIONS)], rows)
+
+
+KINDS = {function.__name__: function for function in (quality, ablation, minify_cpu, memory, crash, ridge)}
+
+
+def _ratios(values: Data, dense: Data) -> str:
+    found = [values[domain] / value for domain, value in dense.items()]
+    return " · ".join(f"{ratio:.3f}" if ratio < 100 else f"{ratio:.0f}" for ratio in found)
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}"
+
+
+def _spread(values: Sequence[float], digits: int = 1) -> str:
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def render(folder: Path) -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for source in sorted(folder.glob("*.json")):
+        kind = next((kind for kind in KINDS if source.name.startswith(f"{kind}_")), None)
+        if kind is None:
+            continue
+        data = json.loads(source.read_text("utf-8"))
+        machine = data["machine"]
+        where = f"{machine['cpu'].replace('(R)', '')}, {machine['cores']} cores, torch {machine['torch']}"
+        parts.append(f"## {source.stem}\n\n{where}.\n\n{''.join(KINDS[kind](data))}")
+        if source.with_suffix(".png").exists():
+            parts.append(f"![{source.stem}](results/{source.stem}.png)\n")
+    compiled = folder / "kernel_table.csv"
+    if compiled.exists():
+        parts.append(f"## kernel_table\n\n{''.join(kernels(compiled))}")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render(HERE / "results"), "utf-8")
+    print(TARGET)
