@@ -140,7 +140,7 @@ def plot_quality(data: Data) -> Figure:
     for key, cell in data["rows"].items():
         lines.setdefault(key.split(" ", 1)[1], []).append(cell)
     figure, panels = plt.subplots(1, len(domains), figsize=(3.7 * len(domains), 4.4))
-    theirs = iter(zip(plt.colormaps["autumn"]([0.0, 0.25, 0.45, 0.6, 0.72, 0.85]), "sv^Dx*", strict=True))
+    theirs = iter(zip(("0.6", "#b07d2b", "#d1495b", "#7a5195", "#2e8b57", "black"), "sv^Dx*", strict=True))
     blues = iter(plt.colormaps["Blues"]([0.35, 0.55, 0.75, 1.0]))
     for name, cells in lines.items():
         color, marker = (next(blues), "o") if "minisp" in name else next(theirs)
@@ -150,9 +150,13 @@ def plot_quality(data: Data) -> Figure:
             axes.plot(kept, ratios, "-" if marker == "o" else "--", color=color, marker=marker, ms=4, label=name)
     for axes, domain in zip(panels, domains, strict=True):
         ours = [_ratio(data, cell, domain) for name, cells in lines.items() if "minisp" in name for cell in cells]
-        axes.set(title=domain, xlabel="MLP units kept, %", ylim=(1, 1.3 * max(ours)))
+        top = max(1.5, min(max(ours), 12))
+        axes.set(title=domain, xlabel="MLP units kept, %", yscale="log", ylim=(1, 1.1 * top))
+        ticks = [tick for tick in (1, 1.2, 1.5, 2, 3, 5, 8, 12) if tick <= 1.1 * top]
+        axes.set_yticks(ticks, map(str, ticks))
+        axes.minorticks_off()
         axes.grid(alpha=0.25)
-    panels[0].set_ylabel("perplexity / dense")
+    panels[0].set_ylabel("perplexity / dense (less is better)")
     figure.legend(*panels[0].get_legend_handles_labels(), ncols=4, loc="lower center", fontsize=8.5)
     figure.text(0, 0, machine_line(data), fontsize=7, color="0.4")
     figure.tight_layout(rect=(0, 0.17, 1, 1))
