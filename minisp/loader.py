@@ -88,22 +88,29 @@ class _Slot:
     def __init__(self, device: torch.device):
         self._device = device
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # What computes with the slot, as its caller has it; the loader's thread has a current stream of its own.
+        self._user: torch.cuda.Stream | None = None
         self._released: torch.cuda.Event | None = None
         self.buffer = self.host = torch.empty(0, dtype=torch.uint8)
 
     def release(self) -> None:
         """Note what was queued so far: kernels that may still read the slot's earlier content."""
         if self._copies is not None:
-            self._released = torch.cuda.current_stream(self._device).record_event()
+            self._user = torch.cuda.current_stream(self._device)
+            self._released = self._user.record_event()
 
     def reserve(self, size: int) -> None:
         if len(self.host) >= size:
             return
         self.buffer = self.host = torch.empty(0, dtype=torch.uint8)
         self.host = torch.empty(size, dtype=torch.uint8, pin_memory=self._copies is not None)
-        self.buffer = self.host if self._copies is None else torch.empty(size, dtype=torch.uint8, device=self._device)
+        if self._user is None:
+            self.buffer = self.host
+            return
+        with torch.cuda.stream(self._user):
+            self.buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
         # New memory may be what other tensors have just given back: what is queued may still use it.
-        self.release()
+        self._released = self._user.record_event()
 
     def send(self, size: int) -> None:
         """Copy to the GPU beside the computation; returns when the copy is done, so that nobody has to wait for it."""
