@@ -4,7 +4,7 @@ One budget of units for all rows, evaluated as in quality.py, on half of its win
 model's on text, on documentation and on source code. Unless a row says otherwise it calibrates on all of the text,
 ranks by `fisher` over all layers, and refits on the dense model's activations: cheap rows, in which what differs is the
 idea alone. What needs more than the row's group shares is collected once and kept under --cache. Finished rows are in
-the result file at once, and a run that is repeated goes on from there.
+the result file, benchmarks/results/ablation_MACHINE.json, at once, and a run that is repeated goes on from there.
 """
 
 import argparse
@@ -188,17 +188,20 @@ def main() -> None:
     parser.add_argument("model", help="Hugging Face folder of a Llama-shaped model")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="evaluation text")
-    parser.add_argument("--windows", type=int, default=291)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--keep", type=float, default=0.8)
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/minisp/quality")
+    parser.add_argument("--windows", type=int, default=291, help="of the calibration text, 291 by default")
+    parser.add_argument("--window", type=int, default=512, help="tokens of a calibration window, 512 by default")
+    parser.add_argument("--keep", type=float, default=0.8, help="share of the units, 0.8 by default")
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="of rows, all by default")
+    parser.add_argument("--label", default="", help="appended to the name of the result file")
+    cache = Path.home() / ".cache/minisp/quality"
+    parser.add_argument("--cache", type=Path, default=cache, help=f"folder for statistics, {cache} by default")
     arguments = parser.parse_args()
     arguments.mixed = 0
 
     lab = Lab(arguments)
     name = f"ablation_{harness.machine_slug(harness.machine())}"
-    identity = {**measured_on(lab.text), "defaults": MinifyConfig().as_dict()}
+    name += f"_{arguments.label}" if arguments.label else ""
+    identity = {**measured_on(lab.text.model, lab.text.windows, lab.text.texts), "defaults": MinifyConfig().as_dict()}
     result = harness.resume_json(name, identity)
     if not result:
         result = {"measured on": identity, "dense": lab.text.perplexities(lab.text.model), "rows": {}}

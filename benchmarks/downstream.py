@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from lm_eval import simple_evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from minisp.config import MinifyConfig
 from minisp.device import compute_device, compute_dtype
@@ -24,6 +21,11 @@ from minisp.measure import load_any
 
 def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Task → metric → value, as the harness names them."""
+    # Here, so that --help works where it is not installed.
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     config = MinifyConfig(device=args.device)
     device = compute_device(config)
     model = load_any(folder, device, compute_dtype(config, device))

@@ -208,6 +208,11 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def age() -> float:
+    """Seconds since this process began, imports included."""
+    return time.time() - psutil.Process().create_time()
+
+
 def main() -> None:
     """Run the parts, write the results, print the table."""
     parser = argparse.ArgumentParser(description="Correctness and speed on one GPU.")
@@ -226,7 +231,7 @@ def main() -> None:
             parts,
             Path(folder),
             lambda so_far: harness.write_whole(path, {"machine": here, "parts": so_far}),
-            BUDGET - (time.time() - psutil.Process().create_time()),
+            BUDGET - age(),
         )
     print(path)
     rows = []

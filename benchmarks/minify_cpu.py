@@ -205,7 +205,7 @@ def make_contenders(batch: int, only: list[str] | None) -> list[Contender]:
         Contender("naive bfloat16", {"dtype": "bfloat16", "batch": batch, "damping": naive.DAMPING}),
         Contender("naive float32", {"dtype": "float32", "batch": batch, "damping": naive.DAMPING}),
         Contender("ours, paper's recipe", {**PAPER, "dtype": "bfloat16"}),
-        Contender("ours", {"dtype": "bfloat16"}),
+        Contender("ours, the defaults", {"dtype": "bfloat16"}),
     ]
     return [c for c in contenders if only is None or any(part in c.name for part in only)]
 

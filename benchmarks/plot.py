@@ -140,10 +140,19 @@ def plot_quality(data: Data) -> Figure:
     for key, cell in data["rows"].items():
         lines.setdefault(key.split(" ", 1)[1], []).append(cell)
     figure, panels = plt.subplots(1, len(domains), figsize=(3.7 * len(domains), 4.4))
-    theirs = iter(zip(("0.6", "#b07d2b", "#d1495b", "#7a5195", "#2e8b57", "black"), "sv^Dx*", strict=True))
-    blues = iter(plt.colormaps["Blues"]([0.35, 0.55, 0.75, 1.0]))
-    for name, cells in lines.items():
-        color, marker = (next(blues), "o") if "minisp" in name else next(theirs)
+    # A method has its place in the table, and with it colour and marker, whatever else a file holds.
+    colors = [
+        "0.6",
+        "#b07d2b",
+        "#d1495b",
+        "#7a5195",
+        "#2e8b57",
+        "black",
+        *plt.colormaps["Blues"]([0.35, 0.55, 0.75, 1.0]),
+    ]
+    for name, cells in sorted(lines.items(), key=lambda line: line[1][0]["place"]):
+        place = cells[0]["place"]
+        color, marker = colors[place], "sv^Dx*oooo"[place]
         ordered = sorted(cells, key=lambda cell: cell["keep"])
         for axes, domain in zip(panels, domains, strict=True):
             kept, ratios = [100 * c["keep"] for c in ordered], [_ratio(data, c, domain) for c in ordered]
@@ -158,7 +167,8 @@ def plot_quality(data: Data) -> Figure:
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("perplexity / dense (less is better)")
     figure.legend(*panels[0].get_legend_handles_labels(), ncols=4, loc="lower center", fontsize=8.5)
-    figure.text(0, 0, machine_line(data), fontsize=7, color="0.4")
+    about = f"minisp: + correction is the default. What is above the axes is cut off. {machine_line(data)}"
+    figure.text(0.01, 0.01, about, fontsize=7, color="0.4")
     figure.tight_layout(rect=(0, 0.17, 1, 1))
     return figure
 

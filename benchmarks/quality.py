@@ -4,8 +4,9 @@ All rows share one set of statistics (kept under --cache) and are evaluated alik
 model, windows of 1024 tokens, on the text given, on Python's documentation, and on source code. With --mixed 64, so
 many windows of documentation and as many of code are added to the calibration text; what is evaluated on is not among
 them. Every finished row is in the result file at once, and a run that is repeated goes on from there; rows of minisp
-whose options have changed since are measured anew. Seconds do not count the statistics, and trial cuts only in the
-first row that needs them; memory is what comes on top of the dense model, the copy that is cut included.
+whose options have changed since are measured anew. All 50 rows took 88 minutes on 2 cores for a model of 135M; the file
+is benchmarks/results/quality_text_MACHINE.json, or quality_mixed_. Seconds do not count the statistics, and trial cuts
+only in the first row that needs them; memory is what comes on top of the dense model, the copy that is cut included.
 
 Not in the table: SliceGPT (Ashkboos et al., 2024), which cuts the hidden size instead of units and needs a rotation in
 every residual connection that stock classes do not have; no equal budget could be drawn up that is fair to both.
@@ -176,12 +177,12 @@ def theirs(kit: Kit, keep: float, name: str) -> Any:
     return model
 
 
-def measured_on(kit: Kit) -> dict[str, str]:
+def measured_on(model: Any, windows: Tensor, texts: dict[str, tuple[Tensor, int]]) -> dict[str, str]:
     """What decides every row, beside the method: digests of the model, and of the tokens on both sides."""
     return {
-        "model": harness.digest(kit.model.parameters()),
-        "calibration": harness.digest([kit.windows]),
-        "evaluation": harness.digest(ids[: n * EVALUATION[1]] for ids, n in kit.texts.values()),
+        "model": harness.digest(model.parameters()),
+        "calibration": harness.digest([windows]),
+        "evaluation": harness.digest(ids[: n * EVALUATION[1]] for ids, n in texts.values()),
     }
 
 
@@ -231,24 +232,30 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="evaluation text")
     parser.add_argument("--mixed", type=int, default=0, help="windows of documentation, and of code, to add")
-    parser.add_argument("--windows", type=int, default=291)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--keep", type=float, nargs="+", default=KEEPS)
+    parser.add_argument("--windows", type=int, default=291, help="of the calibration text, 291 by default")
+    parser.add_argument("--window", type=int, default=512, help="tokens of a calibration window, 512 by default")
+    parser.add_argument(
+        "--keep", type=float, nargs="+", default=KEEPS, help="shares of the units, 0.9 to 0.5 by default"
+    )
     parser.add_argument("--only", nargs="+", help="parts of row names")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/minisp/quality")
+    parser.add_argument("--label", default="", help="appended to the name of the result file")
+    cache = Path.home() / ".cache/minisp/quality"
+    parser.add_argument("--cache", type=Path, default=cache, help=f"folder for statistics, {cache} by default")
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = load_model(Checkpoint.open(arguments.model), CPU, torch.bfloat16)
-    windows = interleave(calibration_windows(arguments, tokenizer))
+    windows, texts = interleave(calibration_windows(arguments, tokenizer)), evaluation_texts(arguments, tokenizer)
+    name = f"quality_{'mixed' if arguments.mixed else 'text'}_{harness.machine_slug(harness.machine())}"
+    name += f"_{arguments.label}" if arguments.label else ""
+    # Before the sweep: rows of something else are refused at once.
+    identity = measured_on(model, windows, texts)
+    result = harness.resume_json(name, identity)
     work, means, seconds = collect(model, windows, arguments.cache)
     row = architecture_of(model.config)
     statistics = [work.statistics(index, gram=True) for index in range(len(means))]
     layers = look_at(model, row, statistics, means)
-    kit = Kit(model, work, layers, windows, evaluation_texts(arguments, tokenizer))
-    name = f"quality_{'mixed' if arguments.mixed else 'text'}_{harness.machine_slug(harness.machine())}"
-    identity = measured_on(kit)
-    result = harness.resume_json(name, identity)
+    kit = Kit(model, work, layers, windows, texts)
     if not result:
         dense = kit.perplexities(model)
         result = {"measured on": identity, "tokens": windows.numel(), "seconds": seconds, "dense": dense, "rows": {}}

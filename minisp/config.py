@@ -29,7 +29,8 @@ class MinifyConfig:
             scaled by what a trial cut of it does to the model's output.
         alignment: widths are multiples of it (or untouched); None picks the largest power of two that is at
             most a 32nd of the width, and at most 128.
-        min_keep: no layer keeps less than this fraction of its units, in [0, 1].
+        min_keep: no layer keeps less than this fraction of its units, or than `keep` where that is less, in [0, 1];
+            rounded down to the alignment where the budget has no room for more.
         inputs: what the kept units are refitted on: `dense`, the dense model's activations, in one sweep; `pruned`,
             the activations of the already pruned layers below, in a second sweep; `both`, the dense model's, and then,
             in a second sweep, every layer takes over what it can of the drift that the pruned layers below have left.

@@ -212,13 +212,14 @@ def plot_layers(report: MinifyReport, path: Path) -> bool:
     top.bar(index, [layer.width for layer in report.layers], color="0.88", label="before")
     top.bar(index, [layer.kept for layer in report.layers], color="tab:blue", label="kept")
     top.set_ylabel("MLP width")
-    top.set_title(f"{report.plan.model}: {report.plan.config.keep:.0%} of the MLP units kept", loc="left")
+    kept = sum(layer.kept for layer in report.layers) / sum(layer.width for layer in report.layers)
+    top.set_title(f"{report.plan.model}: {kept:.0%} of the MLP units kept", loc="left")
     top.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     for name, label, color in (("residual_sliced", "sliced", "0.6"), ("residual", "refitted", "tab:blue")):
-        # A layer that lost nothing has no residual: a gap.
+        # A layer that lost nothing has no residual: a gap, which the axis explains.
         values = [getattr(layer, name) if layer.kept < layer.width else float("nan") for layer in report.layers]
         middle.plot(index, values, "o-", color=color, label=label)
-    middle.set(xlabel="layer", ylabel="relative residual", xlim=top.get_xlim())
+    middle.set(xlabel="layer", ylabel="relative residual\n(of layers that were cut)", xlim=top.get_xlim())
     middle.set_ylim(bottom=0)
     middle.legend()
     for layer, curve in curves.items():

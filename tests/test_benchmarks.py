@@ -133,6 +133,8 @@ def test_a_suite_that_is_ended_keeps_what_it_has(
     suite = suite_of({"first": ["print('one')"], "second": [ends]})
     described = {"gpu": "Imaginary 100", "torch": "0"}
     monkeypatch.setattr(suite, "machine", lambda: described)
+    # That of the tests may be older than a suite may become.
+    monkeypatch.setattr(suite, "age", lambda: 1.0)
     monkeypatch.setattr(suite.harness, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--label", "test"])
     before = signal.getsignal(signal.SIGTERM)
@@ -299,10 +301,11 @@ def test_every_committed_result_can_be_drawn_and_has_its_figure(script: Any, tmp
 
 
 def test_the_quality_figure_has_a_panel_for_each_domain_and_a_line_for_each_method(script: Any) -> None:
-    def cell(keep: float, text: float) -> dict[str, Any]:
-        return {"keep": keep, "perplexity": {"text": text, "code": 2 * text}}
+    def cell(place: int, keep: float, text: float) -> dict[str, Any]:
+        return {"place": place, "keep": keep, "perplexity": {"text": text, "code": 2 * text}}
 
-    rows = {"80% FLAP": cell(0.8, 15.0), "80% minisp: + refit": cell(0.8, 12.0), "90% minisp: + refit": cell(0.9, 11.0)}
+    rows = {"80% FLAP": cell(2, 0.8, 15.0), "80% minisp: + refit": cell(7, 0.8, 12.0)}
+    rows["90% minisp: + refit"] = cell(7, 0.9, 11.0)
     data = {"machine": {"cpu": "a", "cores": 2, "torch": "x", "gpu": None}, "dense": {"text": 10.0, "code": 10.0}}
     panels = script("plot").plot_quality({**data, "rows": rows}).axes
     assert [axes.get_title() for axes in panels] == ["text", "code"]
