@@ -166,7 +166,9 @@ def plot_quality(data: Data) -> Figure:
         axes.minorticks_off()
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("perplexity / dense (less is better)")
-    figure.legend(*panels[0].get_legend_handles_labels(), ncols=4, loc="lower center", fontsize=8.5)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), ncols=4, loc="lower center", fontsize=8.5, bbox_to_anchor=(0.5, 0.03)
+    )
     about = f"minisp: + correction is the default. What is above the axes is cut off. {machine_line(data)}"
     figure.text(0.01, 0.01, about, fontsize=7, color="0.4")
     figure.tight_layout(rect=(0, 0.17, 1, 1))
