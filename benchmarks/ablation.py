@@ -10,7 +10,6 @@ the result file, benchmarks/results/ablation_MACHINE.json, at once, and a run th
 import argparse
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -19,7 +18,7 @@ import opponents
 import refits as further
 import torch
 from lab import CURVE, PLAIN, SUBSET, Lab, on, ranked, refit, widths_of
-from quality import Kit, measured_on, ours
+from quality import Kit, data_arguments, measured_on, ours
 from torch import Tensor
 
 from minisp.config import MinifyConfig
@@ -185,23 +184,15 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     """Measure what is not in the result file yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="Hugging Face folder of a Llama-shaped model")
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True, help="evaluation text")
-    parser.add_argument("--windows", type=int, default=291, help="of the calibration text, 291 by default")
-    parser.add_argument("--window", type=int, default=512, help="tokens of a calibration window, 512 by default")
+    data_arguments(parser)
     parser.add_argument("--keep", type=float, default=0.8, help="share of the units, 0.8 by default")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="of rows, all by default")
-    parser.add_argument("--label", default="", help="appended to the name of the result file")
-    cache = Path.home() / ".cache/minisp/quality"
-    parser.add_argument("--cache", type=Path, default=cache, help=f"folder for statistics, {cache} by default")
     arguments = parser.parse_args()
     arguments.mixed = 0
 
     lab = Lab(arguments)
-    name = f"ablation_{harness.machine_slug(harness.machine())}"
-    name += f"_{arguments.label}" if arguments.label else ""
-    identity = {**measured_on(lab.text.model, lab.text.windows, lab.text.texts), "defaults": MinifyConfig().as_dict()}
+    name = harness.result_name("ablation", arguments.label)
+    identity = {**measured_on(lab.model, lab.calibration, lab.texts), "defaults": MinifyConfig().as_dict()}
     result = harness.resume_json(name, identity)
     if not result:
         result = {"measured on": identity, "dense": lab.text.perplexities(lab.text.model), "rows": {}}

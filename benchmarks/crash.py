@@ -144,7 +144,7 @@ def main() -> None:
         harness.print_table(
             f"{inputs}: {found['kills']} kills, every result the same", ["last finished", "kills"], rows
         )
-    harness.write_json(f"crash_{harness.machine_slug(harness.machine())}", {"model": args.model.name, **figures})
+    harness.write_json(harness.result_name("crash"), {"model": args.model.name, **figures})
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def main() -> None:
     results = {str(name): evaluate(local_folder(name), args) for name in args.models}
     harness.print_table(f"{args.fewshot} shots", ["task, metric", *results], rows(results))
     content = {"fewshot": args.fewshot, "limit": args.limit, "results": results}
-    print(harness.write_json(f"downstream_{harness.machine_slug(harness.machine())}", content))
+    print(harness.write_json(harness.result_name("downstream"), content))
 
 
 if __name__ == "__main__":

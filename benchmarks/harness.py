@@ -68,6 +68,11 @@ def machine_slug(description: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", words.lower())).strip("-")
 
 
+def result_name(kind: str, label: str = "") -> str:
+    """The name of a result file of this machine, without its ending."""
+    return f"{kind}_{machine_slug(machine())}" + (f"_{label}" if label else "")
+
+
 def run_child(command: Sequence[str | Path], result: Path) -> ChildRun:
     """Run `python command...`, which writes JSON to `result`; raise `SystemExit` with what it printed if it fails."""
     log = result.with_suffix(".log")

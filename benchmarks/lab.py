@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -40,36 +41,41 @@ class Lab:
             arguments.keep,
             AutoTokenizer.from_pretrained(arguments.model),
         )
-        model = load_model(Checkpoint.open(arguments.model), CPU, torch.bfloat16)
+        self.model = load_model(Checkpoint.open(arguments.model), CPU, torch.bfloat16)
         # Half of the windows of quality.py: rows are compared with each other, on the same windows.
-        texts = {name: (ids, n // 2) for name, (ids, n) in evaluation_texts(arguments, self.tokenizer).items()}
-        self.text = self._kit(model, interleave(calibration_windows(arguments, self.tokenizer)), texts)
+        self.texts = {name: (ids, n // 2) for name, (ids, n) in evaluation_texts(arguments, self.tokenizer).items()}
+        self.calibration = interleave(calibration_windows(arguments, self.tokenizer))
         self.arguments = arguments
         # Subsets are nested, so that a larger one costs only what is new in it.
-        order = torch.randperm(len(self.text.windows), generator=torch.Generator().manual_seed(0))
-        self.windows = self.text.windows[order]
+        order = torch.randperm(len(self.calibration), generator=torch.Generator().manual_seed(0))
+        self.windows = self.calibration[order]
 
-    def _kit(self, model: Any, windows: Tensor, texts: dict[str, tuple[Tensor, int]]) -> Kit:
-        work, means, _ = collect(model, windows, self.cache)
+    @cached_property
+    def text(self) -> Kit:
+        """Calibrated on the text."""
+        return self._kit(self.calibration)
+
+    def _kit(self, windows: Tensor) -> Kit:
+        work, means, _ = collect(self.model, windows, self.cache)
         records = [work.statistics(index, gram=True) for index in range(len(means))]
-        layers = opponents.look_at(model, architecture_of(model.config), records, means)
-        return Kit(model, work, layers, windows, texts)
+        layers = opponents.look_at(self.model, architecture_of(self.model.config), records, means)
+        return Kit(self.model, work, layers, windows, self.texts)
 
     def mixed(self) -> tuple[Kit, list[Tensor]]:
         """Calibrated on three domains; and the windows (N, L) of each."""
         arguments = argparse.Namespace(**{**vars(self.arguments), "mixed": SUBSET // 2})
         parts = calibration_windows(arguments, self.tokenizer)
-        return self._kit(self.text.model, interleave(parts), self.text.texts), parts
+        return self._kit(interleave(parts)), parts
 
     def sweep(
         self, windows: Tensor, *, gram: bool = True, sampled: bool = False, model: Any = None
     ) -> list[LayerStatistics]:
         """Every layer's statistics on windows (N, L); those of the dense model are kept in the cache."""
-        key = harness.digest([*self.text.model.parameters(), windows])
+        key = harness.digest([*self.model.parameters(), windows])
         name = self.cache / f"{key}_{'sampled' if sampled else 'text'}_{gram}.pt"
         if model is None and name.exists():
             return [LayerStatistics(*record) for record in torch.load(name, weights_only=True)]
-        work, subject = Workplace.in_memory(), model or self.text.model
+        work, subject = Workplace.in_memory(), model or self.model
         stream = Stream.from_module(subject)
         stream.label_seed = 0 if sampled else None
         count = len(stream.layers)
@@ -82,7 +88,7 @@ class Lab:
 
     def written(self, temperature: float) -> Tensor:
         """Text that the model writes itself, (SUBSET, L)."""
-        model, length = self.text.model, self.windows.shape[1]
+        model, length = self.model, self.windows.shape[1]
         name = self.cache / f"{harness.digest(model.parameters())}_written_{length}_{temperature}.pt"
         if not name.exists():
             torch.save(

@@ -162,7 +162,7 @@ def main() -> None:
         args.result.write_text(json.dumps(child(args)), "utf-8")
         return
     content: dict[str, Any] = {"model": args.model.name, "windows": args.windows, "window": args.window}
-    name = f"memory_{args.model.name}_{harness.machine_slug(harness.machine())}"
+    name = harness.result_name(f"memory_{args.model.name}")
     earlier = harness.read_json(name)
     if content.items() <= earlier.items():
         # What an earlier run has measured with these windows, and this one does not, stays.

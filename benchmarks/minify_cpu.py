@@ -240,8 +240,7 @@ def compare(args: argparse.Namespace) -> None:
             {**c.summary(), "units_kept_as_first": agreement(c.kept, contenders[0].kept)} for c in contenders
         ],
     }
-    name = f"minify_cpu_{harness.machine_slug(harness.machine())}"
-    print(harness.write_json(f"{name}_{args.label}" if args.label else name, content))
+    print(harness.write_json(harness.result_name("minify_cpu", args.label), content))
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from tables import machine_line
 
 OURS, OURS_LIGHT, THEIRS, THEIRS_LIGHT = "#1f5fa8", "#7fb0e0", "#8a8a8a", "#c4c4c4"
 STYLE = {
@@ -60,13 +61,6 @@ def bars(axes: Axes, names: Sequence[str], values: Sequence[Sequence[float]], co
     axes.set_xlabel(unit)
     axes.set_xlim(0, 1.16 * max(map(max, values)))
     axes.tick_params(axis="y", length=0)
-
-
-def machine_line(data: Data) -> str:
-    """The machine in one line."""
-    machine = data["machine"]
-    name = machine["gpu"] or f"{machine['cpu'].replace('(R)', '')}, {machine['cores']} cores"
-    return f"{name}, torch {machine['torch']}"
 
 
 def plot_minify(data: Data) -> Figure:

@@ -225,29 +225,33 @@ def cells(arguments: argparse.Namespace) -> Iterator[tuple[str, float]]:
             yield name, keep
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def data_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ablation.py asks for too: the model, the texts, and where results and statistics go."""
     parser.add_argument("model", help="Hugging Face folder of a Llama-shaped model")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="evaluation text")
-    parser.add_argument("--mixed", type=int, default=0, help="windows of documentation, and of code, to add")
     parser.add_argument("--windows", type=int, default=291, help="of the calibration text, 291 by default")
     parser.add_argument("--window", type=int, default=512, help="tokens of a calibration window, 512 by default")
+    parser.add_argument("--label", default="", help="appended to the name of the result file")
+    cache = Path.home() / ".cache/minisp/quality"
+    parser.add_argument("--cache", type=Path, default=cache, help=f"folder for statistics, {cache} by default")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data_arguments(parser)
+    parser.add_argument("--mixed", type=int, default=0, help="windows of documentation, and of code, to add")
     parser.add_argument(
         "--keep", type=float, nargs="+", default=KEEPS, help="shares of the units, 0.9 to 0.5 by default"
     )
     parser.add_argument("--only", nargs="+", help="parts of row names")
-    parser.add_argument("--label", default="", help="appended to the name of the result file")
-    cache = Path.home() / ".cache/minisp/quality"
-    parser.add_argument("--cache", type=Path, default=cache, help=f"folder for statistics, {cache} by default")
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = load_model(Checkpoint.open(arguments.model), CPU, torch.bfloat16)
     windows, texts = interleave(calibration_windows(arguments, tokenizer)), evaluation_texts(arguments, tokenizer)
-    name = f"quality_{'mixed' if arguments.mixed else 'text'}_{harness.machine_slug(harness.machine())}"
-    name += f"_{arguments.label}" if arguments.label else ""
+    name = harness.result_name(f"quality_{'mixed' if arguments.mixed else 'text'}", arguments.label)
     # Before the sweep: rows of something else are refused at once.
     identity = measured_on(model, windows, texts)
     result = harness.resume_json(name, identity)

@@ -34,6 +34,13 @@ KERNELS = {
 GENERATIONS = ("80", "89", "90", "100", "120")
 
 
+def machine_line(data: Data) -> str:
+    """The machine in one line."""
+    machine = data["machine"]
+    name = machine["gpu"] or f"{machine['cpu'].replace('(R)', '')}, {machine['cores']} cores"
+    return f"{name}, torch {machine['torch']}"
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table; all columns but the first are aligned right."""
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
@@ -166,9 +173,7 @@ def render(folder: Path) -> str:
         if kind is None:
             continue
         data = json.loads(source.read_text("utf-8"))
-        machine = data["machine"]
-        where = f"{machine['cpu'].replace('(R)', '')}, {machine['cores']} cores, torch {machine['torch']}"
-        parts.append(f"## {source.stem}\n\n{where}.\n\n{''.join(KINDS[kind](data))}")
+        parts.append(f"## {source.stem}\n\n{machine_line(data)}.\n\n{''.join(KINDS[kind](data))}")
         if source.with_suffix(".png").exists():
             parts.append(f"![{source.stem}](results/{source.stem}.png)\n")
     compiled = folder / "kernel_table.csv"

@@ -13,14 +13,12 @@ from minisp.errors import CalibrationError, OutputError
 from minisp.model import load_model
 from minisp.planner import Plan
 from minisp.stream import Stream
-from minisp.windows import write_windows
+from minisp.windows import WRITTEN_AT_ONCE, write_windows
 from minisp.workplace import Progress, Workplace
 
 # exp of the entropy of single tokens: 250 to 800 for prose, documentation and source code, below 20 for logs, tables
 # and text that repeats itself (SmolLM2's tokens, 4k to 65k of them). Small vocabularies, of bytes say, have less.
 FEWEST_EFFECTIVE_TOKENS, OF_VOCABULARY = 100, 1 / 400
-# More are no faster.
-WRITTEN_AT_ONCE = 32
 # With fewer tokens than units, damping alone decides most of the refit.
 FEWEST_TOKENS_PER_UNIT = 2
 

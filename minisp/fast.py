@@ -78,10 +78,11 @@ def minify(
     """
     if isinstance(calibration, Tensor) and calibration.dim() == 2:
         # Ready-made windows bring their own number and length.
-        options = {"num_windows": max(1, calibration.shape[0]), "window": max(1, calibration.shape[1]), **options}
-        if options["window"] != max(1, calibration.shape[1]):
+        count, length = (max(1, size) for size in calibration.shape)
+        options = {"num_windows": count, "window": length, **options}
+        if options["window"] != length:
             raise ConfigError(
-                f"Option window: expected {calibration.shape[1]}, the length of the windows that were passed, got "
+                f"Option window: expected {length}, the length of the windows that were passed, got "
                 f"{options['window']}. Leave it out, or pass the tokens as one flat tensor."
             )
     config, resources = split_options(keep=keep, **options)

@@ -20,6 +20,8 @@ Draw = Callable[[int, int], Tensor]
 
 # First guess of the text needed. English has 4 to 5 characters per token; a wrong guess costs one more reading.
 _CHARACTERS_PER_TOKEN = 5
+# Windows that the model writes at once; more are no faster.
+WRITTEN_AT_ONCE = 32
 # Where a text is cut short, its last tokens are not those of the whole text; this many are left out.
 _CUT_TOKENS = 16
 
@@ -99,7 +101,7 @@ def write_windows(
     window: int,
     seed: int,
     temperature: float = 1.0,
-    batch: int = 32,
+    batch: int = WRITTEN_AT_ONCE,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Text that the model writes itself: each window starts with a random token and continues by sampling.
