@@ -23,7 +23,7 @@ import harness
 import torch
 from torch import Tensor
 
-from minisp import cholesky, native
+from minisp import cholesky, native_cholesky
 
 # Width and hidden size: SmolLM2-135M, TinyLlama's half, TinyLlama, Llama-2-7B, Llama-3-8B, Llama-3-70B.
 SIZES = ((1536, 576), (2816, 1024), (5504, 2048), (11008, 4096), (14336, 4096), (28672, 8192))
@@ -42,7 +42,7 @@ def make_system(n: int, d: int, dtype: torch.dtype, device: torch.device) -> tup
 
 def ours(gram: Tensor, right: Tensor) -> Tensor:
     """Factor and solve in place, nothing else."""
-    engine = native.Factorisation(right.device)
+    engine = native_cholesky.Factorisation(right.device)
     assert engine.factor_(gram) == 0
     engine.solve_(right)
     return right

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from minisp import native
+from minisp import native_cholesky
 from minisp.errors import BackendError, NumericalError
 
 SHIFTS = (1.0, 10.0, 100.0)
@@ -98,7 +98,7 @@ def solve_(matrix: Tensor, right: Tensor, *, impl: Literal["torch", "native"] = 
     if dead.any():
         right.masked_fill_(dead.to(right.device), 0)
     wanted = right.clone() if refine else right[:MEASURED].clone()
-    engine: Factorisation = native.Factorisation(right.device) if impl == "native" else TorchFactorisation()
+    engine: Factorisation = native_cholesky.Factorisation(right.device) if impl == "native" else TorchFactorisation()
     shift = _factor_(matrix, diagonal, engine)
     engine.solve_(right)
     for _ in range(refine):

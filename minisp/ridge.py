@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisp import cholesky, native
+from minisp import cholesky, native_cholesky
 from minisp.backend import Impl, choose
 
 # Rows of a matrix that are gathered or multiplied at once: what comes between stays small.
@@ -73,7 +73,7 @@ class RidgeProblem:
     ) -> RidgeSolution:
         """The solution for one damping; arguments and errors as for `ridge_solve`."""
         gram, kept = self.gram, self.kept
-        chosen = choose("ridge_solve", impl, native=native.serves_cholesky(gram.device, gram.dtype))
+        chosen = choose("ridge_solve", impl, native=native_cholesky.serves_cholesky(gram.device, gram.dtype))
         assert chosen in ("torch", "native")
         if len(kept) == len(gram) and not to_zero:
             return RidgeSolution(self.original, damping, 0.0, 0.0, float(len(kept)), 0.0, 0.0)
@@ -155,7 +155,7 @@ def ridge_fit(gram: Tensor, cross: Tensor, damping: float, *, impl: Impl = "auto
         NumericalError: G holds values that are not finite, is not symmetric, or damped not positive definite.
         BackendError: `impl` cannot serve these tensors.
     """
-    chosen = choose("ridge_fit", impl, native=native.serves_cholesky(gram.device, gram.dtype))
+    chosen = choose("ridge_fit", impl, native=native_cholesky.serves_cholesky(gram.device, gram.dtype))
     assert chosen in ("torch", "native")
     answer = cross.clone()
     gram.diagonal().add_(damping * float(gram.diagonal().mean()))

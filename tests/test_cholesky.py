@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisp import cholesky, native
+from minisp import cholesky, native_cholesky
 from minisp.errors import BackendError, MinispError, NumericalError
 
 DTYPES = (torch.float32, torch.float64)
-HAS_NATIVE = native.serves_cholesky(torch.device("cpu"), torch.float32)
+HAS_NATIVE = native_cholesky.serves_cholesky(torch.device("cpu"), torch.float32)
 IMPLS = ("torch", pytest.param("native", marks=pytest.mark.skipif(not HAS_NATIVE, reason="extension not built")))
 SIZES = (1, 2, 63, 128, 129, 300, 700)
 
@@ -84,7 +84,7 @@ def test_streamed_panels_give_the_same_factor_up_to_rounding(dtype: torch.dtype,
     gram, right = random_gram(n).to(dtype) / n, torch.randn(7, n, dtype=dtype)
     factors, solutions = [], []
     for streamed in (0, columns):
-        engine = native.Factorisation(torch.device("cpu"), streamed)
+        engine = native_cholesky.Factorisation(torch.device("cpu"), streamed)
         factor, solution = gram.clone(), right.clone()
         assert engine.factor_(factor) == 0
         engine.solve_(solution)
@@ -125,8 +125,8 @@ def test_a_single_row_may_have_any_stride(dtype: torch.dtype, impl: str) -> None
 
 
 def test_native_work_takes_no_more_memory_than_it_says() -> None:
-    assert native.workspace_bytes(torch.device("cpu"), 1536, torch.float32) <= 0.1 * 4 * 1536**2
-    assert native.workspace_bytes(torch.device("cpu"), 1536, torch.float64) <= 0.1 * 8 * 1536**2
+    assert native_cholesky.workspace_bytes(torch.device("cpu"), 1536, torch.float32) <= 0.1 * 4 * 1536**2
+    assert native_cholesky.workspace_bytes(torch.device("cpu"), 1536, torch.float64) <= 0.1 * 8 * 1536**2
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from minisp import cholesky, memory, native, ops, reference
+from minisp import cholesky, memory, native_cholesky, ops, reference
 from minisp.checkpoint import Checkpoint
 from minisp.fast import minify
 from minisp.model import load_model
@@ -17,7 +17,7 @@ from tests.models import LAYERS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 pytestmark = [pytest.mark.gpu, needs_gpu]
 
-HAS_SOLVER = torch.cuda.is_available() and native.serves_cholesky(torch.device("cuda"), torch.float32)
+HAS_SOLVER = torch.cuda.is_available() and native_cholesky.serves_cholesky(torch.device("cuda"), torch.float32)
 needs_solver = pytest.mark.skipif(not HAS_SOLVER, reason="the extension was built without CUDA")
 
 
@@ -53,7 +53,7 @@ def test_a_bad_pivot_is_named(pivot: float, on_host: bool) -> None:
     gram[600, 600] = pivot
     matrix = gram if on_host else gram.to("cuda:0")
     # With its number, as tensors name it: to a device without one, every matrix would lie elsewhere.
-    engine = native.Factorisation(torch.device("cuda:0"))
+    engine = native_cholesky.Factorisation(torch.device("cuda:0"))
     assert engine.factor_(matrix) == 601
     assert (engine.streamed_columns > 0) == on_host
 

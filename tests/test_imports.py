@@ -31,6 +31,7 @@ LEVELS = (
     ("architecture", "corpora", "ops", "ranks", "windows"),
     ("labels", "ridge"),
     ("cholesky",),
+    ("native_cholesky", "portable"),
     ("backend", "native"),
     ("_C", "config", "errors", "kernels", "minisp", "reference"),
 )
