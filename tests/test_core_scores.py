@@ -1,0 +1,116 @@
+"""Statistics and scores against their definition in float64, from raw activations and gradients."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minisp import ops, statistics
+from minisp.config import SaliencyScore
+from minisp.errors import NumericalError
+from minisp.statistics import LayerStatistics
+from tests.toys import score, statistics_of
+
+KINDS: tuple[SaliencyScore, ...] = ("taylor", "fisher", "signed")
+
+
+def raw(tokens: int = 40, width: int = 7, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Activations and gradients (T, m) float64; the units differ in size and in how much their products cancel."""
+    generator = torch.Generator().manual_seed(seed)
+    x, gradient = torch.randn(2, tokens, width, dtype=torch.float64, generator=generator)
+    return x * torch.linspace(0.1, 3, width), gradient + torch.linspace(-1, 1, width)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_score_is_its_definition(kind: SaliencyScore) -> None:
+    x, gradient = raw()
+    found = statistics_of(x, gradient).score(kind)
+    torch.testing.assert_close(found, score(kind, x, gradient))
+    assert found.dtype == torch.float64 and bool((found > 0).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_from_the_engine_s_pass_are_the_definition(kind: SaliencyScore) -> None:
+    # ReLU of what is positive is the identity: the raw activations pass unchanged.
+    x, gradient = raw(300, 5)
+    x = x.abs()
+    record = LayerStatistics.empty(5, gram=True)
+    for chunk, slope in zip(x.split(77), gradient.split(77), strict=True):
+        record.update_(*ops.activation_backward_(chunk.float(), None, slope.float(), "relu"))
+    record.finalize_(0)
+    torch.testing.assert_close(record.score(kind), score(kind, x, gradient), rtol=1e-5, atol=1e-7)
+    assert record.num_tokens == 300 and record.gram is not None
+    torch.testing.assert_close(record.gram.double(), x.T @ x, rtol=1e-5, atol=1e-5)
+    assert torch.equal(record.gram, record.gram.T)
+
+
+@given(st.sampled_from([0.25, 2.0, -4.0]), st.integers(0, 5))
+def test_scaling_laws(factor: float, seed: int) -> None:
+    x, gradient = raw(seed=seed)
+    base, scaled = statistics_of(x, gradient), statistics_of(x, factor * gradient)
+    # A power of two scales without rounding.
+    assert torch.equal(scaled.score("taylor"), abs(factor) * base.score("taylor"))
+    assert torch.equal(scaled.score("signed"), abs(factor) * base.score("signed"))
+    assert torch.equal(scaled.score("fisher"), factor**2 * base.score("fisher"))
+    for kind in KINDS:
+        # Scaling a unit up and its column down changes neither the model nor a score.
+        assert torch.equal(statistics_of(factor * x, gradient / factor).score(kind), base.score(kind))
+        # A mean: the same tokens twice weigh the same.
+        twice = statistics_of(torch.cat([x, x]), torch.cat([gradient, gradient]))
+        torch.testing.assert_close(twice.score(kind), base.score(kind))
+    # The triangle inequality, and Jensen's.
+    assert bool((base.score("signed") <= base.score("taylor") * (1 + 1e-12)).all())
+    assert bool((base.score("taylor") ** 2 <= base.score("fisher") * (1 + 1e-12)).all())
+
+
+def test_products_that_cancel_count_for_all_but_the_signed_score() -> None:
+    x, gradient = torch.tensor([[1.0], [1.0]]), torch.tensor([[2.0], [-2.0]])
+    record = statistics_of(x, gradient)
+    assert [float(record.score(kind)) for kind in KINDS] == [2.0, 4.0, 0.0]
+    assert float(statistics_of(x, -gradient.abs()).score("signed")) == 2.0
+
+
+def test_no_token_gives_no_score() -> None:
+    record = LayerStatistics.empty(3, gram=False)
+    record.update_(torch.empty(0, 3), torch.zeros(3, 3))
+    assert record.gram is None
+    assert all(torch.equal(record.score(kind), torch.zeros(3, dtype=torch.float64)) for kind in KINDS)
+
+
+def test_activations_alone_leave_the_saliency_as_it_is() -> None:
+    x, _ = raw()
+    record = LayerStatistics.empty(7, gram=True)
+    record.update_(x.float(), None)
+    assert record.num_tokens == 40 and not record.saliency.any() and record.gram is not None and record.gram.any()
+
+
+@pytest.mark.parametrize("where", ["saliency", "gram"])
+def test_sums_that_are_not_finite_are_refused_by_layer(where: str) -> None:
+    record = statistics_of(*raw())
+    record.finalize_(0)
+    assert record.gram is not None
+    if where == "saliency":
+        record.saliency[1, 2] = torch.inf
+        record.saliency[2, 5] = torch.nan
+    else:
+        record.gram[2, 2], record.gram[5, 5] = torch.nan, torch.inf
+    with pytest.raises(NumericalError, match="layer 4: expected finite sums, got 2 of 7 units"):
+        record.finalize_(4)
+
+
+@pytest.mark.parametrize("panel", [1, 3, 7, 512])
+def test_a_record_comes_back_whole_from_what_is_stored(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "PANEL_ROWS", panel)
+    x, gradient = raw()
+    record = statistics_of(x.float(), gradient.float()).finalize_(0)
+    stored = dict(record.tensors())
+    assert record.gram is not None
+    # As far as the diagonal reaches: the lower half, and what its panels have above it.
+    size = sum(t.numel() for key, t in stored.items() if key.startswith("gram"))
+    assert size == sum((min(i + panel, 7) - i) * min(i + panel, 7) for i in range(0, 7, panel))
+    back = LayerStatistics.from_tensors(stored.__getitem__, gram=True, device=torch.device("cpu"))
+    assert back.num_tokens == 40 and back.gram is not None
+    assert torch.equal(back.saliency, record.saliency) and torch.equal(back.gram, record.gram)
+    without = LayerStatistics.from_tensors(stored.__getitem__, gram=False, device=torch.device("cpu"))
+    assert without.gram is None and torch.equal(without.saliency, record.saliency)

@@ -1,0 +1,162 @@
+"""Which units stay: widths against every possible choice on small toys, and the order of units inside a layer."""
+
+import itertools
+from math import floor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minisp.errors import ConfigError
+from minisp.selection import allocate_widths, default_alignment, select, uniform_widths
+
+# Whole numbers: sums are exact in any order, and ties are common.
+POINTS = st.integers(0, 20)
+
+
+@st.composite
+def equal_steps(draw: st.DrawFn) -> tuple[list[Tensor], float, int, float]:
+    """Scores of layers whose widths are multiples of the alignment, keep, the alignment, and min_keep."""
+    alignment = draw(st.integers(1, 4))
+    steps = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    scores = [draw(st.lists(POINTS, min_size=n * alignment, max_size=n * alignment)) for n in steps]
+    total = alignment * sum(steps)
+    kept = draw(st.integers(alignment * len(steps), total))
+    return [torch.tensor(s, dtype=torch.float64) for s in scores], kept / total, alignment, draw(st.floats(0, 1))
+
+
+@st.composite
+def ragged_steps(draw: st.DrawFn) -> tuple[list[Tensor], float, int, float]:
+    """As `equal_steps`, with layers of any width: the last step of a layer may be a shorter one."""
+    alignment = draw(st.integers(1, 5))
+    scores = draw(st.lists(st.lists(POINTS, min_size=1, max_size=17), min_size=1, max_size=5))
+    return [torch.tensor(s, dtype=torch.float64) for s in scores], draw(st.floats(0.05, 1)), alignment, draw(st.floats(0, 1))
+
+
+def worth(score: Tensor, width: int) -> int:
+    """The most saliency that `width` units can have."""
+    return sum(sorted(map(int, score.tolist()), reverse=True)[:width])
+
+
+def lowest(full: int, fraction: float, alignment: int) -> int:
+    """The lower bound of a layer's width, rounded up to the alignment."""
+    return min(full, max(alignment, -(-floor(fraction * full) // alignment) * alignment))
+
+
+@settings(max_examples=200, deadline=None)
+@given(equal_steps())
+def test_widths_keep_the_most_saliency_of_all_choices(toy: tuple[list[Tensor], float, int, float]) -> None:
+    scores, keep, alignment, _ = toy
+    budget = round(keep * sum(map(len, scores)))
+    widths = allocate_widths(scores, keep, alignment=alignment, min_keep=0)
+    choices = itertools.product(*(range(alignment, len(s) + 1, alignment) for s in scores))
+    best = max(
+        sum(worth(s, w) for s, w in zip(scores, choice, strict=True)) for choice in choices if sum(choice) <= budget
+    )
+    assert sum(worth(s, w) for s, w in zip(scores, widths, strict=True)) == best
+
+
+@settings(max_examples=200, deadline=None)
+@given(equal_steps())
+def test_under_lower_bounds_too_no_choice_keeps_more(toy: tuple[list[Tensor], float, int, float]) -> None:
+    scores, keep, alignment, min_keep = toy
+    budget = round(keep * sum(map(len, scores)))
+    bounds = [lowest(len(s), min(min_keep, keep), alignment) for s in scores]
+    widths = allocate_widths(scores, keep, alignment=alignment, min_keep=min_keep)
+    if sum(bounds) > budget:
+        # No room for bounds that are rounded up: rounded down they fit.
+        bounds = [max(alignment, floor(min(min_keep, keep) * len(s)) // alignment * alignment) for s in scores]
+    choices = itertools.product(*(range(b, len(s) + 1, alignment) for s, b in zip(scores, bounds, strict=True)))
+    best = max(
+        sum(worth(s, w) for s, w in zip(scores, choice, strict=True)) for choice in choices if sum(choice) <= budget
+    )
+    assert all(width >= bound for width, bound in zip(widths, bounds, strict=True))
+    assert sum(worth(s, w) for s, w in zip(scores, widths, strict=True)) == best
+
+
+@settings(max_examples=200, deadline=None)
+@given(ragged_steps())
+def test_widths_stay_inside_the_budget_and_use_all_of_it_that_fits(toy: tuple[list[Tensor], float, int, float]) -> None:
+    scores, keep, alignment, min_keep = toy
+    full = [len(score) for score in scores]
+    budget = floor(keep * sum(full) + 1e-9)
+    smallest = sum(min(m, alignment) for m in full)
+    if smallest > budget:
+        with pytest.raises(ConfigError, match=f"at most {budget} kept units .* at least {smallest} "):
+            allocate_widths(scores, keep, alignment=alignment, min_keep=min_keep)
+        return
+    widths = allocate_widths(scores, keep, alignment=alignment, min_keep=min_keep)
+    assert sum(widths) <= budget
+    for width, m in zip(widths, full, strict=True):
+        assert width == m or (0 < width < m and width % alignment == 0)
+        # The next step of any layer would not fit.
+        assert width == m or sum(widths) - width + min(m, width + alignment) > budget
+
+
+@given(st.integers(1, 300), st.data())
+def test_a_budget_is_not_rounded_below_a_whole_number_of_units(total: int, data: st.DataObject) -> None:
+    kept = data.draw(st.integers(1, total))
+    # (kept / total) · total can be a hair below `kept`, as for 1 of 49.
+    assert allocate_widths([torch.ones(total)], kept / total, alignment=1, min_keep=0) == [kept]
+    assert uniform_widths([total, total], kept / total, alignment=1) == [kept, kept]
+
+
+def test_a_step_that_no_longer_fits_is_passed_over_for_a_smaller_one() -> None:
+    # The last steps: 4 units worth 9 each, which do not fit any more, and 2 units worth 1 each, which do.
+    scores = [torch.full((8,), 9.0), torch.ones(6)]
+    assert allocate_widths(scores, 10 / 14, alignment=4, min_keep=0) == [4, 6]
+
+
+def test_the_budget_goes_where_the_saliency_is() -> None:
+    poor, rich = torch.full((40,), 1.0), torch.full((40,), 2.0)
+    assert allocate_widths([poor, rich], 0.5, alignment=4, min_keep=0) == [4, 36]
+    assert allocate_widths([rich, poor], 0.5, alignment=4, min_keep=0.25) == [28, 12]
+    # A bound above keep is keep.
+    assert allocate_widths([rich, poor], 0.5, alignment=4, min_keep=0.9) == [20, 20]
+
+
+@pytest.mark.parametrize(
+    ("width", "alignment"), [(1, 1), (63, 1), (64, 2), (1536, 32), (4095, 64), (4096, 128), (28672, 128)]
+)
+def test_the_default_alignment_is_a_32nd_of_the_width(width: int, alignment: int) -> None:
+    assert default_alignment(width) == alignment
+
+
+def test_uniform_widths() -> None:
+    assert uniform_widths([48, 48], 0.7, alignment=8) == [32, 32]
+    assert uniform_widths([50, 50, 50], 1.0, alignment=8) == [50, 50, 50]
+    with pytest.raises(ConfigError, match="from 40 to 48"):
+        uniform_widths([40, 48], 0.5, alignment=8)
+    with pytest.raises(ConfigError, match=r"at least 8 units .* keep=0.1 of 48"):
+        uniform_widths([48, 48], 0.1, alignment=8)
+
+
+@given(st.lists(st.tuples(st.lists(POINTS, min_size=1, max_size=12), st.data()), min_size=1, max_size=3))
+def test_the_most_salient_units_stay_and_of_equal_ones_the_first(layers: list[tuple[list[int], st.DataObject]]) -> None:
+    scores = [points for points, _ in layers]
+    widths = [data.draw(st.integers(0, len(points))) for points, data in layers]
+    found = select([torch.tensor(points, dtype=torch.float64) for points in scores], widths)
+    for kept, points, width in zip(found, scores, widths, strict=True):
+        ranked = sorted(range(len(points)), key=lambda unit: (-points[unit], unit))  # noqa: B023
+        assert kept.tolist() == sorted(ranked[:width])
+        assert kept.dtype == torch.int64 and kept.device.type == "cpu"
+
+
+@given(st.lists(st.integers(-1000, 1000), min_size=1, max_size=12, unique=True), st.data())
+def test_permuting_units_permutes_what_stays(points: list[int], data: st.DataObject) -> None:
+    score = torch.tensor(points, dtype=torch.float64)
+    order = torch.tensor(data.draw(st.permutations(range(len(points)))))
+    width = data.draw(st.integers(1, len(points)))
+    ((kept,), (permuted,)) = select([score], [width]), select([score[order]], [width])
+    assert sorted(order[permuted].tolist()) == kept.tolist()
+    # A unit that becomes more salient never loses its place.
+    raised = score.clone()
+    raised[kept[0]] += 2000
+    assert int(kept[0]) in select([raised], [width])[0].tolist()
+
+
+def test_scores_and_widths_are_as_many() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        select([torch.ones(3), torch.ones(3)], [2])
