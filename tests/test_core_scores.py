@@ -10,7 +10,7 @@ from minisp import ops, statistics
 from minisp.config import SaliencyScore
 from minisp.errors import NumericalError
 from minisp.statistics import LayerStatistics
-from tests.toys import score, statistics_of
+from tests.toys import score, statistics_of, toy_examples
 
 KINDS: tuple[SaliencyScore, ...] = ("taylor", "fisher", "signed")
 
@@ -45,6 +45,7 @@ def test_scores_from_the_engine_s_pass_are_the_definition(kind: SaliencyScore) -
     assert torch.equal(record.gram, record.gram.T)
 
 
+@toy_examples
 @given(st.sampled_from([0.25, 2.0, -4.0]), st.integers(0, 5))
 def test_scaling_laws(factor: float, seed: int) -> None:
     x, gradient = raw(seed=seed)

@@ -5,12 +5,13 @@ from math import floor
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from minisp.errors import ConfigError
 from minisp.selection import allocate_widths, default_alignment, select, uniform_widths
+from tests.toys import toy_examples
 
 # Whole numbers: sums are exact in any order, and ties are common.
 POINTS = st.integers(0, 20)
@@ -32,7 +33,12 @@ def ragged_steps(draw: st.DrawFn) -> tuple[list[Tensor], float, int, float]:
     """As `equal_steps`, with layers of any width: the last step of a layer may be a shorter one."""
     alignment = draw(st.integers(1, 5))
     scores = draw(st.lists(st.lists(POINTS, min_size=1, max_size=17), min_size=1, max_size=5))
-    return [torch.tensor(s, dtype=torch.float64) for s in scores], draw(st.floats(0.05, 1)), alignment, draw(st.floats(0, 1))
+    return (
+        [torch.tensor(s, dtype=torch.float64) for s in scores],
+        draw(st.floats(0.05, 1)),
+        alignment,
+        draw(st.floats(0, 1)),
+    )
 
 
 def worth(score: Tensor, width: int) -> int:
@@ -40,61 +46,61 @@ def worth(score: Tensor, width: int) -> int:
     return sum(sorted(map(int, score.tolist()), reverse=True)[:width])
 
 
-def lowest(full: int, fraction: float, alignment: int) -> int:
-    """The lower bound of a layer's width, rounded up to the alignment."""
-    return min(full, max(alignment, -(-floor(fraction * full) // alignment) * alignment))
+def lower_bounds(scores: list[Tensor], keep: float, alignment: int, min_keep: float, budget: int) -> list[int]:
+    """Of every layer's width: rounded up to the alignment where all of them fit, else down, to a step at least."""
+    shares = [floor(min(min_keep, keep) * len(score)) for score in scores]
+    up = [
+        min(len(score), max(1, -(-share // alignment)) * alignment) for score, share in zip(scores, shares, strict=True)
+    ]
+    if sum(up) <= budget:
+        return up
+    return [
+        min(len(score), max(1, share // alignment) * alignment) for score, share in zip(scores, shares, strict=True)
+    ]
 
 
-@settings(max_examples=200, deadline=None)
-@given(equal_steps())
-def test_widths_keep_the_most_saliency_of_all_choices(toy: tuple[list[Tensor], float, int, float]) -> None:
-    scores, keep, alignment, _ = toy
-    budget = round(keep * sum(map(len, scores)))
-    widths = allocate_widths(scores, keep, alignment=alignment, min_keep=0)
-    choices = itertools.product(*(range(alignment, len(s) + 1, alignment) for s in scores))
-    best = max(
+def most(scores: list[Tensor], bounds: list[int], alignment: int, budget: int) -> int:
+    """The most saliency of any choice of aligned widths inside the budget, found by trying all of them."""
+    choices = itertools.product(*(range(b, len(s) + 1, alignment) for s, b in zip(scores, bounds, strict=True)))
+    return max(
         sum(worth(s, w) for s, w in zip(scores, choice, strict=True)) for choice in choices if sum(choice) <= budget
     )
-    assert sum(worth(s, w) for s, w in zip(scores, widths, strict=True)) == best
 
 
-@settings(max_examples=200, deadline=None)
+@toy_examples
 @given(equal_steps())
-def test_under_lower_bounds_too_no_choice_keeps_more(toy: tuple[list[Tensor], float, int, float]) -> None:
+def test_no_choice_of_widths_keeps_more_saliency(toy: tuple[list[Tensor], float, int, float]) -> None:
     scores, keep, alignment, min_keep = toy
     budget = round(keep * sum(map(len, scores)))
-    bounds = [lowest(len(s), min(min_keep, keep), alignment) for s in scores]
-    widths = allocate_widths(scores, keep, alignment=alignment, min_keep=min_keep)
-    if sum(bounds) > budget:
-        # No room for bounds that are rounded up: rounded down they fit.
-        bounds = [max(alignment, floor(min(min_keep, keep) * len(s)) // alignment * alignment) for s in scores]
-    choices = itertools.product(*(range(b, len(s) + 1, alignment) for s, b in zip(scores, bounds, strict=True)))
-    best = max(
-        sum(worth(s, w) for s, w in zip(scores, choice, strict=True)) for choice in choices if sum(choice) <= budget
-    )
-    assert all(width >= bound for width, bound in zip(widths, bounds, strict=True))
-    assert sum(worth(s, w) for s, w in zip(scores, widths, strict=True)) == best
+    for bound in (0.0, min_keep):
+        bounds = lower_bounds(scores, keep, alignment, bound, budget)
+        widths = allocate_widths(scores, keep, alignment=alignment, min_keep=bound)
+        assert all(width >= lowest for width, lowest in zip(widths, bounds, strict=True))
+        kept = sum(worth(s, w) for s, w in zip(scores, widths, strict=True))
+        assert kept == most(scores, bounds, alignment, budget)
 
 
-@settings(max_examples=200, deadline=None)
+@toy_examples
 @given(ragged_steps())
 def test_widths_stay_inside_the_budget_and_use_all_of_it_that_fits(toy: tuple[list[Tensor], float, int, float]) -> None:
     scores, keep, alignment, min_keep = toy
     full = [len(score) for score in scores]
     budget = floor(keep * sum(full) + 1e-9)
-    smallest = sum(min(m, alignment) for m in full)
-    if smallest > budget:
-        with pytest.raises(ConfigError, match=f"at most {budget} kept units .* at least {smallest} "):
+    smallest = lower_bounds(scores, keep, alignment, min_keep, budget)
+    if sum(smallest) > budget:
+        with pytest.raises(ConfigError, match=f"at most {budget} kept units .* at least {sum(smallest)} "):
             allocate_widths(scores, keep, alignment=alignment, min_keep=min_keep)
         return
     widths = allocate_widths(scores, keep, alignment=alignment, min_keep=min_keep)
     assert sum(widths) <= budget
-    for width, m in zip(widths, full, strict=True):
+    for width, m, lowest in zip(widths, full, smallest, strict=True):
+        assert width >= lowest
         assert width == m or (0 < width < m and width % alignment == 0)
         # The next step of any layer would not fit.
         assert width == m or sum(widths) - width + min(m, width + alignment) > budget
 
 
+@toy_examples
 @given(st.integers(1, 300), st.data())
 def test_a_budget_is_not_rounded_below_a_whole_number_of_units(total: int, data: st.DataObject) -> None:
     kept = data.draw(st.integers(1, total))
@@ -133,17 +139,19 @@ def test_uniform_widths() -> None:
         uniform_widths([48, 48], 0.1, alignment=8)
 
 
+@toy_examples
 @given(st.lists(st.tuples(st.lists(POINTS, min_size=1, max_size=12), st.data()), min_size=1, max_size=3))
 def test_the_most_salient_units_stay_and_of_equal_ones_the_first(layers: list[tuple[list[int], st.DataObject]]) -> None:
     scores = [points for points, _ in layers]
     widths = [data.draw(st.integers(0, len(points))) for points, data in layers]
     found = select([torch.tensor(points, dtype=torch.float64) for points in scores], widths)
     for kept, points, width in zip(found, scores, widths, strict=True):
-        ranked = sorted(range(len(points)), key=lambda unit: (-points[unit], unit))  # noqa: B023
+        ranked = sorted(range(len(points)), key=lambda unit: (-points[unit], unit))
         assert kept.tolist() == sorted(ranked[:width])
         assert kept.dtype == torch.int64 and kept.device.type == "cpu"
 
 
+@toy_examples
 @given(st.lists(st.integers(-1000, 1000), min_size=1, max_size=12, unique=True), st.data())
 def test_permuting_units_permutes_what_stays(points: list[int], data: st.DataObject) -> None:
     score = torch.tensor(points, dtype=torch.float64)

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 
 from minisp.labels import label_numbers
 from minisp.statistics import LayerStatistics
 from tests.models import VOCABULARY
+
+# Always the same examples, and no time limit: a slow machine is no failure.
+toy_examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 _LLAMA = {"mlp.gate_proj.weight": 0, "mlp.up_proj.weight": 0, "mlp.down_proj.weight": 1}
 # Parameter of a layer → the axis that runs over units, written down by hand; the down projection is the last.
@@ -56,7 +60,7 @@ def statistics_of(x: Tensor, gradient: Tensor) -> LayerStatistics:
 
 
 def least_squares(x: Tensor, target: Tensor, mu: float, origin: Tensor) -> Tensor:
-    """argmin_W ‖x Wᵀ − target‖² + μ‖W − origin‖² for x (T, n), target (T, d), origin (d, n), damping as rows of data."""
+    """argmin_W ‖x Wᵀ − target‖² + μ‖W − origin‖²: x (T, n), target (T, d), origin (d, n); damping as rows of data."""
     rows = torch.cat([x, mu**0.5 * torch.eye(x.shape[1], dtype=x.dtype)])
     solution: Tensor = torch.linalg.lstsq(rows, torch.cat([target, mu**0.5 * origin.T]), driver="gelsd").solution.T
     return solution

@@ -1,0 +1,156 @@
+"""Cutting a layer: what every parameter of every family becomes, against tables written down by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from minisp.architecture import (
+    WIDTHS_KEY,
+    architecture_of,
+    cut_,
+    layer_widths,
+    mlp_weights,
+    other_down,
+    record_widths_,
+    resize_,
+    unit_axes,
+)
+from minisp.errors import UnsupportedModelError
+from tests.models import HIDDEN, LAYERS, MODEL_TYPES, VOCABULARY, WIDTH, tiny_model
+from tests.toys import UNIT_AXES, down_of, layers_of
+
+KEPT = torch.tensor([1, 2, 5, 17, 40, 47])
+# The families, and the one of them whose MLPs may have biases everywhere.
+MODELS = [*((name, {}) for name in MODEL_TYPES), ("llama", {"mlp_bias": True})]
+BIASED = {"mlp.gate_proj.bias": 0, "mlp.up_proj.bias": 0}
+
+
+def axes_of(model_type: str, overrides: dict[str, Any]) -> dict[str, int]:
+    return {**(BIASED if overrides else {}), **UNIT_AXES[model_type]}
+
+
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(2, 2 + 24).view(2, 12) % VOCABULARY
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=ids).logits
+    return found
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), MODELS)
+def test_a_cut_layer_has_the_kept_units_and_the_new_columns(model_type: str, overrides: dict[str, Any]) -> None:
+    model, whole = tiny_model(model_type, **overrides), tiny_model(model_type, **overrides)
+    row, axes = architecture_of(model.config), axes_of(model_type, overrides)
+    new = torch.randn(HIDDEN, len(KEPT), dtype=torch.float64)
+    layer, before = layers_of(model)[1], dict(layers_of(whole)[1].named_parameters())
+    assert unit_axes(layer, row) == axes
+    cut_(layer, row, KEPT, new)
+    down = list(UNIT_AXES[model_type])[-1]
+    for name, parameter in layer.named_parameters():
+        if name == down:
+            wanted = new.float() if axes[name] == 1 else new.float().T
+        else:
+            wanted = before[name][tuple([slice(None)] * axes[name] + [KEPT])] if name in axes else before[name]
+        assert torch.equal(parameter, wanted) and parameter.is_contiguous(), name
+        assert parameter.requires_grad and parameter.dtype == torch.float32
+    assert torch.equal(down_of(model, 1), new.float())
+    assert layer_widths(model, row) == [WIDTH, len(KEPT), WIDTH]
+    # The modules know their sizes.
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            assert (module.out_features, module.in_features) == module.weight.shape
+        elif isinstance(module, Conv1D):
+            assert (module.nx, module.nf) == module.weight.shape
+    for other in (0, 2):
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(layers_of(model)[other].parameters(), layers_of(whole)[other].parameters(), strict=True)
+        )
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), MODELS)
+def test_a_cut_model_computes_what_zero_columns_compute(model_type: str, overrides: dict[str, Any]) -> None:
+    model, masked = (tiny_model(model_type, **overrides).double() for _ in range(2))
+    row = architecture_of(model.config)
+    for layer in range(LAYERS):
+        gone = torch.ones(WIDTH, dtype=torch.bool).index_fill(0, KEPT, False)
+        cut_(layers_of(model)[layer], row, KEPT, down_of(model, layer)[:, KEPT])
+        down_of(masked, layer)[:, gone] = 0
+    torch.testing.assert_close(logits(model), logits(masked))
+    assert float((logits(model) - logits(tiny_model(model_type, **overrides).double())).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_another_down_projection_is_there_for_a_block_only(model_type: str) -> None:
+    model = tiny_model(model_type)
+    row, layer = architecture_of(model.config), layers_of(model)[1]
+    before, new = down_of(model, 1).clone(), torch.randn(HIDDEN, WIDTH, dtype=torch.float64)
+    dense = logits(model)
+    with other_down(layer, row, new):
+        assert torch.equal(down_of(model, 1), new.float()) and torch.equal(mlp_weights(layer, row).down, new.float())
+        assert float((logits(model) - dense).abs().max()) > 0.1
+    assert torch.equal(down_of(model, 1), before) and torch.equal(logits(model), dense)
+    with pytest.raises(KeyError), other_down(layer, row, new):
+        raise KeyError
+    assert torch.equal(down_of(model, 1), before)
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), MODELS)
+def test_the_tensors_of_an_mlp_are_what_it_computes_with(model_type: str, overrides: dict[str, Any]) -> None:
+    model = tiny_model(model_type, **overrides)
+    row, layer = architecture_of(model.config), layers_of(model)[0]
+    weights = mlp_weights(layer, row)
+    assert weights.up.shape == (WIDTH, HIDDEN) and weights.down.shape == (HIDDEN, WIDTH)
+    assert (weights.gate is None) == (model_type in ("opt", "gpt2"))
+    down_bias = layer.state_dict().get(f"{row.down}.bias")
+    assert (weights.down_bias is None) == (down_bias is None)
+    # An input of zeros leaves the biases alone.
+    up = layer.get_submodule(row.up)
+    assert (weights.up_bias is None) == (model_type not in ("opt", "gpt2") and not overrides)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            up(torch.eye(HIDDEN)), weights.up.T + (0 if weights.up_bias is None else weights.up_bias)
+        )
+        if weights.gate is not None:
+            gate_bias = 0 if weights.gate_bias is None else weights.gate_bias
+            torch.testing.assert_close(layer.mlp.gate_proj(torch.eye(HIDDEN)), weights.gate.T + gate_bias)
+        down = layer.get_submodule(row.down)
+        torch.testing.assert_close(down(torch.eye(WIDTH)), weights.down.T + (0 if down_bias is None else down_bias))
+
+
+@pytest.mark.parametrize(("model_type", "overrides"), MODELS)
+def test_a_resized_model_has_other_widths_and_nothing_else(model_type: str, overrides: dict[str, Any]) -> None:
+    model, axes = tiny_model(model_type, **overrides), axes_of(model_type, overrides)
+    row, widths = architecture_of(model.config), [7, WIDTH, 1]
+    before = [{name: p.shape for name, p in layer.named_parameters()} for layer in layers_of(model)]
+    resize_(model, row, widths)
+    assert layer_widths(model, row) == widths
+    for layer, shapes, width in zip(layers_of(model), before, widths, strict=True):
+        for name, parameter in layer.named_parameters():
+            wanted = list(shapes[name])
+            if name in axes:
+                wanted[axes[name]] = width
+            assert list(parameter.shape) == wanted, name
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_widths_in_the_config_are_a_number_or_a_list(model_type: str) -> None:
+    model = tiny_model(model_type)
+    row = architecture_of(model.config)
+    key = {"opt": "ffn_dim", "gpt2": "n_inner"}.get(model_type, "intermediate_size")
+    record_widths_(model, row, [40, 40, 40])
+    assert getattr(model.config, key) == 40 and not hasattr(model.config, WIDTHS_KEY)
+    record_widths_(model, row, [40, 16, 44])
+    assert getattr(model.config, key) == 44 and getattr(model.config, WIDTHS_KEY) == [40, 16, 44]
+
+
+def test_unknown_families_and_activations_are_refused() -> None:
+    config = tiny_model("llama").config
+    config.hidden_act = "tanh"
+    with pytest.raises(UnsupportedModelError, match="got 'tanh'"):
+        architecture_of(config)
+    config.model_type = "mamba"
+    with pytest.raises(UnsupportedModelError, match=r"gpt2, llama, .* got 'mamba'"):
+        architecture_of(config)
