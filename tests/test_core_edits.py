@@ -22,6 +22,8 @@ from minisp.errors import UnsupportedModelError
 from tests.models import HIDDEN, LAYERS, MODEL_TYPES, VOCABULARY, WIDTH, tiny_model
 from tests.toys import UNIT_AXES, down_of, layers_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KEPT = torch.tensor([1, 2, 5, 17, 40, 47])
 # The families, and the one of them whose MLPs may have biases everywhere.
 MODELS = [*((name, {}) for name in MODEL_TYPES), ("llama", {"mlp_bias": True})]

@@ -14,6 +14,8 @@ from minisp.reconstruction import Reconstruction, correct, reconstruct
 from minisp.statistics import LayerStatistics
 from tests.toys import least_squares, statistics_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENS, WIDTH, HIDDEN = 60, 12, 5
 KEPT = torch.tensor([0, 2, 3, 7, 8, 11])
 

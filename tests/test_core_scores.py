@@ -12,6 +12,8 @@ from minisp.errors import NumericalError
 from minisp.statistics import LayerStatistics
 from tests.toys import score, statistics_of, toy_examples
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS: tuple[SaliencyScore, ...] = ("taylor", "fisher", "signed")
 
 

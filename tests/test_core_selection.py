@@ -13,6 +13,8 @@ from minisp.errors import ConfigError
 from minisp.selection import allocate_widths, default_alignment, select, uniform_widths
 from tests.toys import toy_examples
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Whole numbers: sums are exact in any order, and ties are common.
 POINTS = st.integers(0, 20)
 
