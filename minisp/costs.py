@@ -29,7 +29,9 @@ def sweep_flops(model: CausalLM, config: MinifyConfig, num_segments: int, layout
         total += heals * (2 * inside * (2 + config.keep) + config.keep**2 * gram)
         total += heals * 2 * config.keep * sum(widths) * model.config.hidden_size
     if config.measures:
-        total += trial_tokens(tokens, len(layers)) * len(layers) * (inside + head)
+        # At layer l run the trials of the l layers below, its own and the dense model: L(L + 3)/2 layers in all.
+        # The head takes every second token of all trials and of the dense model.
+        total += trial_tokens(tokens, len(layers)) * ((len(layers) + 3) * inside + (len(layers) + 1) * head)
     return float(total)
 
 

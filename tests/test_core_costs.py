@@ -1,6 +1,5 @@
 """The planned floating-point operations against those that torch carries out, counted in a whole run."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,15 +9,14 @@ from torch.utils.flop_counter import flop_registry
 
 from minisp import fast, portable
 from minisp.report import MinifyReport
-from minisp.stream import Stream
 from tests.models import tiny_model
 from tests.toys import windows
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+# What a run says about few tokens does not matter here.
+FEW = "ignore:.* calibration tokens are few:UserWarning"
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(FEW)]
 # Wide enough for norms and the last token of a window, which no plan counts, to be within a few per cent.
 LAYERS, HIDDEN, WIDTH, VOCABULARY, WINDOWS, LENGTH = 4, 64, 192, 512, 6, 48
-TOKENS = WINDOWS * LENGTH
-ATTENTION = 3 * HIDDEN * HIDDEN
 GRAM_TILE = 8
 SHAPE: dict[str, Any] = {
     "hidden_size": HIDDEN,
@@ -62,3 +60,38 @@ def counted(**options: Any) -> tuple[int, MinifyReport]:
     with Products() as products:
         report = fast.minify(model, calibration=ids, alignment=4, batch=2, **options)
     return products.flops, report
+
+
+@pytest.mark.parametrize("segment", [1, 2, LAYERS])
+def test_the_sweep_s_forward_backward_and_gram_matrices(segment: int) -> None:
+    flops, report = counted(keep=1.0, inputs="dense", allocation="score", segment=segment)
+    assert len(report.plan.segments) == LAYERS // segment
+    # One per cent is less than any part of it: recomputing, head, Gram matrices.
+    assert flops == pytest.approx(report.plan.flops, rel=0.01)
+    assert report.plan.solve_flops == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"inputs": "pruned", "allocation": "score"}, 0.05),
+        ({"inputs": "both", "allocation": "score"}, 0.1),
+        ({"inputs": "dense", "allocation": "measured"}, 0.05),
+    ],
+)
+def test_what_else_runs(options: dict[str, Any], tolerance: float) -> None:
+    """The heal sweep's passes, Gram matrices and cross products, and the trial cuts.
+
+    A plan takes a cut layer for `keep` of a layer, attention included, and adds up whole passes only.
+    """
+    swept, base = counted(keep=0.5, inputs="dense", allocation="score")
+    flops, report = counted(keep=0.5, **options)
+    planned = report.plan.flops - base.plan.flops
+    if options["inputs"] == "pruned":
+        # Its Gram matrices are the heal sweep's instead of the saliency sweep's.
+        assert flops - swept == pytest.approx(planned, rel=tolerance)
+    else:
+        # Refits of trial cuts are solves.
+        solves = report.plan.solve_flops - base.plan.solve_flops
+        assert planned * (1 - tolerance) < flops - swept < (planned + solves) * (1 + tolerance)
+    assert planned > 0.4 * base.plan.flops

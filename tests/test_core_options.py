@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from minisp import fast
+from minisp.allocation import measure_ratios
 from minisp.config import MinifyConfig
 from minisp.damping import DECADES
 from minisp.model import frozen
@@ -98,9 +99,7 @@ def trial(dense: list[Passed], layer: int) -> tuple[float, float]:
     return float((p.exp() * (p - q)).sum(-1).mean()), float(scores[gone].sum())
 
 
-def test_measured_widths_follow_trial_cuts(dense: list[Passed], default: tuple[Any, MinifyReport]) -> None:
-    from minisp.allocation import measure_ratios
-
+def test_measured_widths_follow_trial_cuts(dense: list[Passed]) -> None:
     scores = [score("fisher", layer.x, layer.gradient) for layer in dense]
     wanted = [kl / removed for kl, removed in (trial(dense, layer) for layer in range(LAYERS))]
     model, work = tiny_model("llama"), Workplace.in_memory()
@@ -111,11 +110,11 @@ def test_measured_widths_follow_trial_cuts(dense: list[Passed], default: tuple[A
     assert found == pytest.approx(wanted, rel=1e-3)
     assert max(wanted) > 1.1 * min(wanted)
     # A run takes them, and allocation by score alone does not.
-    by_score = run(allocation="score")[1]
+    measured, by_score = (run(allocation=name, alignment=1)[1] for name in ("measured", "score"))
     scaled = [s * ratio for s, ratio in zip(scores, wanted, strict=True)]
-    assert widths_of(default[1]) == allocate_widths(scaled, KEEP, alignment=4, min_keep=0.1)
-    assert widths_of(by_score) == allocate_widths(scores, KEEP, alignment=4, min_keep=0.1)
-    assert widths_of(by_score) != widths_of(default[1])
+    assert widths_of(measured) == allocate_widths(scaled, KEEP, alignment=1, min_keep=0.1)
+    assert widths_of(by_score) == allocate_widths(scores, KEEP, alignment=1, min_keep=0.1)
+    assert widths_of(by_score) != widths_of(measured)
 
 
 @pytest.mark.parametrize("shrink_to", ["original", "zero"])

@@ -1,4 +1,4 @@
-"""Refit, drift correction and the choice of damping, against least squares in float64 that knows no normal equations."""
+"""Refit, drift correction and the choice of damping, against least squares in float64 without normal equations."""
 
 from dataclasses import replace
 from typing import Any
@@ -173,7 +173,7 @@ def test_a_failure_names_the_layer(damping: float | str) -> None:
     statistics = sums(x)
     assert statistics.gram is not None
     statistics.gram[0, 2] = statistics.gram[2, 0] = torch.nan
-    with pytest.raises(NumericalError, match="^Layer 3: "):
+    with pytest.raises(NumericalError, match=r"^Layer 3: "):
         reconstruct(3, statistics, KEPT, weight, MinifyConfig(damping=damping))  # type: ignore[arg-type]
 
 
@@ -185,7 +185,7 @@ def test_a_layer_without_output_has_no_residual() -> None:
 
 
 def drifted(damping: float, seed: int = 0) -> tuple[Reconstruction, Reconstruction, Tensor, Tensor]:
-    """The result before and after its correction, the kept activations (T, n), and the drift (T, d) behind the layer."""
+    """The result before and after its correction, the kept activations (T, n), and the drift (T, d)."""
     x, weight = layer(seed=seed)
     before, seen = refitted(x, weight), x[:, KEPT]
     generator = torch.Generator().manual_seed(seed + 1)
@@ -233,7 +233,7 @@ def test_a_failed_correction_names_the_layer() -> None:
     n = len(KEPT)
     gram = torch.eye(n, dtype=torch.float64)
     gram[1, 0] = gram[0, 1] = torch.nan
-    with pytest.raises(NumericalError, match="^Layer 3, correction: "):
+    with pytest.raises(NumericalError, match=r"^Layer 3, correction: "):
         correct(before, gram, torch.ones(HIDDEN, n, dtype=torch.float64), 1.0, MinifyConfig())
 
 
