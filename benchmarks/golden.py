@@ -50,7 +50,7 @@ def digests(source: Path, vocabulary: int, options: dict[str, Any]) -> dict[str,
 
 
 def all_digests(model_types: tuple[str, ...] = MODEL_TYPES, model: Path | None = None) -> dict[str, str]:
-    """"model recipe file" → SHA-256, for the tiny models and, where given, the checkpoint in `model`."""
+    """ "model recipe file" → SHA-256, for the tiny models and, where given, the checkpoint in `model`."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         sources = {name: save_checkpoint(Path(folder) / name, tiny_model(name)) for name in model_types}

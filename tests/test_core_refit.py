@@ -138,6 +138,7 @@ def test_damping_is_chosen_by_the_cross_validated_error(tokens: int, shrink_to: 
     sliced = x @ weight.T - x[:, KEPT] @ weight[:, KEPT].T
     curve = dict(result.damping_curve)
     assert set(DECADES) < set(curve) and len(curve) == len(DECADES) + 2
+    assert list(curve) == sorted(curve)
     for damping, error in curve.items():
         mu = damping * float(x.square().sum(0).mean())
         fixed = refitted(x, weight, damping=damping, shrink_to=shrink_to)
@@ -165,6 +166,25 @@ def test_fewer_tokens_ask_for_more_damping() -> None:
         x[:, 1] += 0.3 * x[:, 0]
         chosen.append(refitted(x, torch.ones(HIDDEN, WIDTH, dtype=torch.float64), damping="auto").damping)
     assert chosen[0] > chosen[1]
+
+
+def test_a_fit_with_a_parameter_for_every_token_is_never_chosen() -> None:
+    x, weight = layer()
+    statistics = sums(x)
+    # As if five tokens had made these sums: the six kept units could fit any of them.
+    statistics.num_tokens = 5
+    result = reconstruct(3, statistics, KEPT, weight, MinifyConfig(damping="auto"))
+    curve = dict(result.damping_curve)
+    assert curve[min(DECADES)] == float("inf") and curve[result.damping] < float("inf")
+
+
+def test_where_slicing_loses_nothing_no_damping_is_tried() -> None:
+    x, weight = layer()
+    x[:, [1, 4]] = 0
+    kept = torch.tensor([unit for unit in range(WIDTH) if unit not in (1, 4)])
+    result = refitted(x, weight, kept, damping="auto")
+    assert result.damping_curve == () and result.down is not None
+    assert torch.equal(result.down, weight[:, kept])
 
 
 @pytest.mark.parametrize("damping", [0.05, "auto"])

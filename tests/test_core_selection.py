@@ -102,13 +102,28 @@ def test_widths_stay_inside_the_budget_and_use_all_of_it_that_fits(toy: tuple[li
         assert width == m or sum(widths) - width + min(m, width + alignment) > budget
 
 
-@toy_examples
-@given(st.integers(1, 300), st.data())
-def test_a_budget_is_not_rounded_below_a_whole_number_of_units(total: int, data: st.DataObject) -> None:
-    kept = data.draw(st.integers(1, total))
-    # (kept / total) · total can be a hair below `kept`, as for 1 of 49.
-    assert allocate_widths([torch.ones(total)], kept / total, alignment=1, min_keep=0) == [kept]
-    assert uniform_widths([total, total], kept / total, alignment=1) == [kept, kept]
+@pytest.mark.parametrize("total", [49, 100])
+def test_a_budget_is_not_rounded_below_a_whole_number_of_units(total: int) -> None:
+    for kept in range(1, total + 1):
+        # (kept / total) · total can be a hair below `kept`, as for 1 of 49.
+        assert allocate_widths([torch.ones(total)], kept / total, alignment=1, min_keep=0) == [kept]
+        assert uniform_widths([total, total], kept / total, alignment=1) == [kept, kept]
+
+
+def test_steps_are_compared_by_saliency_per_unit() -> None:
+    # The next steps: 2 units worth 9 each, and 4 units worth 5 each.
+    scores = [torch.tensor([20.0] * 4 + [9.0] * 2), torch.tensor([20.0] * 4 + [5.0] * 4)]
+    assert allocate_widths(scores, 12 / 14, alignment=4, min_keep=0) == [6, 4]
+    # A shorter step takes no more of the budget than it has units.
+    assert allocate_widths([torch.full((6,), 9.0), torch.ones(6)], 1.0, alignment=4, min_keep=0) == [6, 6]
+
+
+def test_a_bound_above_keep_is_rounded_up_where_keep_has_room() -> None:
+    # Half of 5, 5, 5 and 7 units are 2, 2, 2 and 3, rounded up 4; together 10 of the 11 that may stay.
+    scores = [*(torch.full((5,), 9.0) for _ in range(3)), torch.ones(7)]
+    assert allocate_widths(scores, 0.5, alignment=2, min_keep=1.0) == [2, 2, 2, 4]
+    # Without a bound, the budget goes to the others.
+    assert allocate_widths(scores, 0.5, alignment=2, min_keep=0) == [5, 2, 2, 2]
 
 
 def test_a_step_that_no_longer_fits_is_passed_over_for_a_smaller_one() -> None:
