@@ -5,10 +5,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from minisp import reference
 from minisp.architecture import (
+    ACTIVATIONS,
     WIDTHS_KEY,
+    activation_kind,
     architecture_of,
     cut_,
     layer_widths,
@@ -146,6 +150,15 @@ def test_widths_in_the_config_are_a_number_or_a_list(model_type: str) -> None:
     assert getattr(model.config, key) == 40 and not hasattr(model.config, WIDTHS_KEY)
     record_widths_(model, row, [40, 16, 44])
     assert getattr(model.config, key) == 44 and getattr(model.config, WIDTHS_KEY) == [40, 16, 44]
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_an_activation_is_transformers_own(name: str) -> None:
+    config = tiny_model("llama", hidden_act=name).config
+    z = torch.linspace(-6, 6, 101, dtype=torch.float64)
+    found = reference.activation(z, None, activation_kind(config, architecture_of(config)))
+    # The exact and the approximate GELU differ by up to 5e-4.
+    torch.testing.assert_close(found, ACT2FN[name](z), rtol=0, atol=1e-6)
 
 
 def test_unknown_families_and_activations_are_refused() -> None:
