@@ -2,8 +2,8 @@
 
 Shapes: T tokens, m width. G is symmetric, so only the square tiles on and below the diagonal are computed: half the
 work of a GEMM. What lies above the diagonal keeps its value until `mirror_`, which overwrites it. Kernel, numerics
-(how float32 is multiplied) and split-K are those of `cross`, with X on both sides. Wide 16-bit matrices go to `gram_tma`
-on sm_90 and sm_100.
+(how float32 is multiplied) and split-K are those of `cross`, with X on both sides. Wide 16-bit matrices go to
+`gram_tma` on sm_90 and sm_100.
 """
 
 import torch

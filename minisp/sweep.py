@@ -117,7 +117,11 @@ def _run_forward(
 
 
 def head_tokens(hidden: int) -> int:
-    """Tokens that a streamed head takes at once: d of them need 44·d² bytes, less than the Gram matrix of 3.4·d units."""
+    """Tokens that a streamed head takes at once: d of them need 44·d² bytes, less than the Gram matrix of 3.4·d units.
+
+    Args:
+        hidden: d, the hidden size.
+    """
     return max(HEAD_TOKENS, hidden)
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from minisp import fast, labels
+from minisp import fast
 from minisp.errors import NumericalError
-from minisp.labels import draw_labels, label_numbers
+from minisp.labels import DRAWN_ELEMENTS, draw_labels, label_numbers
 from minisp.stream import Stream
 from tests.counting import Counted
 from tests.models import tiny_model
@@ -27,12 +27,12 @@ def test_the_largest_number_draws_a_token_that_exists() -> None:
 
 
 def test_the_host_waits_once_for_many_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(labels.DRAWN_ELEMENTS, "cpu", 4 * 50)
+    monkeypatch.setitem(DRAWN_ELEMENTS, "cpu", 4 * 50)
     logits, numbers = torch.randn(3, 40, 50), torch.rand(3, 40)
     with Counted() as counted:
         drawn = draw_labels(logits, numbers)
     assert counted.syncs == 1
-    monkeypatch.setitem(labels.DRAWN_ELEMENTS, "cpu", 2**21)
+    monkeypatch.setitem(DRAWN_ELEMENTS, "cpu", 2**21)
     assert torch.equal(drawn, draw_labels(logits, numbers))
 
 
@@ -40,7 +40,7 @@ def test_the_host_waits_once_for_many_draws(monkeypatch: pytest.MonkeyPatch) -> 
 def test_logits_that_are_not_finite_are_refused_wherever_they_are(
     value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(labels.DRAWN_ELEMENTS, "cpu", 50)
+    monkeypatch.setitem(DRAWN_ELEMENTS, "cpu", 50)
     logits = torch.randn(9, 50)
     logits[4, 7] = value
     with pytest.raises(NumericalError, match="Expected finite logits"):

@@ -142,7 +142,9 @@ def test_products_of_sixteen_bits_are_summed_in_float32_by_the_blas_of_a_gpu(mon
     """What a GPU would be asked for, answered by a CPU: no float32 copy, and nothing above the diagonal tiles."""
     asked = []
 
-    def addmm(before: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype, out: Any) -> None:
+    def addmm(
+        before: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, out_dtype: torch.dtype, out: Any
+    ) -> None:
         asked.append((left.dtype, right.dtype, out_dtype))
         assert out.data_ptr() == before.data_ptr()
         out.copy_(before + left.float() @ right.float())

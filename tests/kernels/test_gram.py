@@ -47,9 +47,7 @@ def test_update_is_right_for_ragged_shapes(width: int, num_tokens: int, dtype: t
 @pytest.mark.usefixtures("large_gpu")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_tokens", "width"), [(79, 20), (80, 80), (300, 131), (333, 272)])
-def test_split_update_is_right_and_repeatable(
-    num_tokens: int, width: int, dtype: torch.dtype, device: str
-) -> None:
+def test_split_update_is_right_and_repeatable(num_tokens: int, width: int, dtype: torch.dtype, device: str) -> None:
     x = torch.randn(num_tokens, width, device=device).to(dtype)
     gram = poisoned_gram(width, device)
     before, again = gram.clone(), gram.clone()
@@ -110,9 +108,7 @@ def test_descriptor_update_is_right(num_tokens: int, width: int, dtype: torch.dt
 
 
 @pytest.mark.kernel
-def test_wide_matrices_take_the_descriptors(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wide_matrices_take_the_descriptors(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     monkeypatch.setattr(kernel, "NARROW", 64)
     monkeypatch.setattr(cross, "TOKENS_PER_LAUNCH", 48)

@@ -1,0 +1,370 @@
+"""The GPU suite as far as it goes without a GPU: its driver, and a rehearsal of every part on a CPU."""
+
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minisp import ops, reference
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """script(name): a module of benchmarks/, imported as its own scripts import it."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def test_every_call_keeps_to_its_time(script: Any) -> None:
+    suite, parts, runs = (script(name) for name in ("gpu_suite", "gpu_parts", "gpu_end_to_end"))
+    # What comes before and after the parts has to find time in nine minutes too.
+    assert suite.BUDGET + 40 <= 9 * 60
+    assert all(sum(limits.values()) <= suite.BUDGET for limits in suite.CALLS.values())
+    assert set(suite.PARTS) == {"build", "correctness", *parts.FUNCTIONS, *runs.PARTS}
+    assert set(suite.FROM_DISK) == set(runs.FROM_DISK)
+    order = list(suite.PARTS)
+    assert order[:2] == ["build", "correctness"]
+    assert max(order.index("ridge"), order.index("cross_entropy")) < order.index("end_to_end")
+
+
+def test_what_a_call_runs(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = script("gpu_suite")
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    assert suite.chosen_parts(["gram", "ceilings"], 1, False) == ["build", "ceilings", "gram"]
+    (tmp_path / "minisp").mkdir()
+    (tmp_path / "minisp" / "_C.so").touch()
+    assert suite.chosen_parts(["gram", "ceilings"], 1, False) == ["ceilings", "gram"]
+    assert suite.chosen_parts(None, 2, False) == list(suite.CALLS[2])
+    assert suite.chosen_parts(None, 1, True) == list(suite.PARTS)
+
+
+def test_correctness_runs_every_file_that_has_gpu_tests_in_parts(script: Any, tmp_path: Path) -> None:
+    commands = script("gpu_suite").commands_of("correctness", tmp_path, tmp_path)
+    assert len(commands) > 1
+    assert [own["MINISP_SHARD"] for _, own in commands] == [f"{i}/{len(commands)}" for i in range(len(commands))]
+    for words, _ in commands:
+        named = {Path(word) for word in words if word.endswith(".py")}
+        for path in (ROOT / "tests").rglob("test_*.py"):
+            marked = re.search(r"pytest\.mark\.(kernel|gpu)\b", path.read_text("utf-8")) is not None
+            assert marked == (path in named), path
+
+
+def test_shards_share_the_tests_out(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = script("shard")
+    dropped: list[list[int]] = []
+    hook = type("Hook", (), {"pytest_deselected": staticmethod(lambda items: dropped.append(items))})
+    config, kept = type("Config", (), {"hook": hook}), []
+    for number in range(3):
+        monkeypatch.setenv("MINISP_SHARD", f"{number}/3")
+        items = list(range(10))
+        shard.pytest_collection_modifyitems(config, items)
+        assert sorted([*items, *dropped[-1]]) == list(range(10))
+        kept += items
+    assert sorted(kept) == list(range(10))
+
+
+@pytest.fixture
+def suite_of(script: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """suite_of({part: [code of each of its processes]}): the suite with such parts, 60 seconds for each.
+
+    A process gets the name of the file for its figures, and of the folder for what waits.
+    """
+
+    def make(codes: dict[str, list[str]]) -> Any:
+        suite = script("gpu_suite")
+
+        def commands_of(part: str, folder: Path, scratch: Path, *, rehearse: bool = False) -> list[Any]:
+            files = [str(folder / f"{part}.json"), str(scratch)]
+            return [([sys.executable, "-c", code, *files], {}) for code in codes[part]]
+
+        monkeypatch.setattr(suite, "PARTS", dict.fromkeys(codes, 60))
+        monkeypatch.setattr(suite, "CALLS", {1: suite.PARTS})
+        monkeypatch.setattr(suite, "commands_of", commands_of)
+        return suite
+
+    return make
+
+
+def test_the_suite_survives_parts_that_fail(suite_of: Any, tmp_path: Path) -> None:
+    write = "import sys; open(sys.argv[1], 'w').write({!r})"
+    suite = suite_of(
+        {
+            "fails": ["raise SystemExit('no luck')"],
+            "hangs": [write.format('{"summary": []}') + "; import time; time.sleep(100)"],
+            "torn": [write.format('{"summ')],
+            "cut off": ["import os; os.write(1, 'é'.encode()[:1])"],
+            "works": [write.format('{"summary": []}')],
+            "late": [""],
+        }
+    )
+    suite.PARTS |= {"hangs": 6, "late": 4}
+    kept: list[list[str]] = []
+    outcomes = suite.run_parts(list(suite.PARTS), tmp_path, lambda so_far: kept.append(list(so_far)))
+    assert outcomes["fails"]["status"] == 1
+    assert "no luck" in outcomes["fails"]["tail"]
+    assert outcomes["hangs"]["status"] == "stopped after 6 s"
+    assert outcomes["hangs"]["figures"] == {"summary": []}
+    assert outcomes["torn"] | {"seconds": 0} == {"status": 0, "seconds": 0, "tail": ""}
+    assert (outcomes["cut off"]["status"], outcomes["cut off"]["tail"]) == (0, "\ufffd")
+    assert outcomes["works"] | {"seconds": 0} == {"status": 0, "seconds": 0, "tail": "", "figures": {"summary": []}}
+    assert outcomes["late"]["status"] == "no time left"
+    names = list(suite.PARTS)
+    assert kept == [names[: count + 1] for count in range(len(names))]
+
+
+def test_a_part_of_several_processes_fails_with_any_of_them(suite_of: Any, tmp_path: Path) -> None:
+    # Each waits for the other: they have to run side by side.
+    code = (
+        "import os, sys, time\nopen(sys.argv[2] + {!r}, 'w').close()\n"
+        "while not os.path.exists(sys.argv[2] + {!r}): time.sleep(0.01)\nraise SystemExit({!r})"
+    )
+    suite = suite_of({"both": [code.format("/a", "/b", "first"), code.format("/b", "/a", "")]})
+    outcome = suite.run_parts(["both"], tmp_path, lambda so_far: None)["both"]
+    assert outcome["status"] == 1
+    assert "first" in outcome["tail"]
+
+
+def test_what_a_part_that_hangs_has_started_and_written_goes(suite_of: Any, tmp_path: Path) -> None:
+    code = (
+        "import pathlib, subprocess, sys\n"
+        "pathlib.Path(sys.argv[2], 'states').write_bytes(b'0')\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'])\n"
+        "print(child.pid, sys.argv[2], flush=True)\n"
+        "child.wait()"
+    )
+    suite = suite_of({"hangs": [code]})
+    suite.PARTS["hangs"] = 6
+    outcome = suite.run_parts(["hangs"], tmp_path, lambda so_far: None)["hangs"]
+    assert outcome["status"] == "stopped after 6 s"
+    number, scratch = outcome["tail"].split()
+    assert not Path(scratch).exists()
+    assert not (tmp_path / "hangs").exists()
+    # Who adopts a process may take a moment to bury it.
+    state = Path("/proc", number, "stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_suite_that_is_ended_keeps_what_it_has(
+    suite_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(100)"
+    suite = suite_of({"first": ["print('one')"], "second": [ends]})
+    described = {"gpu": "Imaginary 100", "torch": "0"}
+    monkeypatch.setattr(suite, "machine", lambda: described)
+    monkeypatch.setattr(suite, "chosen_parts", lambda *_: list(suite.PARTS))
+    # That of the tests may be older than a suite may become.
+    monkeypatch.setattr(suite, "age", lambda: 1.0)
+    monkeypatch.setattr(suite.harness, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", "--label", "test"])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="stopped"):
+            suite.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (path,) = (tmp_path / "results").iterdir()
+    assert path.name == "gpu_imaginary-100_test.json"
+    found = json.loads(path.read_text())
+    assert found["machine"] == described
+    assert found["parts"]["first"]["tail"] == "one\n"
+    assert list(found["parts"]) == ["first"]
+
+
+def test_the_suite_writes_a_checkpoint_only_for_capped_runs(
+    suite_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Path] = []
+    code = "import os, sys; raise SystemExit(not os.path.exists(os.path.dirname(sys.argv[1]) + '/checkpoint'))"
+    suite = suite_of({"ceilings": [code], "capped_8": [code]})
+
+    def start(folder: Path, log: Path, rehearse: bool = False) -> Any:
+        started.append(folder)
+        return suite.start(([sys.executable, "-c", "raise SystemExit('no room on this disk')"], {}), log, os.environ)
+
+    monkeypatch.setattr(suite, "start_checkpoint", start)
+    suite.run_parts(["ceilings"], tmp_path, lambda so_far: None)
+    assert not started
+    outcome = suite.run_parts(["capped_8"], tmp_path, lambda so_far: None)["capped_8"]
+    assert started == [tmp_path]
+    assert outcome["status"] == 1
+    assert "no room on this disk" in outcome["tail"]
+
+
+def test_a_checkpoint_that_takes_too_long_is_not_waited_for(
+    suite_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = suite_of({"capped_8": ["print('ran')"]})
+    sleep = ([sys.executable, "-c", "import time; time.sleep(100)"], {})
+    monkeypatch.setattr(suite, "start_checkpoint", lambda folder, log, rehearse: suite.start(sleep, log, os.environ))
+    begin = time.perf_counter()
+    seconds = suite.PARTS["capped_8"] + 0.5
+    assert suite.run_parts(["capped_8"], tmp_path, lambda so_far: None, seconds)["capped_8"]["tail"] == "ran\n"
+    assert time.perf_counter() - begin < 50
+
+
+def test_a_checkpoint_without_room_is_refused_first(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = script("gpu_suite")
+    monkeypatch.setattr(suite, "CHECKPOINT_BYTES", 1e18)
+    child = suite.start_checkpoint(tmp_path, tmp_path / "log")
+    assert child.wait(60) == 1
+    assert re.search(r"no room for the checkpoint.*: needs \d+ GB in .*, has \d+ GB", (tmp_path / "log").read_text())
+    assert not suite.checkpoint_place(tmp_path).exists()
+
+
+def test_calls_add_to_one_result_file(script: Any, tmp_path: Path) -> None:
+    suite, path = script("gpu_suite"), tmp_path / "gpu_imaginary.json"
+    first = {"gpu": "Imaginary 100", "torch": "0", "driver": "1"}
+    gram, ridge = {"status": 0, "seconds": 1.0, "tail": ""}, {"status": 1, "seconds": 2.0, "tail": "no luck"}
+    suite.merge(path, first, {"gram": gram})
+    stamp = json.loads(path.read_text())["parts"]["gram"]["date"]
+    suite.merge(path, first, {"gram": gram, "ridge": ridge})
+    second = first | {"driver": "2"}
+    suite.merge(path, second, {"ridge": ridge | {"status": 0}})
+    found = json.loads(path.read_text())
+    assert found["machine"] == second
+    assert list(found["parts"]) == ["gram", "ridge"]
+    assert found["parts"]["gram"] == gram | {"torch": "0", "driver": "1", "date": stamp}
+    assert (found["parts"]["ridge"]["status"], found["parts"]["ridge"]["driver"]) == (0, "2")
+
+
+def test_the_opponents_of_the_saliency_pass_compute_the_same(script: Any) -> None:
+    passes = script("gpu_passes")
+    gate, up, grad = torch.randn(50, 7), torch.randn(50, 7), torch.randn(50, 7)
+    x, grad_gate, grad_up, sums = reference.activation_backward(gate, up, grad, "silu")
+    for ours, true in zip(passes.eager_saliency(gate, up, grad), (x, grad_gate, grad_up, sums), strict=True):
+        torch.testing.assert_close(ours, true)
+    for ours, true in zip(passes.autograd_saliency(gate, up, grad), (grad_gate, grad_up, sums), strict=True):
+        torch.testing.assert_close(ours, true)
+
+
+def test_a_race_goes_on_without_the_one_that_falls(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = script("gpu_bench")
+    times = iter([2.0, 5.0, 1.0, 3.0])
+    monkeypatch.setattr(bench.Bench, "timed", lambda self, call: call() or next(times))
+
+    def fall() -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    figures = bench.Bench(rehearsal=True).race({"falls": fall, "runs": lambda: None})
+    assert figures["falls"] is None
+    assert figures["falls: error"] == "OutOfMemoryError: no room"
+    # The first timing only says how often to repeat.
+    assert figures["runs"] == [1.0, 3.0, 5.0]
+
+
+PARTS_IN_MEMORY = ("gram", "product", "saliency", "cross_entropy", "norms", "linalg", "attention")
+
+
+@pytest.mark.parametrize("part", PARTS_IN_MEMORY)
+def test_a_part_goes_on_where_nothing_can_be_timed(part: str, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = script("gpu_bench").Bench(rehearsal=True)
+    monkeypatch.setattr(type(bench), "race", lambda self, contenders, **_: dict.fromkeys(contenders))
+    found = list(script("gpu_parts").FUNCTIONS[part](bench))
+    assert found and all("summary" in figures for figures in found)
+
+
+def test_a_solver_that_is_missing_leaves_the_others_their_rows(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    solver, ridge = script("gpu_solver"), script("ridge")
+
+    def missing(gram: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        raise AttributeError("no such symbol")
+
+    monkeypatch.setitem(ridge.CONTENDERS, solver.BARE, missing)
+    (found, *_) = solver.ridge_(script("gpu_bench").Bench(rehearsal=True))
+    rows = {row["name"]: row for row in found["rows"][:3]}
+    assert rows[solver.BARE]["error"] == "AttributeError: no such symbol"
+    assert len(rows[solver.TORCH]["seconds"]) == len(rows[solver.CHECKED]["seconds"]) == 3
+    assert "with the engine's checks" in found["summary"][0]["text"]
+    assert "no such symbol" in found["summary"][0]["text"]
+
+
+def test_the_residual_by_columns_is_that_of_the_whole(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    solver, ridge = script("gpu_solver"), script("ridge")
+    gram, right = ridge.make_system(90, 12, torch.float32, torch.device("cpu"))
+    solution = ridge.torch_solve(gram, right)
+    expected = ridge.accuracy(gram, right, solution)["backward_error"]
+    assert solver.backward_error(gram, right, solution) == pytest.approx(expected, rel=1e-6)
+
+
+def test_runs_from_disk_take_the_windows_that_there_is_room_for(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = script("gpu_end_to_end")
+    planned = type("Plan", (), {"scratch_bytes": 0, "bytes_after": 10})
+
+    def plan(checkpoint: Path, *, num_windows: int, window: int, **options: Any) -> Any:
+        planned.scratch_bytes = 10 * num_windows
+        return planned
+
+    monkeypatch.setattr(runs, "plan", plan)
+    windows, options = torch.zeros(8, 4, dtype=torch.int64), {"scratch": str(tmp_path)}
+    for free, expected in ((100, 8), (60, 4)):
+        usage = type("Usage", (), {"free": free})
+        monkeypatch.setattr(runs.shutil, "disk_usage", lambda path, usage=usage: usage)
+        assert len(runs.windows_with_room(tmp_path, windows, tmp_path, options)) == expected
+    usage.free = 20
+    with pytest.raises(runs.OutputError, match=r"no room: needs .* has .*on one disk"):
+        runs.windows_with_room(tmp_path, windows, tmp_path, options)
+
+
+def rehearse(words: list[str], **options: Any) -> str:
+    path = os.pathsep.join([str(ROOT), str(BENCHMARKS)])
+    environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1", **options}
+    done = subprocess.run([sys.executable, *words], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_part_can_be_rehearsed(script: Any, tmp_path: Path) -> None:
+    """Every line of every part, in one process: kernels in the interpreter, small shapes, a CPU."""
+    suite = script("gpu_suite")
+    parts = [part for part in suite.PARTS if part not in ("build", "correctness")]
+    script("synthetic").write_synthetic(tmp_path / "checkpoint", "tiny")
+    folders = {name: tmp_path / name for name in ("result", "out", "scratch")}
+    for folder in folders.values():
+        folder.mkdir()
+    places = [word for name, path in folders.items() for word in (f"--{name}", str(path))]
+    checkpoint = ["--checkpoint", str(tmp_path / "checkpoint")]
+    rehearse([str(BENCHMARKS / "gpu_parts.py"), *parts, *places, *checkpoint, "--rehearse"])
+    found = {part: json.loads((folders["result"] / f"{part}.json").read_text()) for part in parts}
+    assert all(figures["summary"] for figures in found.values())
+    # What a CPU lacks, and nothing else, has failed.
+    assert errors_of(found) <= {"addmm to float32: error"}
+    timed = {key for figures in found.values() for row in figures.get("norm", []) for key in row}
+    assert ("minisp" in timed) == hasattr(ops, "rms_norm")
+    assert all(found[part]["seconds"] > 0 for part in script("gpu_end_to_end").PARTS)
+    assert (folders["out"] / "capped_8" / "config.json").exists()
+
+
+def errors_of(found: Any) -> set[str]:
+    if isinstance(found, list):
+        return set().union(*map(errors_of, found))
+    if not isinstance(found, dict):
+        return set()
+    own = {key for key in found if key.split(": ")[-1] == "error"}
+    return own.union(*map(errors_of, found.values()))
+
+
+@pytest.mark.slow
+def test_the_whole_suite_can_be_rehearsed(script: Any) -> None:
+    """Its driver too, each part in its own process; nothing is kept."""
+    before = sorted(path.name for path in (BENCHMARKS / "results").iterdir())
+    said = rehearse([str(BENCHMARKS / "gpu_suite.py"), "--rehearse"])
+    assert "nothing was measured" in said
+    assert "FAILED" not in said
+    assert sorted(path.name for path in (BENCHMARKS / "results").iterdir()) == before
