@@ -175,10 +175,10 @@ def passes() -> Iterator[Shipped]:
                 )  # fmt: skip
         signature = {"p_logits": f"*{dtype}", "p_target": "*i64", "p_gradient": f"*{dtype}", "p_loss": "*fp32"}
         signature |= {"vocabulary": "i32", "stride_token": "i32"}
-        constants, options = {"TILE_V": cross_entropy.TILE["TILE_V"]}, {"num_warps": cross_entropy.TILE["num_warps"]}
+        tile_v, warps = ({name: cross_entropy.TILE[name]} for name in ("TILE_V", "num_warps"))
         kernel = cross_entropy.cross_entropy_gradient_kernel
-        yield Shipped(f"cross entropy {dtype}", kernel, signature, constants, options, tuple(signature), needs=WIDE)
-        yield Shipped(f"cross entropy {dtype} unaligned", kernel, signature, constants, options, ())
+        yield Shipped(f"cross entropy {dtype}", kernel, signature, tile_v, warps, tuple(signature), needs=WIDE)
+        yield Shipped(f"cross entropy {dtype} unaligned", kernel, signature, tile_v, warps, ())
 
 
 def ones(entries: Sequence[Shipped]) -> Iterator[Shipped]:

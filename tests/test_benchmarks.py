@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
