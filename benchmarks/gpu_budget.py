@@ -29,8 +29,8 @@ UNIT_BYTES = {"forward": 6, "backward": 12}
 RATES = {
     "products, 8192 tokens": 690e12, "products, 2048 tokens": 630e12, "attention forward": 320e12,
     "attention backward": 250e12, "Gram, 8192 tokens": 475e12, "Gram, 2048 tokens": 330e12, "XᵀY": 650e12,
-    "Cholesky of torch": 24e12, "triangular solves of torch": 38e12, "float32 products": 48e12, "element-wise": 2.6e12, "activation": 2.35e12,
-    "disk read": 3e9, "disk write": 2e9,
+    "Cholesky of torch": 24e12, "triangular solves of torch": 38e12, "float32 products": 48e12,
+    "element-wise": 2.6e12, "activation": 2.35e12, "disk read": 3e9, "disk write": 2e9,
 }  # fmt: skip
 BYTES = ("element-wise", "activation", "disk read", "disk write")
 # How much faster than torch.linalg the ridge solver is with 512-wide inverses, TF32 products and refinement.

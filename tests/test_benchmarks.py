@@ -1,6 +1,5 @@
 """The figures, as far as they go without a GPU: no invented result is ever committed."""
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -11,13 +10,6 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """script(name): a module of benchmarks/, imported as its own scripts import it."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module
 
 
 def gpu_result() -> dict[str, Any]:
