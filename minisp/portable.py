@@ -24,7 +24,7 @@ GRAM_TILE = 512
 # Float32 logits handled at once by the cross entropy: 8 MB, which stays in a shared cache.
 CROSS_ENTROPY_ELEMENTS = 2**21
 # The first torch whose `addmm(..., out_dtype=)` takes a float32 matrix to add to is 2.10; from 2.11 on it is tested.
-FLOAT32_SUMS = (2, 11)
+FLOAT32_SUMS = "2.11"
 
 
 def activation(gate: Tensor, up: Tensor | None, kind: str, out: Tensor) -> Tensor:
