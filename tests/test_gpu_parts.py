@@ -105,6 +105,7 @@ def rehearse(words: list[str], **options: Any) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_part_can_be_rehearsed(script: Any, tmp_path: Path) -> None:
     """Every line of every part, in one process: kernels in the interpreter, small shapes, a CPU."""
     suite = script("gpu_suite")
