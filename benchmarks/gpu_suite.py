@@ -1,13 +1,15 @@
-"""Everything about minisp that only a GPU can show, by one command in at most nine minutes.
+"""Everything about minisp that only a GPU can show, in calls of at most nine minutes.
 
-    python benchmarks/gpu_suite.py [--only gram ridge] [--label NAME]
+    python benchmarks/gpu_suite.py [--call 1|2|3] [--only gram ridge] [--label NAME]
+    python benchmarks/gpu_suite.py --rehearse       # every line of it on a CPU; figures mean nothing and are not kept
 
-Builds the extension, checks correctness on the GPU, and only then measures. Every part has processes of its own and a
-time limit: one that fails, hangs or runs out of memory is reported, with the figures that it had written by then, and
-the others go on; what no time is left for is said to be so. A checkpoint for the capped runs is written meanwhile. All
-numbers, with the machine's description, go to benchmarks/results/gpu_<machine>.json, anew after every part; a table
-comes last, and plot.py makes figures. What each part expects, and why, stands at its function in gpu_parts.py and in
-gpu_end_to_end.py.
+The first call builds the extension, checks correctness on the GPU, and only then measures; what matters most comes
+first. Every part has processes of its own and a time limit, and the limits of a call keep to its time: one that fails,
+hangs or runs out of memory is reported, with the figures that it had written by then, and the others go on. A
+checkpoint for the runs from disk is written meanwhile. All numbers, with the machine's description, go to
+benchmarks/results/gpu_<machine>.json, anew after every part and beside what other calls have left there; each part has
+its date and versions. A table comes last, and plot.py makes figures. What each part expects, and why, stands at its
+function in gpu_parts.py, gpu_passes.py, gpu_layers.py, gpu_solver.py and gpu_end_to_end.py.
 """
 
 import argparse
@@ -18,8 +20,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,64 +35,65 @@ ROOT = HERE.parent
 # Seconds from the start of the process to the end of the last part; one gets what is left where that is less than its
 # own limit. Nine minutes leave 40 s more, for folders to go.
 BUDGET = 500
-# What matters most comes first.
-PARTS = {
-    "build": 90,
-    "correctness": 240,
-    "ceilings": 30,
-    "gram": 70,
-    "saliency": 70,
-    "end_to_end": 120,
-    "capped_8": 130,
-    "naive": 120,
-    "ridge": 60,
-    "cross_entropy": 30,
-    "capped_24": 90,
-    "capped_12": 100,
-    "accumulation": 30,
-}
+# How much longer a CPU may take for a rehearsal.
+PATIENCE = 20
+# Limits in seconds, about 1.5 times what is expected of a part, its imports (10 s) included.
+CALLS = {
+    1: {
+        "build": 60, "correctness": 110, "ceilings": 30, "gram": 50, "saliency": 45, "ridge": 45, "cross_entropy": 20,
+        "end_to_end": 120,
+    },
+    2: {"from_disk": 200, "norms": 20, "product": 25, "attention": 25, "layer": 40, "capped_8": 130, "linalg": 30},
+    3: {"naive": 130, "naive_tf32": 80, "capped_24": 80, "capped_12": 90, "accumulation": 30},
+}  # fmt: skip
+PARTS = {part: limit for limits in CALLS.values() for part, limit in limits.items()}
+FROM_DISK = ("from_disk", "capped_8", "capped_12", "capped_24")
+# Bytes of the 7B-shaped checkpoint that they read, and of what is cut from it at most.
+CHECKPOINT_BYTES, RESULT_BYTES = 13.5e9, 12e9
+# Processes that share the tests of correctness: compiling kernels takes most of the time, and one core of each.
+SHARDS = max(2, min(12, (os.cpu_count() or 1) - 2))
 # Tests of kernels that launch none on a GPU.
 WITHOUT_GPU = ("test_compiles.py", "test_interpreter.py")
 Outcomes = dict[str, dict[str, Any]]
+# A command line, and what its environment has beside that of all.
+Command = tuple[list[str], dict[str, str]]
 
 
-def environment() -> dict[str, str]:
-    """Of every child process: the tree as it is, and no network."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]), "HF_HUB_OFFLINE": "1"}
+def environment(folder: Path | None, rehearse: bool = False) -> dict[str, str]:
+    """Of every child process: the tree as it is, no network, and one folder for compiled kernels."""
+    found = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]), "HF_HUB_OFFLINE": "1"}
+    found |= {"TRITON_CACHE_DIR": str(folder / "triton")} if folder is not None else {}
+    return found | ({"TRITON_INTERPRET": "1"} if rehearse else {})
 
 
-def commands_of(part: str, folder: Path, scratch: Path) -> list[list[str]]:
-    """The command lines of a part, which run side by side.
+def commands_of(part: str, folder: Path, scratch: Path, *, rehearse: bool = False) -> list[Command]:
+    """The commands of a part, which run side by side.
 
     Args:
-        folder: holds the checkpoint, gets the part's figures, and has a folder named like the part for what it writes.
-        scratch: a folder for what waits in a capped run.
+        folder: gets the part's figures, and has a folder named like the part for what it writes.
+        scratch: a folder for what waits in a run from disk.
+        rehearse: on a CPU; nothing is built, and tests are only collected.
     """
     if part == "build":
-        return [[sys.executable, "setup.py", "-q", "build_ext", "--inplace"]]
+        return [([sys.executable, "setup.py", "-q", *(["--name"] if rehearse else ["build_ext", "--inplace"])], {})]
     if part == "correctness":
-        # Compiling the kernels for hundreds of cases takes most of the time, and one core of each process.
         files = {*(ROOT / "tests" / "kernels").glob("test_*.py"), ROOT / "tests" / "test_cuda.py"}
-        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "kernel or gpu"]
+        named = [str(path) for path in sorted(files) if path.name not in WITHOUT_GPU]
+        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "shard", "-m", "kernel or gpu"]
         # What is stopped in the middle has shown no failure: it had better stop by itself.
-        pytest += ["--maxfail=3", "--tb=short"]
-        return [[*pytest, str(path)] for path in sorted(files) if path.name not in WITHOUT_GPU]
-    options = {
-        "result": folder / f"{part}.json",
-        "checkpoint": folder / "checkpoint",
-        "out": folder / part / "out",
-        "scratch": scratch,
-    }
+        pytest += ["--maxfail=3", "--tb=short", *(["--collect-only"] if rehearse else [])]
+        count = 2 if rehearse else SHARDS
+        return [([*pytest, *named], {"MINISP_SHARD": f"{number}/{count}"}) for number in range(count)]
+    options = {"result": folder, "checkpoint": checkpoint_place(folder), "out": folder / part, "scratch": scratch}
     words = [word for name, path in options.items() for word in (f"--{name}", str(path))]
-    return [[sys.executable, str(HERE / "gpu_parts.py"), part, *words]]
+    return [([sys.executable, str(HERE / "gpu_parts.py"), part, *words, *(["--rehearse"] if rehearse else [])], {})]
 
 
-def start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+def start(command: Command, log: Path, shared: dict[str, str]) -> subprocess.Popen[bytes]:
     """Begin to run a command in a process group of its own: what it starts can be ended with it."""
+    words, own = command
     with log.open("wb") as stream:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=stream, stderr=stream, start_new_session=True
-        )
+        return subprocess.Popen(words, cwd=ROOT, env=shared | own, stdout=stream, stderr=stream, start_new_session=True)
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:
@@ -102,9 +106,20 @@ def stop(child: subprocess.Popen[bytes]) -> None:
             child.wait(10)
 
 
-def start_checkpoint(out: Path, log: Path) -> subprocess.Popen[bytes]:
-    """Begin to write a 7B-shaped checkpoint; the capped runs wait for it."""
-    return start([sys.executable, str(HERE / "synthetic.py"), str(out), "--params", "7B"], log)
+def checkpoint_place(folder: Path) -> Path:
+    """Where the checkpoint is or will be."""
+    return folder / "checkpoint"
+
+
+def start_checkpoint(folder: Path, log: Path, rehearse: bool = False) -> subprocess.Popen[bytes]:
+    """Begin to write a 7B-shaped checkpoint, which the runs from disk wait for."""
+    free = shutil.disk_usage(folder).free
+    if free < CHECKPOINT_BYTES + RESULT_BYTES and not rehearse:
+        needed = (CHECKPOINT_BYTES + RESULT_BYTES) / 1e9
+        text = f"no room for the checkpoint and a result: needs {needed:.0f} GB in {folder}, has {free / 1e9:.0f} GB"
+        return start(([sys.executable, "-c", f"raise SystemExit({text!r})"], {}), log, environment(None))
+    words = [str(checkpoint_place(folder)), "--params", "tiny" if rehearse else "7B"]
+    return start(([sys.executable, str(HERE / "synthetic.py"), *words], {}), log, environment(None))
 
 
 @contextmanager
@@ -124,7 +139,9 @@ def room_for(part: str, folder: Path) -> Iterator[Path]:
             shutil.rmtree(written)
 
 
-def run_part(part: str, commands: list[list[str]], folder: Path, limit: float) -> dict[str, Any]:
+def run_part(
+    part: str, commands: Sequence[Command], folder: Path, limit: float, shared: dict[str, str]
+) -> dict[str, Any]:
     """Run one part: its figures as far as it got, and the end of what its processes said."""
     if limit <= 5:
         return {"status": "no time left", "seconds": 0.0, "tail": ""}
@@ -134,7 +151,7 @@ def run_part(part: str, commands: list[list[str]], folder: Path, limit: float) -
     status: int | str = 0
     try:
         for command, log in zip(commands, logs, strict=True):
-            children.append(start(command, log))
+            children.append(start(command, log, shared))
         for child in children:
             status = child.wait(max(0.0, begin + limit - time.perf_counter())) or status
     except subprocess.TimeoutExpired:
@@ -156,25 +173,29 @@ def tail(log: Path, length: int) -> str:
     return log.read_text("utf-8", errors="replace")[-length:]
 
 
-def run_parts(parts: list[str], folder: Path, keep: Callable[[Outcomes], object], seconds: float = BUDGET) -> Outcomes:
+def run_parts(
+    parts: list[str], folder: Path, keep: Callable[[Outcomes], object], seconds: float = BUDGET, rehearse: bool = False
+) -> Outcomes:
     """Run the parts one after another, the checkpoint being written beside them.
 
     Args:
         keep: called after every part with all outcomes so far.
         seconds: for all of them.
     """
-    deadline, outcomes = time.perf_counter() + seconds, Outcomes()
-    log = folder / "checkpoint.log"
-    needs = [part for part in parts if part.startswith("capped")]
-    writer = start_checkpoint(folder / "checkpoint", log) if needs else None
+    patience = PATIENCE if rehearse else 1
+    deadline, outcomes = time.perf_counter() + seconds * patience, Outcomes()
+    shared, log = environment(folder, rehearse), folder / "checkpoint.log"
+    needs = [part for part in parts if part in FROM_DISK]
+    writer = start_checkpoint(folder, log, rehearse) if needs else None
     try:
         for part in parts:
             if part in needs and writer is not None:
                 # Most of the time it has had that of all earlier parts.
                 _wait(writer, deadline - PARTS[part] - time.perf_counter())
             with room_for(part, folder) as scratch:
-                limit = min(PARTS[part], deadline - time.perf_counter())
-                outcome = run_part(part, commands_of(part, folder, scratch), folder, limit)
+                limit = min(PARTS[part] * patience, deadline - time.perf_counter())
+                commands = commands_of(part, folder, scratch, rehearse=rehearse)
+                outcome = run_part(part, commands, folder, limit, shared)
             if part in needs and outcome["status"] != 0:
                 outcome["tail"] += tail(log, 500)
             outcomes[part] = outcome
@@ -200,7 +221,7 @@ def machine() -> dict[str, Any]:
     """The machine's description, from another process: this one shall take no memory of the GPU."""
     command = [sys.executable, "-c", "import json, harness; print(json.dumps(harness.machine()))"]
     try:
-        answer = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, check=True, timeout=60).stdout
+        answer = subprocess.run(command, env=environment(None), stdout=subprocess.PIPE, check=True, timeout=60).stdout
         found: dict[str, Any] = json.loads(answer.splitlines()[-1])
     except (subprocess.SubprocessError, ValueError, IndexError) as error:
         # The parts say more about what is wrong.
@@ -208,16 +229,50 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def merge(path: Path, here: dict[str, Any], outcomes: Outcomes) -> None:
+    """Put outcomes beside what earlier calls on this machine have left in its file; each has its date and versions."""
+    before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    said = {name: here[name] for name in ("torch", "cuda", "driver", "python") if name in here}
+    said["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    known = before.get("parts", {})
+    # What has been written by this call keeps its date.
+    dated = {part: known[part] if _same(known.get(part), new) else new | said for part, new in outcomes.items()}
+    harness.write_whole(path, {"machine": here, "parts": known | dated})
+
+
+def _same(old: dict[str, Any] | None, new: dict[str, Any]) -> bool:
+    return old is not None and all(old.get(key) == value for key, value in new.items())
+
+
 def age() -> float:
     """Seconds since this process began, imports included."""
     return time.time() - psutil.Process().create_time()
 
 
+def chosen_parts(only: list[str] | None, call: int, rehearse: bool) -> list[str]:
+    """What to run, in the order of `PARTS`; the extension is built first where there is none."""
+    parts = [part for part in PARTS if part in (only or (PARTS if rehearse else CALLS[call]))]
+    is_built = any((ROOT / "minisp").glob("_C*.so"))
+    return parts if is_built or "build" in parts else ["build", *parts]
+
+
+def print_outcomes(outcomes: Outcomes) -> None:
+    """The closing table."""
+    rows = []
+    for part, outcome in outcomes.items():
+        state = "ok" if outcome["status"] == 0 else f"FAILED ({outcome['status']})"
+        rows.append((part, state, ""))
+        rows += [("", row["name"], row["text"]) for row in outcome.get("figures", {}).get("summary", [])]
+    harness.print_table("GPU suite", ["part", "", ""], rows)
+
+
 def main() -> None:
     """Run the parts, write the results, print the table."""
     parser = argparse.ArgumentParser(description="Correctness and speed on one GPU.")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--call", type=int, choices=CALLS, default=1, help="which of the calls that make the suite")
+    parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--label", default="", help="appended to the result file's name")
+    parser.add_argument("--rehearse", action="store_true", help="every line on a CPU, with small shapes")
     args = parser.parse_args()
     # Children are in groups of their own: whoever ends this process must let it end them.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
@@ -226,20 +281,13 @@ def main() -> None:
     path = harness.RESULTS / f"{name}.json"
     harness.RESULTS.mkdir(exist_ok=True)
     with TemporaryDirectory(prefix="minisp-gpu-suite-") as folder:
-        parts = [part for part in PARTS if part in args.only]
+        parts = chosen_parts(args.only, args.call, args.rehearse)
+        target = Path(folder) / "rehearsal.json" if args.rehearse else path
         outcomes = run_parts(
-            parts,
-            Path(folder),
-            lambda so_far: harness.write_whole(path, {"machine": here, "parts": so_far}),
-            BUDGET - age(),
+            parts, Path(folder), lambda so_far: merge(target, here, so_far), BUDGET - age(), args.rehearse
         )
-    print(path)
-    rows = []
-    for part, outcome in outcomes.items():
-        state = "ok" if outcome["status"] == 0 else f"FAILED ({outcome['status']})"
-        rows.append((part, state, ""))
-        rows += [("", row["name"], row["text"]) for row in outcome.get("figures", {}).get("summary", [])]
-    harness.print_table("GPU suite", ["part", "", ""], rows)
+    print("A rehearsal: nothing was measured." if args.rehearse else path)
+    print_outcomes(outcomes)
     if any(outcome["status"] != 0 for outcome in outcomes.values()):
         raise SystemExit(1)
 

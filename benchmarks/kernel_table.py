@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,17 @@ SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 MATRIX_UNIT = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 COPY_ENGINE = "cp.async.bulk.tensor"
 WIDE = ("ld.global.v4", "st.global.v4")
+# Registers of a multiprocessor of sm_90, which the programs that run on it at once share.
+REGISTERS = 65536
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS: dict[str, dict[str, int]] = {
     "aligned": {"stride_x_unit": 1, "stride_y_unit": 1},
     "unaligned": {"stride_x_unit": 1, "stride_y_unit": 1},
     "strided": {},
 }
+# Integers that Triton makes constants where they are 1, and whose being 1 is no matter of the layout.
+ONES = {"num_tokens", "num_rows", "num_cols", "num_partials", "width", "vocabulary"}
+ONES |= {"stride_token", "stride_out", "stride_x_token", "stride_y_token"}
 RESULT = Path(__file__).parent / "results" / "kernel_table.csv"
 
 
@@ -53,6 +58,7 @@ class Shipped:
         capabilities: the GPUs it is launched on.
         needs: PTX instructions that must appear, {matrix} standing for the matrix unit's.
         forbids: the same for what must not appear.
+        at_once: programs that a multiprocessor of sm_90 must be able to run at once, by their registers.
     """
 
     name: str
@@ -64,6 +70,7 @@ class Shipped:
     capabilities: tuple[int, ...] = tuple(SHARED_LIMIT)
     needs: tuple[str, ...] = ()
     forbids: tuple[str, ...] = ()
+    at_once: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ def products() -> Iterator[Shipped]:
     """The kernel behind the Gram update and the cross product, in every type, precision, layout and form."""
     integers = ("num_tokens", "tokens_per_split", "num_rows", "num_cols")
     integers += ("stride_x_token", "stride_x_unit", "stride_y_token", "stride_y_unit")
-    for lower, weighted in ((True, False), (True, True), (False, False), (False, True)):
+    for lower in (True, False):
         for dtype in TYPES:
             for precision in cross.PRECISIONS if dtype == "fp32" else ("ieee",):
                 for layout, strides in LAYOUTS.items():
@@ -90,23 +97,24 @@ def products() -> Iterator[Shipped]:
                         TYPES[dtype], aligned=layout == "aligned", input_precision=precision
                     )
                     options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-                    constants |= {"LOWER": lower, "WEIGHTED": weighted, "PRECISION": precision, **strides}
+                    constants |= {"LOWER": lower, "PRECISION": precision, **strides}
                     # IEEE float32 products do not exist on the matrix units: finding one would mean TF32.
                     on_matrix_units = dtype != "fp32" or precision != "ieee"
                     words = ["gram" if lower else "cross", dtype, *([precision] if dtype == "fp32" else [])]
                     yield Shipped(
-                        name=" ".join([*words, *(["weighted"] if weighted else []), layout]),
+                        name=" ".join([*words, layout]),
                         kernel=cross.cross_update_kernel,
                         signature={"p_out": "*fp32", "p_x": f"*{dtype}", "p_y": f"*{dtype}"}
-                        | {"p_weight": "*fp32", "p_partial": "*fp32"}
+                        | {"p_partial": "*fp32"}
                         | {name: "i32" for name in integers if name not in strides},
                         constants=constants,
                         options=options,
                         aligned=()
                         if layout != "aligned"
-                        else ("p_out", "p_x", "p_y", "p_weight", "p_partial", "num_rows", "num_cols", *integers[4:]),
-                        needs=("{matrix}",) if on_matrix_units else (),
+                        else ("p_out", "p_x", "p_y", "p_partial", "num_rows", "num_cols", *integers[4:]),
+                        needs=("{matrix}",) * on_matrix_units + WIDE * (layout == "aligned"),
                         forbids=() if on_matrix_units else ("mma.",),
+                        at_once=cross.PROGRAMS_PER_MULTIPROCESSOR,
                     )
 
 
@@ -118,9 +126,13 @@ def around_products() -> Iterator[Shipped]:
             name = f"partial sums of {'gram' if lower else 'cross'}, tile {tile}"
             constants = {"LOWER": lower, "TILE": tile}
             signature = pointers | dict.fromkeys(sizes, "i32")
-            yield Shipped(name, cross.add_partials_kernel, signature, constants, {"num_warps": 8}, tuple(pointers))
-    signature = {"p_gram": "*fp32", "width": "i32"}
-    yield Shipped("mirror", gram.mirror_kernel, signature, {"TILE": 64}, {"num_warps": 4}, ("p_gram", "width"))
+            aligned = (*pointers, "num_rows", "num_cols")
+            options = {"num_warps": 8}
+            yield Shipped(name, cross.add_partials_kernel, signature, constants, options, aligned, needs=WIDE)
+            yield Shipped(f"{name}, unaligned", cross.add_partials_kernel, signature, constants, options, ())
+    signature, options = {"p_gram": "*fp32", "width": "i32"}, {"num_warps": 4}
+    yield Shipped("mirror", gram.mirror_kernel, signature, {"TILE": 64}, options, ("p_gram", "width"), needs=WIDE)
+    yield Shipped("mirror unaligned", gram.mirror_kernel, signature, {"TILE": 64}, options, ("p_gram",))
     rows, tokens = gram_tma.TILE["TILE_R"], gram_tma.TILE["TILE_T"]
     for dtype in ("bf16", "fp16"):
         signature = {
@@ -128,6 +140,7 @@ def around_products() -> Iterator[Shipped]:
             "d_col": f"tensordesc<{dtype}[{tokens}, {2 * rows}]>",
             "d_gram": f"tensordesc<fp32[{rows}, {rows // 2}]>",
             "num_tokens": "i32",
+            "num_rows": "i32",
         }
         yield Shipped(
             f"gram {dtype} by descriptors", gram_tma.gram_update_tma_kernel, signature, dict(gram_tma.TILE),
@@ -162,16 +175,30 @@ def passes() -> Iterator[Shipped]:
                 )  # fmt: skip
         signature = {"p_logits": f"*{dtype}", "p_target": "*i64", "p_gradient": f"*{dtype}", "p_loss": "*fp32"}
         signature |= {"vocabulary": "i32", "stride_token": "i32"}
-        tile_v, warps = cross_entropy.TILE["TILE_V"], cross_entropy.TILE["num_warps"]
-        yield Shipped(
-            f"cross entropy {dtype}", cross_entropy.cross_entropy_gradient_kernel, signature, {"TILE_V": tile_v},
-            {"num_warps": warps}, tuple(signature), needs=WIDE,
-        )  # fmt: skip
+        tile_v, warps = ({name: cross_entropy.TILE[name]} for name in ("TILE_V", "num_warps"))
+        kernel = cross_entropy.cross_entropy_gradient_kernel
+        yield Shipped(f"cross entropy {dtype}", kernel, signature, tile_v, warps, tuple(signature), needs=WIDE)
+        yield Shipped(f"cross entropy {dtype} unaligned", kernel, signature, tile_v, warps, ())
+
+
+def ones(entries: Sequence[Shipped]) -> Iterator[Shipped]:
+    """Forms in which a size or a stride is 1, a constant then: of one activation, in bfloat16 and float32."""
+    for entry in entries:
+        if "fp16" in entry.name or "tf32" in entry.name or entry.constants.get("KIND", 0) != 0:
+            continue
+        for name in sorted(ONES & {*entry.signature} - {*entry.aligned}):
+            signature = {key: kind for key, kind in entry.signature.items() if key != name}
+            constants = entry.constants | {name: 1}
+            yield replace(
+                entry, name=f"{entry.name}, {name} = 1", signature=signature, constants=constants,
+                capabilities=(90,), needs=(), at_once=1,
+            )  # fmt: skip
 
 
 def shipped() -> list[Shipped]:
     """Every kernel in every form that a launcher asks for."""
-    return [*products(), *around_products(), *passes()]
+    entries = [*products(), *around_products(), *passes()]
+    return [*entries, *ones(entries)]
 
 
 def compile_one(number: int, capability: int) -> tuple[Row, str]:
@@ -207,6 +234,11 @@ def faults(entry: Shipped, row: Row, ptx: str) -> list[str]:
         *([f"a stack of {row.stack} bytes"] if row.stack else []),
         *([f"{row.shared} bytes of shared memory"] if row.shared > SHARED_LIMIT[row.capability] else []),
         *(f"no {word}" for word in needs if word not in ptx),
+        *(
+            [f"{row.registers} registers, too many for {entry.at_once} programs at once"]
+            if row.capability == 90 and entry.at_once * row.warps * 32 * row.registers > REGISTERS
+            else []
+        ),
         *(f"{word} where there must be none" for word in entry.forbids if word in ptx),
     ]
 

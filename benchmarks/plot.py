@@ -182,9 +182,8 @@ def plot_gpu(data: Data) -> Figure | None:
         panels.append(lambda axes: _gram_panel(axes, figures["gram"]["rows"], ceilings.get("bf16_flops")))
     if "saliency" in figures:
         panels.append(lambda axes: _saliency_panel(axes, figures["saliency"]["rows"], ceilings.get("copy_bytes_per_s")))
-    runs = {
-        name: figures[name] for name in ("end_to_end", "capped_24", "capped_12", "capped_8", "naive") if name in figures
-    }
+    order = ("end_to_end", "from_disk", "capped_24", "capped_12", "capped_8", "naive", "naive_tf32")
+    runs = {name: figures[name] for name in order if name in figures}
     if any(run["seconds"] for run in runs.values()):
         panels.append(lambda axes: _runs_panel(axes, runs))
     if not panels:
@@ -244,13 +243,14 @@ def _grouped(axes: Axes, rows: Sequence[Data], value: Callable[[Data, float], fl
 
 def _runs_panel(axes: Axes, runs: dict[str, Data]) -> None:
     """Seconds end to end; a run that found no room is named, without a bar."""
-    words = {"end_to_end": "minisp", "naive": "naive"}
+    words = {"end_to_end": "minisp", "from_disk": "minisp, defaults, from disk"}
+    words |= {"naive": "naive", "naive_tf32": "naive, TF32"}
     names, values = [], []
     for name, run in runs.items():
         words[name] = words.get(name) or f"minisp, {run.get('gigabytes', name.removeprefix('capped_'))} GB"
         names.append(words[name] if run["seconds"] else f"{words[name]}: out of memory")
         values.append([run["seconds"] or 0.0])
-    bars(axes, names, values, [THEIRS if name == "naive" else OURS for name in runs], "seconds")
+    bars(axes, names, values, [THEIRS if name.startswith("naive") else OURS for name in runs], "seconds")
     axes.set_title("7B, 128 windows of 2048 (less is better)")
 
 

@@ -24,7 +24,6 @@ Data = dict[str, Any]
 KERNELS = {
     "gram bf16 aligned": "Gram, bfloat16",
     "gram bf16 by descriptors": "Gram, bfloat16, by descriptors",
-    "gram bf16 weighted aligned": "Gram, bfloat16, row weights",
     "gram fp32 ieee aligned": "Gram, float32 (IEEE)",
     "cross bf16 aligned": "cross product, bfloat16",
     "saliency bf16 silu gated": "saliency, SiLU, gated, bfloat16",

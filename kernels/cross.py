@@ -1,12 +1,12 @@
-"""Streaming products of two activations, C += Xᵀ diag(w) Y, and the kernel that the Gram update shares with them.
+"""Streaming products of two activations, C += XᵀY, and the kernel that the Gram update shares with them.
 
-Shapes: T tokens, X (T, m), Y (T, d), w (T,) float32 or none, C (m, d) float32.
-Numerics: 16-bit products are exact in float32 and sums are float32. A row weight is applied in float32 and the weighted
-row of X rounded back, once, to the type of X, for `tl.dot` multiplies tiles of one type: C sums round(w_t x_ti) y_tj.
-Weights that are powers of two round nothing; float32 inputs never do; w_t x_ti must lie within the range of the type.
+Shapes: T tokens, X (T, m), Y (T, d), C (m, d) float32.
+Numerics: 16-bit products are exact in float32 and sums are float32.
 `input_precision` says how float32 inputs are multiplied: "ieee" exactly as float32, on the ordinary units; "tf32" with
 10 bits of mantissa, on the matrix units; "tf32x3" as three such products, close to float32. 16-bit inputs ignore it.
 Floor: 2Tmd FLOPs (Tm² on a triangle), 2T(m + d) bytes of 16-bit input and 8md bytes of C a launch.
+For 16-bit XᵀY, cuBLAS is expected to be faster on an H100 (derived: 650 TFLOP/s against 420 to 500 here, whose operands
+do not come by the copy engine): `minisp.ops` takes it where both serve.
 Split-K: where tiles are fewer than the programs that a GPU runs at once, several programs share a tile's tokens. The
 first adds to C, the others write partial sums, and a second kernel adds those in order: no atomics, and the same bits
 from the same shapes on the same GPU.
@@ -22,7 +22,8 @@ PRECISIONS = ("ieee", "tf32", "tf32x3")
 # Tensor cores truncate their sums, a bias that grows with the tokens per launch; reading and writing C costs less of
 # the time the more tokens share it.
 TOKENS_PER_LAUNCH = 16384
-# Two programs run at once on a multiprocessor of sm_90 (114 registers and 98 KB each); elsewhere they take turns.
+# Two programs run at once on a multiprocessor of sm_90 (at most 128 registers, which kernel_table.py holds, and 98 KB
+# each); elsewhere they take turns.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 # With fewer tokens, a split spends more time on its partial sums (128 KB written and read again) than on products.
 TOKENS_PER_SPLIT = 1024
@@ -53,13 +54,15 @@ def _place(i_tile, num_cols, LOWER: tl.constexpr, TILE: tl.constexpr):
 def _add_columns(
     p_out, b_sum, first_row, first_col, num_rows, num_cols, LOWER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):  # fmt: skip
-    """Add a (ROWS, COLS) tile to C, where it lies in C and, with LOWER, on or below the diagonal."""
+    """Add a (ROWS, COLS) tile to C where it lies in C; with LOWER, what lies above the diagonal keeps its value."""
     o_row = (first_row + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     o_col = (first_col + tl.arange(0, COLS))[None, :]
     is_inside = (o_row < num_rows) & (o_col < num_cols)
-    if LOWER:
-        is_inside = is_inside & (o_row >= o_col)
     p_tile = p_out + o_row * num_cols + o_col
+    # A mask that differs from element to element would forbid vectors of 16 bytes: above the diagonal, zeros are added.
+    if LOWER:
+        is_lower = tl.arange(0, COLS)[None, :] - tl.arange(0, ROWS)[:, None] <= first_row - first_col
+        b_sum = tl.where(is_lower, b_sum, 0.0)
     tl.store(p_tile, tl.load(p_tile, mask=is_inside, other=0.0) + b_sum, mask=is_inside)
 
 
@@ -84,14 +87,14 @@ def _add_tile(p_out, b_sum, first_row, first_col, num_rows, num_cols, LOWER: tl.
 
 @triton.jit
 def cross_update_kernel(
-    p_out, p_x, p_y, p_weight, p_partial, num_tokens, tokens_per_split, num_rows, num_cols,
+    p_out, p_x, p_y, p_partial, num_tokens, tokens_per_split, num_rows, num_cols,
     stride_x_token, stride_x_unit, stride_y_token, stride_y_unit,
-    LOWER: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, TILE_T: tl.constexpr,
+    LOWER: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, TILE_T: tl.constexpr,
 ):  # fmt: skip
     """Program (i, s) sums the tokens of split s for the (TILE, TILE) tile i of C, TILE_T tokens per step.
 
     Split 0 adds its sum to C; split s > 0 writes it to p_partial (splits − 1, tiles, TILE, TILE). With LOWER, C is
-    square and only its tiles and elements on and below the diagonal are computed, read and written.
+    square, only its tiles on and below the diagonal are computed, and what lies above the diagonal keeps its value.
     """
     i_tile, i_split = tl.program_id(0), tl.program_id(1)
     first_row, first_col = _place(i_tile, num_cols, LOWER, TILE)
@@ -107,9 +110,6 @@ def cross_update_kernel(
         is_token = start + tl.arange(0, TILE_T) < last
         b_left = tl.load(p_left, mask=is_token[:, None] & (o_row < num_rows)[None, :], other=0.0)
         b_right = tl.load(p_right, mask=is_token[:, None] & (o_col < num_cols)[None, :], other=0.0)
-        if WEIGHTED:
-            b_weight = tl.load(p_weight + start + tl.arange(0, TILE_T), mask=is_token, other=0.0)
-            b_left = (b_left.to(tl.float32) * b_weight[:, None]).to(p_x.dtype.element_ty)
         b_sum = tl.dot(tl.trans(b_left), b_right, b_sum, input_precision=PRECISION)
         p_left += tl.full((), TILE_T, tl.int64) * stride_x_token
         p_right += tl.full((), TILE_T, tl.int64) * stride_y_token
@@ -137,15 +137,12 @@ def add_partials_kernel(
     _add_tile(p_out, b_sum, first_row, first_col, num_rows, num_cols, LOWER, TILE)
 
 
-def cross_update_(
-    cross: Tensor, x: Tensor, y: Tensor, *, weights: Tensor | None = None, input_precision: str = "ieee"
-) -> None:
-    """Add Xᵀ diag(w) Y to C, in place.
+def cross_update_(cross: Tensor, x: Tensor, y: Tensor, *, input_precision: str = "ieee") -> None:
+    """Add XᵀY to C, in place.
 
     Args:
         cross: C (m, d) float32, contiguous.
         x, y: (T, m) and (T, d) of one dtype (bfloat16, float16, float32), any strides, on the device of C. T may be 0.
-        weights: (T,) float32, for every token; None weighs all alike.
         input_precision: "ieee", "tf32" or "tf32x3", for float32 inputs; see the module.
 
     Raises:
@@ -156,13 +153,11 @@ def cross_update_(
         check_tokens(name, side, cross, (len(x) if x.ndim else 0, width))
     if x.dtype != y.dtype:
         raise ValueError(f"Product: expected x and y of one dtype, got {x.dtype} and {y.dtype}. Cast one of them.")
-    check_weights(weights, x, input_precision)
-    add_product_(cross, x, y, weights=weights, input_precision=input_precision, lower=False)
+    check_precision(input_precision)
+    add_product_(cross, x, y, input_precision=input_precision, lower=False)
 
 
-def add_product_(
-    out: Tensor, x: Tensor, y: Tensor, *, weights: Tensor | None, input_precision: str, lower: bool
-) -> None:
+def add_product_(out: Tensor, x: Tensor, y: Tensor, *, input_precision: str, lower: bool) -> None:
     """Launch the kernels on arguments that have been checked; with `lower`, on and below the diagonal alone.
 
     Partial sums take at most 2 · (multiprocessors) tiles of float32: 17 MB on an H100.
@@ -181,12 +176,11 @@ def add_product_(
         for start in range(0, len(x), TOKENS_PER_LAUNCH):
             part = slice(start, start + TOKENS_PER_LAUNCH)
             left, right = x[part], y[part]
-            weight = left if weights is None else weights[part].contiguous()
             splits, tokens = split_tokens(tiles, len(left), multiprocessors(out.device))
             partial = out.new_empty(max(splits - 1, 0), tiles, options["TILE"], options["TILE"])
             cross_update_kernel[(tiles, splits)](
-                out, left, right, weight, partial, len(left), tokens, *out.shape, *left.stride(), *right.stride(),
-                LOWER=lower, WEIGHTED=weights is not None, PRECISION=precision, **options, **launch,
+                out, left, right, partial, len(left), tokens, *out.shape, *left.stride(), *right.stride(),
+                LOWER=lower, PRECISION=precision, **options, **launch,
             )  # fmt: skip
             if splits > 1:
                 add_partials_kernel[(tiles,)](
@@ -243,16 +237,9 @@ def check_tokens(name: str, x: Tensor, out: Tensor, shape: tuple[int, ...]) -> N
         raise ValueError(f"Product: expected {name} on {out.device} like its sum, got {x.device}. Move one of them.")
 
 
-def check_weights(weights: Tensor | None, x: Tensor, input_precision: str) -> None:
-    """Raise `ValueError` unless the weights are (T,) float32 beside x, and the precision is known."""
+def check_precision(input_precision: str) -> None:
+    """Raise `ValueError` unless the precision is known."""
     if input_precision not in PRECISIONS:
         raise ValueError(
             f"Product: expected a precision of {', '.join(PRECISIONS)}, got {input_precision!r}. Pass one."
-        )
-    if weights is None:
-        return
-    if weights.shape != x.shape[:1] or weights.dtype != torch.float32 or weights.device != x.device:
-        raise ValueError(
-            f"Product: expected weights of shape ({len(x)},) in float32 on {x.device}, got {tuple(weights.shape)} "
-            f"{weights.dtype} on {weights.device}. Convert them."
         )

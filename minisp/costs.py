@@ -8,7 +8,7 @@ from minisp.config import MinifyConfig
 from minisp.heal import heal_count
 from minisp.memory import Layout, Shape
 from minisp.statistics import PANEL_ROWS
-from minisp.sweep import HEAD_TOKENS
+from minisp.sweep import head_tokens
 
 
 def sweep_flops(model: CausalLM, config: MinifyConfig, num_segments: int, layout: Layout) -> float:
@@ -61,7 +61,7 @@ def disk_traffic(shape: Shape, layout: Layout, widths: Sequence[int], bytes_afte
     segments, forward = _passes(shape, layout)
     layers = shape.num_layers * shape.layer * shape.stored_item
     vocabulary = shape.vocabulary_weights * shape.stored_item
-    heads = -(-shape.tokens // max(HEAD_TOKENS, shape.batch_tokens))
+    heads = -(-shape.tokens // max(head_tokens(shape.hidden), shape.batch_tokens))
     visits = 1 + forward / segments + (shape.trials > 0) + (shape.heals > 0)
     return {
         # The sweeps, the down projections once more, and what is copied to the result.

@@ -14,7 +14,7 @@ from minisp.device import HEAP_BYTES
 from minisp.errors import ConfigError
 from minisp.ridge import ROWS
 from minisp.statistics import PANEL_ROWS
-from minisp.sweep import HEAD_TOKENS
+from minisp.sweep import head_tokens
 from minisp.vocabulary import BLOCK_BYTES
 from minisp.writer import PIECE_BYTES
 
@@ -228,7 +228,7 @@ def _sweep(shape: Shape, segment: int, stream_vocabulary: bool) -> dict[str, int
 def _head(shape: Shape) -> dict[str, int]:
     """Many windows at once, through a head that is read a block at a time."""
     d, item = shape.hidden, shape.item
-    tokens = min(max(HEAD_TOKENS, shape.batch_tokens), shape.tokens)
+    tokens = min(max(head_tokens(shape.hidden), shape.batch_tokens), shape.tokens)
     # Hidden states and gradients as read, joined and parted; the final norm's float32 copies, forward and backward; the
     # float32 gradient and what is added to it.
     states = tokens * d * (4 * item + 9 * 4)

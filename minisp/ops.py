@@ -44,7 +44,7 @@ def implementations(device: torch.device, dtype: torch.dtype, kind: str) -> dict
         "activation_backward_": {"triton": on_triton, "native": native.serves(x, kind=kind)},
         "causal_attention": {"native": native.serves_attention(heads, heads, heads)},
         "cross_entropy_gradient": {"triton": on_triton, "native": native.serves(x)},
-        "cross_update_": {"triton": on_triton},
+        "cross_update_": {"triton": on_triton and not portable.sums_in_float32(x)},
         "gram_update_": {"triton": on_triton, "native": native.serves_gram(x)},
         "ridge_solve": {"native": native_cholesky.serves_cholesky(x.device, torch.float32)},
     }
@@ -110,49 +110,48 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *,
     return portable.causal_attention(query, key, value, scale)
 
 
-def gram_update_(gram: Tensor, x: Tensor, *, weights: Tensor | None = None, impl: Impl = "auto") -> None:
-    """G += Xᵀ diag(w) X on and below the diagonal tiles; `mirror_` completes the matrix once, at the end.
+def gram_update_(gram: Tensor, x: Tensor, *, impl: Impl = "auto") -> None:
+    """G += XᵀX on and below the diagonal tiles; `mirror_` completes the matrix once, at the end.
 
     Args:
         gram: (m, m) float32, contiguous. Above the diagonal its content is unspecified until `mirror_`.
         x: (T, m) bfloat16, float16 or float32. Products of 16-bit inputs are exact in float32, sums are float32. On a
             GPU, `torch.set_float32_matmul_precision` decides how float32 inputs are multiplied.
-        weights: (T,) float32, for every token; None weighs all alike. The weighted row is rounded once to the dtype of
-            `x`, as `reference.cross` says.
 
     Raises:
         BackendError: `impl` cannot serve these tensors.
     """
-    is_native = weights is None and native.serves_gram(x)
-    chosen = choose("gram_update_", impl, native=is_native, triton=serves_triton(x, any_strides=True))
+    chosen = choose("gram_update_", impl, native=native.serves_gram(x), triton=serves_triton(x, any_strides=True))
     if chosen == "triton":
         from minisp.kernels import gram as kernel
 
-        kernel.gram_update_(gram, x, weights=weights, input_precision=input_precision(x.dtype))
+        kernel.gram_update_(gram, x, input_precision=input_precision(x.dtype))
         return
     if chosen == "native":
         native.gram_update_(gram, x)
         return
-    portable.gram_update_(gram, x, weights)
+    portable.gram_update_(gram, x)
 
 
-def cross_update_(cross: Tensor, x: Tensor, y: Tensor, *, weights: Tensor | None = None, impl: Impl = "auto") -> None:
-    """C += Xᵀ diag(w) Y, what a target from another stream needs beside G.
+def cross_update_(cross: Tensor, x: Tensor, y: Tensor, *, impl: Impl = "auto") -> None:
+    """C += XᵀY, what a target from another stream needs beside G.
 
     Args:
         cross: (m, d) float32, contiguous.
         x, y: (T, m) and (T, d) of one dtype: bfloat16, float16 or float32.
-        weights: as for `gram_update_`.
 
     Raises:
         BackendError: `impl` cannot serve these tensors.
     """
-    if choose("cross_update_", impl, triton=serves_triton(x, y, any_strides=True)) == "triton":
+    on_triton = serves_triton(x, y, any_strides=True)
+    # "auto" leaves 16-bit products on a GPU to its BLAS: see `portable.sums_in_float32`.
+    is_better = impl == "triton" or not portable.sums_in_float32(x)
+    if choose("cross_update_", impl, triton=on_triton and is_better) == "triton":
         from minisp.kernels import cross as kernel
 
-        kernel.cross_update_(cross, x, y, weights=weights, input_precision=input_precision(x.dtype))
+        kernel.cross_update_(cross, x, y, input_precision=input_precision(x.dtype))
         return
-    portable.cross_update_(cross, x, y, weights)
+    portable.cross_update_(cross, x, y)
 
 
 def mirror_(gram: Tensor, *, impl: Impl = "auto") -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from minisp.backend import OLDEST_GPU
+
 # Rows of T handled at once by the element-wise passes: their float32 copies of (rows, m) stay in a core's cache.
 ELEMENTWISE_ROWS = 128
 # Edge of the square tiles of the Gram matrix: large enough for full GEMM speed, small enough that the part computed
@@ -21,6 +23,9 @@ ELEMENTWISE_ROWS = 128
 GRAM_TILE = 512
 # Float32 logits handled at once by the cross entropy: 8 MB, which stays in a shared cache.
 CROSS_ENTROPY_ELEMENTS = 2**21
+# After 2.9, torch learnt to add 16-bit products to a float32 matrix (its pull request 167931); 2.11 is the oldest that
+# the tests for GPUs are meant for.
+FLOAT32_SUMS = "2.11"
 
 
 def activation(gate: Tensor, up: Tensor | None, kind: str, out: Tensor) -> Tensor:
@@ -57,19 +62,33 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
 
 
-def gram_update_(gram: Tensor, x: Tensor, weights: Tensor | None) -> None:
-    """G += Xᵀ diag(w) X on and below the diagonal tiles."""
+def gram_update_(gram: Tensor, x: Tensor) -> None:
+    """G += XᵀX on and below the diagonal tiles."""
     with _sixteen_bit_products(x.dtype):
-        left, right = _weighted(x, weights), x.float()
+        wide = _widened(x)
         for start in range(0, x.shape[1], GRAM_TILE):
             stop = min(start + GRAM_TILE, x.shape[1])
-            gram[start:stop, :stop] += left[:, start:stop].T @ right[:, :stop]
+            _add_product_(gram[start:stop, :stop], wide[:, start:stop], wide[:, :stop])
 
 
-def cross_update_(cross: Tensor, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
-    """C += Xᵀ diag(w) Y."""
+def cross_update_(cross: Tensor, x: Tensor, y: Tensor) -> None:
+    """C += XᵀY."""
     with _sixteen_bit_products(x.dtype):
-        cross.addmm_(_weighted(x, weights).T, y.float())
+        _add_product_(cross, _widened(x), _widened(y))
+
+
+def sums_in_float32(x: Tensor) -> bool:
+    """Whether torch adds products of these 16-bit values to a float32 matrix without a float32 copy of them.
+
+    cuBLAS does, at the rate of an ordinary 16-bit product (derived, H100: 650 TFLOP/s; float32 copies run at 50).
+    """
+    return (
+        x.is_cuda
+        and torch.version.cuda is not None
+        and torch.__version__ >= FLOAT32_SUMS
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(x.device) >= OLDEST_GPU
+    )
 
 
 def mirror_(gram: Tensor) -> Tensor:
@@ -99,9 +118,17 @@ def cross_entropy_gradient(rows: Tensor, targets: Tensor) -> tuple[float, Tensor
     return loss, gradient
 
 
-def _weighted(x: Tensor, weights: Tensor | None) -> Tensor:
-    """diag(w) X in float32, rounded once to the dtype of X."""
-    return x.float() if weights is None else (x.float() * weights[:, None]).to(x.dtype).float()
+def _widened(x: Tensor) -> Tensor:
+    """X in the type that `_add_product_` multiplies here."""
+    return x if sums_in_float32(x) else x.float()
+
+
+def _add_product_(out: Tensor, x: Tensor, y: Tensor) -> None:
+    """out (m, d) float32 += XᵀY, for X and Y as `_widened` leaves them."""
+    if x.dtype == torch.float32:
+        out.addmm_(x.T, y)
+    else:
+        torch.addmm(out, x.T, y, out_dtype=torch.float32, out=out)
 
 
 def _activate(z: Tensor, kind: str, out: Tensor | None = None) -> Tensor:

@@ -66,16 +66,14 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     return scores.masked_fill(later, float("-inf")).softmax(-1) @ value
 
 
-def gram(x: Tensor, weights: Tensor | None = None) -> Tensor:
-    """G = Xᵀ diag(w) X (m, m): an uncentred sum over tokens, not a covariance. Weights (T,); without them all are 1."""
-    return cross(x, x, weights)
+def gram(x: Tensor) -> Tensor:
+    """G = XᵀX (m, m): an uncentred sum over tokens, not a covariance."""
+    return cross(x, x)
 
 
-def cross(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
-    """C = Xᵀ diag(w) Y (m, d) for X (T, m), Y (T, d) and weights (T,). The rows of X are rounded to its type once more
-    when they have been weighted: an error of at most half a unit in the last place of every w_t x_ti.
-    """
-    return (x if weights is None else (x * weights[:, None]).to(x.dtype)).T @ y
+def cross(x: Tensor, y: Tensor) -> Tensor:
+    """C = XᵀY (m, d) for X (T, m) and Y (T, d)."""
+    return x.T @ y
 
 
 def ridge_solve(gram: Tensor, kept: Tensor, weight: Tensor, damping: float, *, to_zero: bool = False) -> Tensor:

@@ -27,7 +27,7 @@ from minisp.statistics import LayerStatistics
 from minisp.stream import Stream
 from minisp.workplace import Workplace, record
 
-# Tokens that a streamed head takes at once: each time, its weights are read twice.
+# Tokens that a streamed head takes at least at once: each time, its weights are read twice.
 HEAD_TOKENS = 2048
 # What a run that is killed loses at most of the first segment's sweep.
 SAVE_SECONDS = 180.0
@@ -116,10 +116,19 @@ def _run_forward(
             advance("forward", segment)
 
 
+def head_tokens(hidden: int) -> int:
+    """Tokens that a streamed head takes at once: d of them need 44·d² bytes, less than the Gram matrix of 3.4·d units.
+
+    Args:
+        hidden: d, the hidden size.
+    """
+    return max(HEAD_TOKENS, hidden)
+
+
 def _head_gradient(stream: Stream, batches: Sequence[Tensor], work: Workplace) -> None:
     """Keep the gradient at the last layer's output, many windows at a time."""
     last = len(stream.layers)
-    per_group = max(1, HEAD_TOKENS // max(ids.numel() for ids in batches))
+    per_group = max(1, head_tokens(stream.model.config.hidden_size) // max(ids.numel() for ids in batches))
     with work.own.writing(record("gradient", last)) as append:
         for start in range(0, len(batches), per_group):
             group = list(batches[start : start + per_group])

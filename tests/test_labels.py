@@ -1,10 +1,13 @@
 """Drawing tokens from a model's own distribution."""
 
+import pytest
 import torch
 
 from minisp import fast
-from minisp.labels import draw_labels, label_numbers
+from minisp.errors import NumericalError
+from minisp.labels import DRAWN_ELEMENTS, draw_labels, label_numbers
 from minisp.stream import Stream
+from tests.counting import Counted
 from tests.models import tiny_model
 
 
@@ -21,6 +24,27 @@ def test_labels_follow_the_distribution_of_the_logits() -> None:
 def test_the_largest_number_draws_a_token_that_exists() -> None:
     below_one = torch.tensor([1 - 2**-24])
     assert draw_labels(torch.zeros(1, 50000), below_one).item() == 49999
+
+
+def test_the_host_waits_once_for_many_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DRAWN_ELEMENTS, "cpu", 4 * 50)
+    logits, numbers = torch.randn(3, 40, 50), torch.rand(3, 40)
+    with Counted() as counted:
+        drawn = draw_labels(logits, numbers)
+    assert counted.syncs == 1
+    monkeypatch.setitem(DRAWN_ELEMENTS, "cpu", 2**21)
+    assert torch.equal(drawn, draw_labels(logits, numbers))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused_wherever_they_are(
+    value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DRAWN_ELEMENTS, "cpu", 50)
+    logits = torch.randn(9, 50)
+    logits[4, 7] = value
+    with pytest.raises(NumericalError, match="Expected finite logits"):
+        draw_labels(logits, torch.rand(9))
 
 
 def test_the_numbers_of_a_window_depend_on_it_and_the_seed_alone() -> None:

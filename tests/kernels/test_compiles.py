@@ -48,6 +48,7 @@ def test_the_committed_table_lists_what_is_shipped(table: Any) -> None:
     [
         ({"stack": 8}, "wgmma.mma_async", "a stack of 8 bytes"),
         ({"shared": 232449}, "wgmma.mma_async", "232449 bytes of shared memory"),
+        ({"registers": 129}, "wgmma.mma_async", "129 registers, too many for 2 programs at once"),
         ({}, "fma.rn.f32", "no wgmma.mma_async"),
         ({"name": "gram fp32 ieee aligned"}, "mma.sync", "mma. where there must be none"),
         ({}, "wgmma.mma_async", None),
@@ -57,4 +58,5 @@ def test_faults_are_found(table: Any, changes: dict, ptx: str, complaint: str | 
     cells = {"name": "gram bf16 aligned", "capability": 90, "warps": 8, "registers": 114, "stack": 0, "shared": 98304}
     row = table.Row(**{**cells, **changes})
     (entry,) = (entry for entry in table.shipped() if entry.name == row.name)
+    ptx = " ".join([ptx, *table.WIDE])
     assert table.faults(entry, row, ptx) == ([] if complaint is None else [complaint])

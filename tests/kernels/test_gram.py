@@ -14,22 +14,16 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def poisoned_gram(width: int, device: str) -> Tensor:
-    """A symmetric-to-be matrix: random on and below the diagonal, NaN above, where nothing may be read."""
+    """A symmetric-to-be matrix: random on and below the diagonal, NaN above, which must not spread."""
     lower = torch.randn(width, width, device=device)
     return lower.masked_fill_(torch.ones_like(lower, dtype=torch.bool).triu(1), float("nan"))
 
 
-def assert_is_updated(gram: Tensor, before: Tensor, x: Tensor, weights: Tensor | None = None) -> None:
-    """Lower triangle: |ours − fp64| ≤ |eager − fp64| + eps·√terms·Σ|terms|. Upper triangle: still poisoned.
-
-    Eager is float32 arithmetic on what the dtype of x can hold: the weighted rows are rounded there too.
-    """
-    wide = None if weights is None else weights.double()
-    exact = before.double() + reference.gram(x.double(), wide)
-    left = x.float() if weights is None else (x.float() * weights[:, None]).to(x.dtype).float()
-    eager = before + left.T @ x.float()
-    terms = x.abs().double() if wide is None else x.abs().double() * wide.abs()[:, None]
-    scale = before.abs().double() + terms.T @ x.abs().double()
+def assert_is_updated(gram: Tensor, before: Tensor, x: Tensor) -> None:
+    """Lower triangle: |ours − fp64| ≤ |eager − fp64| + eps·√terms·Σ|terms|. Upper triangle: still poisoned."""
+    exact = before.double() + reference.gram(x.double())
+    eager = before + x.float().T @ x.float()
+    scale = before.abs().double() + reference.gram(x.abs().double())
     slack = torch.finfo(torch.float32).eps * (x.shape[0] + 1) ** 0.5 * scale
     excess = (gram - exact).abs() - (eager - exact).abs() - slack
     assert (excess.tril() <= 0).all()
@@ -51,19 +45,15 @@ def test_update_is_right_for_ragged_shapes(width: int, num_tokens: int, dtype: t
 
 @pytest.mark.kernel
 @pytest.mark.usefixtures("large_gpu")
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_tokens", "width"), [(79, 20), (80, 80), (300, 131), (333, 272)])
-def test_split_update_is_right_and_repeatable(
-    num_tokens: int, width: int, dtype: torch.dtype, weighted: bool, device: str
-) -> None:
+def test_split_update_is_right_and_repeatable(num_tokens: int, width: int, dtype: torch.dtype, device: str) -> None:
     x = torch.randn(num_tokens, width, device=device).to(dtype)
-    weights = torch.randn(num_tokens, device=device) if weighted else None
     gram = poisoned_gram(width, device)
     before, again = gram.clone(), gram.clone()
-    kernel.gram_update_(gram, x, weights=weights)
-    assert_is_updated(gram, before, x, weights)
-    kernel.gram_update_(again, x, weights=weights)
+    kernel.gram_update_(gram, x)
+    assert_is_updated(gram, before, x)
+    kernel.gram_update_(again, x)
     assert torch.equal(gram.tril().nan_to_num(nan=0.0), again.tril().nan_to_num(nan=0.0))
 
 
@@ -72,7 +62,7 @@ def test_split_update_is_right_and_repeatable(
 @pytest.mark.parametrize("num_tokens", [30, 200])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_lies_above_the_diagonal_keeps_its_value(dtype: torch.dtype, num_tokens: int, device: str) -> None:
-    # NaN shows what is read; a number shows what is written.
+    # NaN shows what spreads; a number shows what is added.
     gram = torch.full((144, 144), 7.0, device=device)
     kernel.gram_update_(gram, torch.ones(num_tokens, 144, device=device).to(dtype))
     assert torch.equal(gram, torch.full_like(gram, 7.0) + torch.full_like(gram, num_tokens).tril())
@@ -89,29 +79,6 @@ def test_splits_fill_the_gpu_and_bound_the_workspace() -> None:
                 assert splits == 1 or splits * tiles <= 2 * processors
     assert cross.split_tokens(78, 8192, 132)[0] == 3
     assert cross.split_tokens(300, 8192, 132)[0] == 1
-
-
-@pytest.mark.kernel
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_weights_of_any_sign(dtype: torch.dtype, device: str) -> None:
-    x = torch.randn(130, 140, device=device).to(dtype)
-    storage = torch.randn(260, device=device)
-    storage[6::20] = 0
-    gram = poisoned_gram(140, device)
-    before = gram.clone()
-    kernel.gram_update_(gram, x, weights=storage[::2])
-    assert_is_updated(gram, before, x, storage[::2])
-
-
-@pytest.mark.kernel
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_weights_of_one_change_no_bit(dtype: torch.dtype, device: str) -> None:
-    x = torch.randn(70, 100, device=device).to(dtype)
-    plain = poisoned_gram(100, device)
-    weighted = plain.clone()
-    kernel.gram_update_(plain, x)
-    kernel.gram_update_(weighted, x, weights=torch.ones(70, device=device))
-    assert torch.equal(plain.tril().nan_to_num(nan=0.0), weighted.tril().nan_to_num(nan=0.0))
 
 
 @pytest.mark.kernel
@@ -141,10 +108,7 @@ def test_descriptor_update_is_right(num_tokens: int, width: int, dtype: torch.dt
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("weighted", [False, True])
-def test_wide_matrices_without_weights_take_the_descriptors(
-    weighted: bool, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wide_matrices_take_the_descriptors(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     monkeypatch.setattr(kernel, "NARROW", 64)
     monkeypatch.setattr(cross, "TOKENS_PER_LAUNCH", 48)
@@ -152,38 +116,57 @@ def test_wide_matrices_without_weights_take_the_descriptors(
     monkeypatch.setattr(gram_tma, "gram_update_", lambda gram, x: taken.append(len(x)))
     x = torch.randn(100, 72, device=device).to(torch.bfloat16)
     for width in (64, 72):
-        weights = torch.ones(100, device=device) if weighted else None
-        kernel.gram_update_(torch.zeros(width, width, device=device), x[:, :width], weights=weights)
-    assert taken == ([] if weighted else [48, 48, 4])
+        kernel.gram_update_(torch.zeros(width, width, device=device), x[:, :width])
+    assert taken == [48, 48, 4]
 
 
 @triton.jit
-def staircase_kernel(p_row, p_col, TILES: tl.constexpr):
-    i = tl.arange(0, TILES)
-    row, col = gram_tma._staircase(i)
+def place_kernel(p_row, p_col, num_tiles, num_rows, TILES: tl.constexpr, GROUP: tl.constexpr):
+    i = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    row, col = gram_tma._place(tl.minimum(i, num_tiles - 1), num_rows, GROUP)
     tl.store(p_row + i, row)
     tl.store(p_col + i, col)
 
 
 @pytest.mark.kernel
-def test_the_staircase_index_is_exact(device: str) -> None:
-    rows, cols = (torch.empty(2**14, dtype=torch.int32, device=device) for _ in range(2))
-    staircase_kernel[(1,)](rows, cols, TILES=2**14)
-    expected = [(r, c) for r in range(256) for c in range(r // 2 + 1)][: 2**14]
-    assert list(zip(rows.tolist(), cols.tolist(), strict=True)) == expected
+# As many rows of tiles as 28672 units have, and one more than 70B models need; every remainder of a group.
+@pytest.mark.parametrize("num_rows", [*range(1, 36), 86, 112, 224, 225])
+def test_every_place_of_the_staircase_is_taken_once_and_in_groups(num_rows: int, device: str) -> None:
+    tiles, group = sum(r // 2 + 1 for r in range(num_rows)), gram_tma.TILE["GROUP"]
+    programs = -(-tiles // 128)
+    rows, cols = (torch.empty(programs * 128, dtype=torch.int32, device=device) for _ in range(2))
+    place_kernel[(programs,)](rows, cols, tiles, num_rows, TILES=128, GROUP=group)
+    places = list(zip(rows[:tiles].tolist(), cols[:tiles].tolist(), strict=True))
+    assert sorted(places) == [(r, c) for r in range(num_rows) for c in range(r // 2 + 1)]
+    assert [r // group for r, _ in places] == sorted(r // group for r, _ in places)
+
+
+def x_columns_per_wave(num_rows: int, group: int, programs: int) -> float:
+    """Columns of X that programs of one wave read between them, on average: what the memory has to deliver."""
+    order: list[tuple[int, int]] = []
+    for start in range(0, num_rows, group):
+        members = range(start, min(start + group, num_rows))
+        order += [(r, c) for c in range(start // 2 + 1) for r in members]
+        order += [(r, c) for r in members for c in range(start // 2 + 1, r // 2 + 1)]
+    waves = [order[i : i + programs] for i in range(0, len(order), programs)]
+    return sum(128 * len({r for r, _ in w}) + 256 * len({c for _, c in w}) for w in waves) / len(waves)
+
+
+def test_groups_keep_the_operands_in_the_cache() -> None:
+    # 28672 units on an H100 (132 multiprocessors): row by row, a wave reads almost everything left of the diagonal.
+    grouped, by_rows = (x_columns_per_wave(224, group, 132) for group in (gram_tma.TILE["GROUP"], 1))
+    assert grouped < 0.25 * by_rows
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_update_takes_any_strides(dtype: torch.dtype, weighted: bool, device: str) -> None:
+def test_update_takes_any_strides(dtype: torch.dtype, device: str) -> None:
     wide = torch.randn(140, 300, device=device).to(dtype)
     for x in (wide[::2, 5:75], wide[:70, ::4], wide.T[:70, :70], wide[:1].expand(70, -1)[:, :70]):
-        weights = torch.randn(70, device=device) if weighted else None
         gram = poisoned_gram(x.shape[1], device)
         before = gram.clone()
-        kernel.gram_update_(gram, x, weights=weights)
-        assert_is_updated(gram, before, x, weights)
+        kernel.gram_update_(gram, x)
+        assert_is_updated(gram, before, x)
 
 
 @pytest.mark.kernel
@@ -202,18 +185,16 @@ def test_addresses_beyond_int32(num_tokens: int, stride: int, device: str) -> No
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("weighted", [False, True])
-def test_long_inputs_are_split_into_launches(weighted: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_inputs_are_split_into_launches(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross, "TOKENS_PER_LAUNCH", 48)
     x = torch.randn(100, 20, device=device).to(torch.bfloat16)
-    weights = torch.randn(100, device=device) if weighted else None
     gram = poisoned_gram(20, device)
     before, pieces = gram.clone(), gram.clone()
-    kernel.gram_update_(gram, x, weights=weights)
-    assert_is_updated(gram, before, x, weights)
+    kernel.gram_update_(gram, x)
+    assert_is_updated(gram, before, x)
     for start in range(0, 100, 48):
         part = slice(start, start + 48)
-        kernel.gram_update_(pieces, x[part], weights=None if weights is None else weights[part])
+        kernel.gram_update_(pieces, x[part])
     assert torch.equal(gram.tril(), pieces.tril())
 
 
@@ -282,9 +263,6 @@ def test_the_triangular_index_is_exact(device: str) -> None:
         (torch.zeros(4, 4), torch.zeros(()), {}),
         (torch.zeros(4, 4), torch.zeros(3, 4, dtype=torch.int32), {}),
         (torch.zeros(4, 4), torch.zeros(3, 4, device="meta"), {}),
-        (torch.zeros(4, 4), torch.zeros(3, 4), {"weights": torch.ones(4)}),
-        (torch.zeros(4, 4), torch.zeros(3, 4), {"weights": torch.ones(3, dtype=torch.bfloat16)}),
-        (torch.zeros(4, 4), torch.zeros(3, 4), {"weights": torch.ones(3, device="meta")}),
         (torch.zeros(4, 4), torch.zeros(3, 4), {"input_precision": "bf16x9"}),
     ],
 )

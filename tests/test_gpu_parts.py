@@ -1,0 +1,136 @@
+"""The parts of the GPU suite as far as they go without a GPU, and a rehearsal of all of them on a CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minisp import ops, reference
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def test_the_opponents_of_the_saliency_pass_compute_the_same(script: Any) -> None:
+    passes = script("gpu_passes")
+    gate, up, grad = torch.randn(50, 7), torch.randn(50, 7), torch.randn(50, 7)
+    x, grad_gate, grad_up, sums = reference.activation_backward(gate, up, grad, "silu")
+    for ours, true in zip(passes.eager_saliency(gate, up, grad), (x, grad_gate, grad_up, sums), strict=True):
+        torch.testing.assert_close(ours, true)
+    for ours, true in zip(passes.autograd_saliency(gate, up, grad), (grad_gate, grad_up, sums), strict=True):
+        torch.testing.assert_close(ours, true)
+
+
+def test_a_race_goes_on_without_the_one_that_falls(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = script("gpu_bench")
+    times = iter([2.0, 5.0, 1.0, 3.0])
+    monkeypatch.setattr(bench.Bench, "timed", lambda self, call: call() or next(times))
+
+    def fall() -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    figures = bench.Bench(rehearsal=True).race({"falls": fall, "runs": lambda: None})
+    assert figures["falls"] is None
+    assert figures["falls: error"] == "OutOfMemoryError: no room"
+    # The first timing only says how often to repeat.
+    assert figures["runs"] == [1.0, 3.0, 5.0]
+
+
+PARTS_IN_MEMORY = ("gram", "product", "saliency", "cross_entropy", "norms", "linalg", "attention")
+
+
+@pytest.mark.parametrize("part", PARTS_IN_MEMORY)
+def test_a_part_goes_on_where_nothing_can_be_timed(part: str, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = script("gpu_bench").Bench(rehearsal=True)
+    monkeypatch.setattr(type(bench), "race", lambda self, contenders, **_: dict.fromkeys(contenders))
+    found = list(script("gpu_parts").FUNCTIONS[part](bench))
+    assert found and all("summary" in figures for figures in found)
+
+
+def test_a_solver_that_is_missing_leaves_the_others_their_rows(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    solver, ridge = script("gpu_solver"), script("ridge")
+
+    def missing(gram: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        raise AttributeError("no such symbol")
+
+    monkeypatch.setitem(ridge.CONTENDERS, solver.BARE, missing)
+    (found, *_) = solver.ridge_(script("gpu_bench").Bench(rehearsal=True))
+    rows = {row["name"]: row for row in found["rows"][:3]}
+    assert rows[solver.BARE]["error"] == "AttributeError: no such symbol"
+    assert len(rows[solver.TORCH]["seconds"]) == len(rows[solver.CHECKED]["seconds"]) == 3
+    assert "with the engine's checks" in found["summary"][0]["text"]
+    assert "no such symbol" in found["summary"][0]["text"]
+
+
+def test_the_residual_by_columns_is_that_of_the_whole(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    solver, ridge = script("gpu_solver"), script("ridge")
+    gram, right = ridge.make_system(90, 12, torch.float32, torch.device("cpu"))
+    solution = ridge.torch_solve(gram, right)
+    expected = ridge.accuracy(gram, right, solution)["backward_error"]
+    assert solver.backward_error(gram, right, solution) == pytest.approx(expected, rel=1e-6)
+
+
+def test_runs_from_disk_take_the_windows_that_there_is_room_for(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = script("gpu_end_to_end")
+    planned = type("Plan", (), {"scratch_bytes": 0, "bytes_after": 10})
+
+    def plan(checkpoint: Path, *, num_windows: int, window: int, **options: Any) -> Any:
+        planned.scratch_bytes = 10 * num_windows
+        return planned
+
+    monkeypatch.setattr(runs, "plan", plan)
+    windows, options = torch.zeros(8, 4, dtype=torch.int64), {"scratch": str(tmp_path)}
+    for free, expected in ((100, 8), (60, 4)):
+        usage = type("Usage", (), {"free": free})
+        monkeypatch.setattr(runs.shutil, "disk_usage", lambda path, usage=usage: usage)
+        assert len(runs.windows_with_room(tmp_path, windows, tmp_path, options)) == expected
+    usage.free = 20
+    with pytest.raises(runs.OutputError, match=r"no room: needs .* has .*on one disk"):
+        runs.windows_with_room(tmp_path, windows, tmp_path, options)
+
+
+def rehearse(words: list[str], **options: Any) -> str:
+    path = os.pathsep.join([str(ROOT), str(BENCHMARKS)])
+    environment = os.environ | {"PYTHONPATH": path, "TRITON_INTERPRET": "1", **options}
+    done = subprocess.run([sys.executable, *words], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_every_part_can_be_rehearsed(script: Any, tmp_path: Path) -> None:
+    """Every line of every part, in one process: kernels in the interpreter, small shapes, a CPU."""
+    suite = script("gpu_suite")
+    parts = [part for part in suite.PARTS if part not in ("build", "correctness")]
+    script("synthetic").write_synthetic(tmp_path / "checkpoint", "tiny")
+    folders = {name: tmp_path / name for name in ("result", "out", "scratch")}
+    for folder in folders.values():
+        folder.mkdir()
+    places = [word for name, path in folders.items() for word in (f"--{name}", str(path))]
+    checkpoint = ["--checkpoint", str(tmp_path / "checkpoint")]
+    rehearse([str(BENCHMARKS / "gpu_parts.py"), *parts, *places, *checkpoint, "--rehearse"])
+    found = {part: json.loads((folders["result"] / f"{part}.json").read_text()) for part in parts}
+    assert all(figures["summary"] for figures in found.values())
+    # What a CPU lacks, and nothing else, has failed.
+    assert errors_of(found) <= {"addmm to float32: error"}
+    timed = {key for figures in found.values() for row in figures.get("norm", []) for key in row}
+    assert ("minisp" in timed) == hasattr(ops, "rms_norm")
+    assert all(found[part]["seconds"] > 0 for part in script("gpu_end_to_end").PARTS)
+    assert (folders["out"] / "capped_8" / "config.json").exists()
+
+
+def errors_of(found: Any) -> set[str]:
+    if isinstance(found, list):
+        return set().union(*map(errors_of, found))
+    if not isinstance(found, dict):
+        return set()
+    own = {key for key in found if key.split(": ")[-1] == "error"}
+    return own.union(*map(errors_of, found.values()))
