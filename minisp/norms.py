@@ -18,19 +18,18 @@ WIDEST_ON_TRITON = 16384
 class Norm(Protocol):
     """Both directions of RMSNorm on contiguous rows (T, d); see `reference.rms_norm`."""
 
-    @staticmethod
-    def rms_norm(hidden: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]: ...
+    def rms_norm(self, hidden: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]: ...
 
-    @staticmethod
-    def rms_norm_backward(grad: Tensor, hidden: Tensor, weight: Tensor, inverse: Tensor, offset: float) -> Tensor: ...
+    def rms_norm_backward(
+        self, grad: Tensor, hidden: Tensor, weight: Tensor, inverse: Tensor, offset: float
+    ) -> Tensor: ...
 
 
 class Rotary(Protocol):
     """Both directions of the rotary embedding; the dimensions of a head are contiguous. See `reference.rotary`."""
 
-    @staticmethod
     def rotate(
-        query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, *, backward: bool = False
+        self, query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, *, backward: bool = False
     ) -> tuple[Tensor, Tensor]: ...
 
 

@@ -143,14 +143,12 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0,
     return norms.rms_norm(hidden, weight, eps, offset, portable)
 
 
-def rotary(
-    query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, *, impl: Impl = "auto"
-) -> tuple[Tensor, Tensor]:
+def rotary(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
     """Queries and keys turned by their positions, differentiable in both; see `reference.rotary`.
 
-    Arithmetic is float32 whatever the storage, with one rounding at the end. For the backward, cosine and sine alone are
-    kept. The results are new tensors with the strides of the arguments: autograd would copy what is rotated in place
-    through a view, and a read and a write of every element are needed either way.
+    Arithmetic is float32 whatever the storage, with one rounding at the end; cosine and sine alone are kept for the
+    backward. The results are new tensors with the strides of the arguments: autograd would copy what is rotated in
+    place through a view, and a read and a write of every element are needed either way.
 
     Args:
         query: (B, H, L, D), D even.

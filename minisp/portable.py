@@ -57,9 +57,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
     if group > 1 and repeats_keys(query.dtype, capability):
         key, value, group = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 1
-    return functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=group > 1
-    )
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=group > 1)
 
 
 def repeats_keys(dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:

@@ -24,7 +24,7 @@ LEVELS = (
     ("allocation", "heal"),
     ("sweep",),
     ("resume", "workplace"),
-    ("demo_model", "mlp", "scratch", "stream", "writer"),
+    ("demo_model", "layers", "mlp", "scratch", "stream", "writer"),
     ("loader", "model", "vocabulary"),
     ("attention", "calibration", "checkpoint", "hub", "reconstruction", "selection"),
     ("builtin", "damping", "device", "files", "statistics"),

@@ -114,9 +114,7 @@ HEADS = {  # batch, query heads, key heads, tokens, dimensions
 @pytest.mark.parametrize("per_window", [False, True])
 @pytest.mark.parametrize("shape", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rotary(
-    dtype: torch.dtype, shape: tuple[int, ...], per_window: bool, layout: str, impl: ops.Impl
-) -> None:
+def test_rotary(dtype: torch.dtype, shape: tuple[int, ...], per_window: bool, layout: str, impl: ops.Impl) -> None:
     batch, heads, kv_heads, tokens, dim = shape
 
     def states(count: int) -> Tensor:
