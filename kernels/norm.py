@@ -117,7 +117,7 @@ def _check(weight: Tensor, *rows: Tensor) -> None:
         known = tensor.dtype in (torch.bfloat16, torch.float16, torch.float32)
         if not (fits and known and tensor.is_contiguous() and weight.is_contiguous()):
             raise ValueError(
-                f"RMSNorm: expected contiguous rows (T, d), 0 < d ≤ {WIDEST}, and a weight (d,), all bfloat16, float16 or "
-                f"float32, got {tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()} on "
+                f"RMSNorm: expected contiguous rows (T, d), 0 < d ≤ {WIDEST}, and a weight (d,), all bfloat16, float16 "
+                f"or float32, got {tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()} on "
                 f"{tensor.device} and {tuple(weight.shape)} {weight.dtype} on {weight.device}. Convert or copy them."
             )

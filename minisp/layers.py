@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from minisp import ops
+from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths
 from minisp.attention import fast_attention
+from minisp.portable import capability_of, repeats_keys
 
 # Of a probe: rounding in float32 of sums of up to some 10⁴ terms; what computes something else is off by more.
 PROBE_TOLERANCE = 1e-4
@@ -60,6 +62,27 @@ def fast_layers(model: Any) -> Iterator[None]:
     finally:
         for module in replaced:
             del module.forward
+
+
+def autograd_bytes(model: CausalLM, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes per token that autograd keeps of one decoder layer, its MLP watched, within `fast_layers`.
+
+    In the compute type: what enters both norms (2d), queries, keys, values and output of attention ((2H + 2H_kv)·D),
+    what enters norms of query and key heads where there are such ((H + H_kv)·D), and the MLP's pre-activations (2m, or
+    m without a gate). In float32: one number per row of a norm, two where it is a LayerNorm, and one per query head, of
+    its softmax. Keys and values count as often as attention repeats them on `device`.
+    """
+    config, row = model.config, architecture_of(model.config)
+    layer = decoder_layers(model, row)[0]
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or hidden // heads
+    of_heads = any(p.shape == (dim,) and "norm" in name for name, p in layer.named_parameters())
+    normed = (heads + kv_heads) if of_heads else 0
+    repeated = heads if repeats_keys(dtype, capability_of(device)) else kv_heads
+    width = max(layer_widths(model, row))
+    elements = 2 * hidden + (2 * heads + 2 * repeated + normed) * dim + (1 if row.gate is None else 2) * width
+    return elements * dtype.itemsize + 4 * (2 * 2 + heads + normed)
 
 
 def _fast_norm(module: nn.Module, known: dict[Any, NormKind | None]) -> Callable[..., Tensor] | None:

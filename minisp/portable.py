@@ -54,8 +54,7 @@ def activation_backward_(gate: Tensor, up: Tensor | None, grad_x: Tensor, kind: 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """softmax(scale · Q Kᵀ) V over the tokens so far, differentiable."""
     group = query.shape[1] // key.shape[1]
-    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
-    if group > 1 and repeats_keys(query.dtype, capability):
+    if group > 1 and repeats_keys(query.dtype, capability_of(query.device)):
         key, value, group = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 1
     return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=group > 1)
 
@@ -70,6 +69,11 @@ def repeats_keys(dtype: torch.dtype, capability: tuple[int, int] | None) -> bool
         capability: of the GPU; None where the tensors are on another device.
     """
     return capability is not None and (dtype not in (torch.bfloat16, torch.float16) or capability < (8, 0))
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a GPU; None for another device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:

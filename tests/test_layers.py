@@ -8,14 +8,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as interleaved_rotary
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from minisp import ops, reference
-from minisp.layers import NormKind, fast_layers, is_rotary, norm_kind
+from minisp.architecture import activation_kind, layer_widths
+from minisp.layers import NormKind, autograd_bytes, fast_layers, is_rotary, norm_kind
+from minisp.mlp import watch
 from minisp.model import frozen
+from minisp.statistics import LayerStatistics
+from minisp.stream import Stream
 from tests.models import LAYERS, MODEL_TYPES, tiny_model
 
 LENGTH = 60
@@ -182,3 +187,49 @@ def test_rotary_functions_are_known_by_what_they_do() -> None:
     assert not is_rotary(interleaved_rotary)
     assert not is_rotary(lambda q, k, cos, sin: (q * cos[:, None], k * cos[:, None]))
     assert not is_rotary(lambda q, k, cos, sin: None)
+
+
+def kept_bytes(model: Any, dtype: torch.dtype) -> float:
+    """Bytes per token and layer that autograd holds after a forward through all layers, their MLPs watched."""
+    stream = Stream.from_module(model.to(dtype))
+    ids = ids_for(model)
+    (width,) = set(layer_widths(model, stream.row))
+    found: list[Tensor] = []
+    with frozen(model):
+        hidden, calls = stream.embed(ids).requires_grad_(), stream.calls(ids)
+        shared = [*model.parameters(), *(t for c in calls for t in c.kwargs.get("position_embeddings") or ())]
+        statistics = {i: LayerStatistics.empty(width, gram=False, device=stream.device) for i in range(LAYERS)}
+        with saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t), fast_layers(model):
+            leaving = hidden
+            for index in range(LAYERS):
+                kind = activation_kind(model.config, stream.row)
+                with watch(stream.layers[index], stream.row, kind, statistics[index]):
+                    leaving = stream.run_layer(index, leaving, calls)
+    # The watched MLP keeps its pre-activations itself, on its node of the graph.
+    nodes, seen = [leaving.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found += [t for t in (getattr(node, "gate", None), getattr(node, "up", None)) if isinstance(t, Tensor)]
+            nodes += [following for following, _ in node.next_functions]
+    others = {t.untyped_storage().data_ptr() for t in shared}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
+    return sum(size for place, size in storages.items() if place not in others) / (LAYERS * ids.numel())
+
+
+LARGER: dict[str, dict[str, int]] = {
+    "llama": {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 8, "num_key_value_heads": 2},
+    "qwen3": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
+    "opt": {},
+    "gpt2": {},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", LARGER)
+def test_what_autograd_keeps_is_what_the_plan_says(family: str, dtype: torch.dtype) -> None:
+    model = tiny_model(family, **LARGER[family])
+    planned = autograd_bytes(model, dtype, torch.device("cpu"))
+    measured = kept_bytes(model, dtype)
+    assert measured <= planned <= 1.05 * measured

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from minisp import native, ops, reference
+from minisp import native, ops, portable, reference
 from minisp.errors import BackendError
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -191,3 +191,40 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
 def test_an_explicit_impl_is_obeyed_or_refused(call: Callable[[], object]) -> None:
     with pytest.raises(BackendError, match="expected an implementation that serves these tensors"):
         call()
+
+
+def test_grouped_queries_repeat_their_keys_where_torch_would_keep_all_scores() -> None:
+    hopper, turing = (9, 0), (7, 5)
+    for dtype, capability, expected in (
+        (torch.float32, hopper, True),
+        (torch.float32, turing, True),
+        (torch.bfloat16, hopper, False),
+        (torch.float16, (8, 0), False),
+        (torch.float16, turing, True),
+        (torch.float32, None, False),
+        (torch.bfloat16, None, False),
+    ):
+        assert portable.repeats_keys(dtype, capability) == expected, (dtype, capability)
+    assert portable.capability_of(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_repeated_keys_get_the_gradients_of_grouped_ones(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    grads = [torch.randn(2, 6, 40, 16)]
+    inputs = [torch.randn(2, heads, 40, 16) for heads in (6, 6 // group, 6 // group)]
+    groups: list[bool] = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args: Any, enable_gqa: bool, **kwargs: Any) -> Tensor:
+        groups.append(enable_gqa)
+        return attention(*args, enable_gqa=enable_gqa, **kwargs)
+
+    monkeypatch.setattr(portable.functional, "scaled_dot_product_attention", watched)
+    grouped = with_gradients(lambda *t: portable.causal_attention(*t, 0.25), inputs, grads, torch.float32)
+    # As on a GPU.
+    monkeypatch.setattr(portable, "capability_of", lambda device: (9, 0))
+    repeated = with_gradients(lambda *t: portable.causal_attention(*t, 0.25), inputs, grads, torch.float32)
+    assert groups == [group > 1, False]
+    exact = with_gradients(lambda *t: reference.causal_attention(*t, 0.25), inputs, grads, torch.float64)
+    for ours, theirs, true in zip(repeated, grouped, exact, strict=True):
+        check(ours, theirs, true, terms=56)
