@@ -267,8 +267,8 @@ def _trials(shape: Shape, again: dict[str, int], stream_vocabulary: bool) -> Pea
 
 def _activations(shape: Shape, segment: int) -> int:
     """What autograd keeps for a micro-batch, and what one layer's backward adds for a moment."""
-    # x and ∂L/∂x of the MLP, and of the hidden size what enters and leaves norms, attention and the layer. When attention
-    # has its turn, the MLP's 2m are free again.
+    # x and ∂L/∂x of the MLP, and of the hidden size what enters and leaves norms, attention and the layer. When
+    # attention has its turn, the MLP's 2m are free again.
     passing = shape.item * (2 * shape.width + 8 * shape.hidden)
     return shape.batch_tokens * (segment * shape.autograd + passing)
 

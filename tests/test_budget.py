@@ -7,6 +7,7 @@ is converted, copied or kept around them is counted for what it is.
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -55,8 +56,8 @@ class _FreeAttention(torch.autograd.Function):
         return torch.empty_like(grads[0]), torch.empty_like(grads[0]), torch.empty_like(grads[0])
 
 
-def counted(fused: bool) -> Counted:
-    """One decoder layer, forward and backward, its MLP taken out."""
+def counted(patch: pytest.MonkeyPatch, stand_ins: Any = None) -> Counted:
+    """One decoder layer, forward and backward, its MLP taken out: with stand-ins within `fast_layers`, or as it is."""
     config = LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=8, num_attention_heads=HEADS, num_hidden_layers=1, vocab_size=8
     )
@@ -67,23 +68,19 @@ def counted(fused: bool) -> Counted:
         gradient = torch.empty_like(hidden, requires_grad=False)
     layer = model.model.layers[0]
     layer.mlp.forward = lambda passing: passing.view_as(passing)
-    # "minisp" is attention by `ops.causal_attention`, within `fast_layers` and without.
+    # Attention by `ops.causal_attention`, within `fast_layers` and without.
     model.config._attn_implementation = "minisp"
-    with frozen(model), Counted() as count:
-        if fused:
-            with fast_layers(model):
-                leaving = layer(hidden, position_embeddings=(angles, angles))
-        else:
-            leaving = layer(hidden, position_embeddings=(angles, angles))
-        torch.autograd.grad(leaving, hidden, gradient)
+    patch.setattr(ops, "causal_attention", lambda query, key, value, scale: _FreeAttention.apply(query, key, value))
+    with frozen(model), fast_layers(model) if stand_ins else nullcontext():
+        if stand_ins:
+            # Only now: `fast_layers` has probed the model with the real ones.
+            patch.setattr(portable, "rms_norm", lambda x, w, eps, offset: stand_ins.rms_norm(x, w))
+            backward = stand_ins.rms_norm_backward
+            patch.setattr(portable, "rms_norm_backward", lambda g, x, w, r, offset: backward(g, x, w, r))
+            patch.setattr(portable, "rotate", lambda q, k, c, s, backward=False: stand_ins.rotate(q, k, c, s))
+        with Counted() as count:
+            torch.autograd.grad(layer(hidden, position_embeddings=(angles, angles)), hidden, gradient)
     return count
-
-
-@pytest.fixture
-def free_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        ops, "causal_attention", lambda query, key, value, scale: _FreeAttention.apply(query, key, value)
-    )
 
 
 def beside_products(count: Counted) -> tuple[float, int]:
@@ -94,25 +91,17 @@ def beside_products(count: Counted) -> tuple[float, int]:
     return moved / (TOKENS * HIDDEN), count.num_launches - products
 
 
-@pytest.mark.usefixtures("free_attention")
 def test_a_layer_with_the_engines_operations(stand_ins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(portable, "rms_norm", lambda x, w, eps, offset: stand_ins.rms_norm(x, w))
-    monkeypatch.setattr(
-        portable, "rms_norm_backward", lambda g, x, w, r, offset: stand_ins.rms_norm_backward(g, x, w, r)
-    )
-    monkeypatch.setattr(portable, "rotate", lambda q, k, c, s, backward=False: stand_ins.rotate(q, k, c, s))
-    count = counted(fused=True)
+    count = counted(monkeypatch, stand_ins)
     bytes_moved, launches = beside_products(count)
-    print(count.launches, bytes_moved, launches)
     assert count.syncs == 0
-    assert launches <= LAUNCHES
+    assert launches <= LAUNCHES, count.launches
     assert FLOOR <= bytes_moved <= 1.02 * FLOOR
 
 
-@pytest.mark.usefixtures("free_attention")
-def test_a_layer_in_eager_transformers_takes_several_times_that() -> None:
-    count = counted(fused=False)
+def test_a_layer_in_eager_transformers_takes_several_times_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = counted(monkeypatch)
     bytes_moved, launches = beside_products(count)
-    print(count.launches, bytes_moved, launches)
+    # 380 bytes and 76 launches with transformers 5.17.
     assert bytes_moved > 4 * FLOOR
-    assert launches > 4 * LAUNCHES
+    assert launches > 4 * LAUNCHES, count.launches
