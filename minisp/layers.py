@@ -49,10 +49,10 @@ def fast_layers(model: Any) -> Iterator[None]:
     """
     replaced: list[nn.Module] = []
     norms: dict[Any, NormKind | None] = {}
-    files: dict[int, dict[str, Any] | None] = {}
+    forwards: dict[Any, FunctionType | None] = {}
     try:
         for module in model.modules():
-            forward = _fast_norm(module, norms) or _with_fast_rotary(module, files)
+            forward = _fast_norm(module, norms) or _with_fast_rotary(module, forwards)
             # A forward that others have put there is theirs.
             if forward is not None and "forward" not in vars(module):
                 module.forward = forward
@@ -74,9 +74,10 @@ def autograd_bytes(model: CausalLM, dtype: torch.dtype, device: torch.device) ->
     """
     config, row = model.config, architecture_of(model.config)
     layer = decoder_layers(model, row)[0]
-    heads, hidden = config.num_attention_heads, config.hidden_size
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or hidden // heads
+    heads: int = config.num_attention_heads
+    hidden: int = config.hidden_size
+    kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
+    dim: int = getattr(config, "head_dim", None) or hidden // heads
     of_heads = any(p.shape == (dim,) and "norm" in name for name, p in layer.named_parameters())
     normed = (heads + kv_heads) if of_heads else 0
     repeated = heads if repeats_keys(dtype, capability_of(device)) else kv_heads
@@ -129,24 +130,26 @@ def norm_kind(module: nn.Module) -> NormKind | None:
     return None
 
 
-def _with_fast_rotary(module: nn.Module, files: dict[int, dict[str, Any] | None]) -> Callable[..., Any] | None:
-    """The module's own forward, reading a rotary function of its file as `ops.rotary`; None where it reads none.
-
-    `files`: of every file seen so far, its names with the rotary functions replaced; None where there are none.
-    """
+def _with_fast_rotary(module: nn.Module, known: dict[Any, FunctionType | None]) -> Callable[..., Any] | None:
+    """The module's own forward, with rotary functions of its file by `ops.rotary`; None where it reads none."""
     forward: Any = type(module).forward
+    if forward not in known:
+        known[forward] = _own_forward(forward)
+    own = known[forward]
+    return None if own is None else partial(own, module)
+
+
+def _own_forward(forward: Any) -> FunctionType | None:
+    """A copy of a forward that reads other functions under the names of its file's rotary functions."""
     if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
         return None
     names = forward.__globals__
-    if id(names) not in files:
-        rotary = {name: value for name, value in names.items() if is_rotary(value)}
-        files[id(names)] = names | {name: _fast_rotary(value) for name, value in rotary.items()} if rotary else None
-    ours = files[id(names)]
-    if ours is None or all(ours[name] is names[name] for name in forward.__code__.co_names if name in names):
+    rotary = {name: _fast_rotary(names[name]) for name in forward.__code__.co_names if is_rotary(names.get(name))}
+    if not rotary:
         return None
-    own = FunctionType(forward.__code__, ours, forward.__name__, forward.__defaults__, forward.__closure__)
+    own = FunctionType(forward.__code__, names | rotary, forward.__name__, forward.__defaults__, forward.__closure__)
     own.__kwdefaults__ = forward.__kwdefaults__
-    return partial(own, module)
+    return own
 
 
 def _fast_rotary(stock: Callable[..., Any]) -> Callable[..., Any]:

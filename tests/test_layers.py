@@ -14,14 +14,15 @@ from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as interle
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from minisp import ops, reference
+from minisp import allocation, fast, heal, ops, reference, sweep
 from minisp.architecture import activation_kind, layer_widths
+from minisp.attention import fast_attention
 from minisp.layers import NormKind, autograd_bytes, fast_layers, is_rotary, norm_kind
 from minisp.mlp import watch
 from minisp.model import frozen
 from minisp.statistics import LayerStatistics
 from minisp.stream import Stream
-from tests.models import LAYERS, MODEL_TYPES, tiny_model
+from tests.models import LAYERS, MODEL_TYPES, VOCABULARY, tiny_model
 
 LENGTH = 60
 # Of a layer: norms, and rotary calls.
@@ -233,3 +234,20 @@ def test_what_autograd_keeps_is_what_the_plan_says(family: str, dtype: torch.dty
     planned = autograd_bytes(model, dtype, torch.device("cpu"))
     measured = kept_bytes(model, dtype)
     assert measured <= planned <= 1.05 * measured
+
+
+@pytest.mark.parametrize("family", [family for family, (norms, _) in PER_LAYER.items() if norms])
+def test_a_whole_run_keeps_the_same_units_and_weights(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.randint(VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {"keep": 0.6, "calibration": ids, "alignment": 4}
+    ours, stock = tiny_model(family), tiny_model(family)
+    with counted(monkeypatch) as calls:
+        fast.minify(ours, **options)
+    assert calls["rms_norm"] and calls["rotary"]
+    for phase in (allocation, heal, sweep):
+        monkeypatch.setattr(phase, "fast_layers", lambda model: fast_attention(model.config))
+    with counted(monkeypatch) as calls:
+        fast.minify(stock, **options)
+    assert not calls["rms_norm"] and not calls["rotary"]
+    for (name, mine), (_, theirs) in zip(ours.state_dict().items(), stock.state_dict().items(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4, msg=name)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisp import reference
+from minisp import norms, reference
 from minisp.kernels import norm as kernel
 from minisp.kernels import rotary
 
@@ -55,6 +55,13 @@ def test_a_row_that_is_not_finite_stays_alone(device: str) -> None:
     hidden[7, 3], hidden[9, 0] = float("nan"), float("inf")
     out, _ = kernel.rms_norm(hidden, torch.ones(32, device=device), EPS, 0.0)
     assert (~out.isfinite()).any(-1).nonzero().flatten().tolist() == [7, 9]
+
+
+def test_the_seam_knows_how_wide_a_row_may_be() -> None:
+    assert norms.WIDEST_ON_TRITON == kernel.WIDEST
+    options = kernel.tile(kernel.WIDEST)
+    elements = options["TILE_T"] * options["TILE_D"]
+    assert elements // (32 * options["num_warps"]) <= kernel.ELEMENTS_PER_THREAD
 
 
 @pytest.mark.kernel
