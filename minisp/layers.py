@@ -91,7 +91,11 @@ def _fast_norm(module: nn.Module, known: dict[Any, NormKind | None]) -> Callable
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 1 or len(module._parameters) != 1 or module._modules:
         return None
-    plain = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str | tuple)}
+    plain = {
+        name: value
+        for name, value in vars(module).items()
+        if name[0] != "_" and isinstance(value, (int, float, str, tuple))
+    }
     key = (type(module), weight.shape, tuple(sorted((name, str(value)) for name, value in plain.items())))
     if key not in known:
         known[key] = norm_kind(module)
