@@ -94,22 +94,22 @@ MINISP_INLINE void rotate_token(const Rotated& query, const Rotated& key, Angles
 }
 
 // One exported body per storage type: only what is inlined into a clone is compiled for its processor level.
-#define MINISP_BODIES(T, name)                                                                                        \
-  MINISP_CLONES void norm_rows_##name(const T* hidden, const float* scale, float eps, T* out, float* inverse,             \
-                                      NormShape shape, int64_t begin, int64_t end) {                                   \
-    for (int64_t row = begin; row < end; ++row)                                                                        \
-      inverse[row] = norm_row<T>(hidden + row * shape.columns, scale, eps, out + row * shape.columns, shape);          \
-  }                                                                                                                    \
-  MINISP_CLONES void norm_backward_rows_##name(const T* grad, const T* hidden, const float* scale, const float* inverse, \
-                                               T* out, NormShape shape, int64_t begin, int64_t end) {                  \
-    for (int64_t row = begin; row < end; ++row) {                                                                      \
-      const int64_t place = row * shape.columns;                                                                       \
-      norm_backward_row<T>(grad + place, hidden + place, scale, inverse[row], out + place, shape);                     \
-    }                                                                                                                  \
-  }                                                                                                                    \
-  MINISP_CLONES void rotate_tokens_##name(const Rotated& query, const Rotated& key, Angles cosine, Angles sine,        \
-                                          RotaryShape shape, int64_t begin, int64_t end) {                             \
-    for (int64_t place = begin; place < end; ++place) rotate_token<T>(query, key, cosine, sine, place, shape);         \
+#define MINISP_BODIES(T, name)                                                                                       \
+  MINISP_CLONES void norm_rows_##name(const T* hidden, const float* scale, float eps, T* out, float* inverse,        \
+                                      NormShape shape, int64_t begin, int64_t end) {                                 \
+    for (int64_t row = begin; row < end; ++row)                                                                      \
+      inverse[row] = norm_row<T>(hidden + row * shape.columns, scale, eps, out + row * shape.columns, shape);        \
+  }                                                                                                                  \
+  MINISP_CLONES void norm_backward_rows_##name(const T* grad, const T* hidden, const float* scale, const float* inv, \
+                                               T* out, NormShape shape, int64_t begin, int64_t end) {                \
+    for (int64_t row = begin; row < end; ++row) {                                                                    \
+      const int64_t place = row * shape.columns;                                                                     \
+      norm_backward_row<T>(grad + place, hidden + place, scale, inv[row], out + place, shape);                       \
+    }                                                                                                                \
+  }                                                                                                                  \
+  MINISP_CLONES void rotate_tokens_##name(const Rotated& query, const Rotated& key, Angles cosine, Angles sine,      \
+                                          RotaryShape shape, int64_t begin, int64_t end) {                           \
+    for (int64_t place = begin; place < end; ++place) rotate_token<T>(query, key, cosine, sine, place, shape);       \
   }
 
 MINISP_BODIES(bf16, bf16)

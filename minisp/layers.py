@@ -91,12 +91,8 @@ def _fast_norm(module: nn.Module, known: dict[Any, NormKind | None]) -> Callable
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 1 or len(module._parameters) != 1 or module._modules:
         return None
-    plain = {
-        name: value
-        for name, value in vars(module).items()
-        if name[0] != "_" and isinstance(value, (int, float, str, tuple))
-    }
-    key = (type(module), weight.shape, tuple(sorted((name, str(value)) for name, value in plain.items())))
+    settings = [(n, v) for n, v in vars(module).items() if n[0] != "_" and isinstance(v, (int, float, str, tuple))]
+    key = (type(module), weight.shape, str(settings))
     if key not in known:
         known[key] = norm_kind(module)
     kind = known[key]
@@ -148,7 +144,8 @@ def _own_forward(forward: Any) -> FunctionType | None:
     if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
         return None
     names = forward.__globals__
-    rotary = {name: _fast_rotary(names[name]) for name in forward.__code__.co_names if is_rotary(names.get(name))}
+    read = [name for name in forward.__code__.co_names if name in names]
+    rotary = {name: _fast_rotary(names[name]) for name in read if is_rotary(names[name])}
     if not rotary:
         return None
     own = FunctionType(forward.__code__, names | rotary, forward.__name__, forward.__defaults__, forward.__closure__)
