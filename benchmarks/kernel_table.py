@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from minisp.kernels import cross, cross_entropy, gram, gram_tma, saliency
+from minisp.kernels import cross, cross_entropy, gram, gram_tma, norm, rotary, saliency
 
 # Bytes of shared memory that one launch may ask for, by compute capability.
 SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -195,9 +195,42 @@ def ones(entries: Sequence[Shipped]) -> Iterator[Shipped]:
             )  # fmt: skip
 
 
+def in_layers() -> Iterator[Shipped]:
+    """RMSNorm of rows as short as one head and as wide as a program holds, and the rotary embedding."""
+    for dtype in TYPES:
+        rows = {"p_x": f"*{dtype}", "p_weight": f"*{dtype}", "p_out": f"*{dtype}", "p_inverse": "*fp32"}
+        rows |= {"num_rows": "i32", "width": "i32", "offset": "fp32"}
+        for width, layout in ((128, "aligned"), (576, "unaligned"), (4096, "aligned"), (norm.WIDEST, "aligned")):
+            constants = norm.tile(width)
+            options = {"num_warps": constants.pop("num_warps")}
+            aligned = ("p_grad", *(name for name in rows if name not in ("num_rows", "offset")))
+            for name, kernel, more in (
+                ("norm", norm.rms_norm_kernel, {"eps": "fp32"}),
+                ("norm backward", norm.rms_norm_backward_kernel, {"p_grad": f"*{dtype}"}),
+            ):
+                yield Shipped(
+                    f"{name} {dtype} {width} {layout}", kernel, rows | more, constants, options,
+                    tuple(name for name in aligned if name in rows | more) if layout == "aligned" else (),
+                    needs=WIDE if layout == "aligned" else (),
+                )  # fmt: skip
+        names = rotary.rotate_kernel.arg_names
+        sizes = [name for name in names if name.startswith(("num_", "stride_")) or name == "half"]
+        signature = {name: f"*{dtype}" for name in names if name.startswith("p_")} | dict.fromkeys(sizes, "i32")
+        for dim, layout in ((64, "aligned"), (128, "aligned"), (80, "unaligned")):
+            for backward in (False, True):
+                constants = rotary.tile(dim) | {"BACKWARD": backward}
+                options = {"num_warps": constants.pop("num_warps")}
+                yield Shipped(
+                    f"rotary{' backward' if backward else ''} {dtype} {dim} {layout}", rotary.rotate_kernel, signature,
+                    constants, options,
+                    tuple(n for n in signature if not n.startswith("num_")) if layout == "aligned" else (),
+                    needs=WIDE if layout == "aligned" else (),
+                )  # fmt: skip
+
+
 def shipped() -> list[Shipped]:
     """Every kernel in every form that a launcher asks for."""
-    entries = [*products(), *around_products(), *passes()]
+    entries = [*products(), *around_products(), *passes(), *in_layers()]
     return [*entries, *ones(entries)]
 
 

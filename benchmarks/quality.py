@@ -30,12 +30,12 @@ from transformers import AutoTokenizer
 
 from minisp.allocation import layer_ratios
 from minisp.architecture import architecture_of, cut_, decoder_layers
-from minisp.attention import fast_attention
 from minisp.calibration import interleave, load_calibration
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
 from minisp.evaluate import perplexity
 from minisp.heal import heal_sweep, heal_windows
+from minisp.layers import fast_layers
 from minisp.measure import builtin_texts
 from minisp.model import frozen, load_model
 from minisp.reconstruction import reconstruct
@@ -72,7 +72,7 @@ class Kit:
 
     def perplexities(self, model: Any) -> dict[str, float]:
         """Perplexity of a model on every domain."""
-        with fast_attention(model.config):
+        with fast_layers(model):
             return {
                 name: perplexity(model, ids, window=EVALUATION[1], max_windows=n).value
                 for name, (ids, n) in self.texts.items()
@@ -129,7 +129,7 @@ def _means(model: Any, row: Any, windows: Tensor) -> list[Tensor]:
         total += inputs[0].float().flatten(0, -2).sum(0)
 
     handles = [d.register_forward_pre_hook(partial(add, total)) for d, total in zip(downs, sums, strict=True)]
-    with fast_attention(model.config):
+    with fast_layers(model):
         for ids in windows.split(1):
             model(input_ids=ids, use_cache=False, logits_to_keep=1)
     for handle in handles:

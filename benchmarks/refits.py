@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minisp import ops
 from minisp.architecture import activation_kind, mlp_weights
-from minisp.attention import fast_attention
+from minisp.layers import fast_layers
 from minisp.ridge import ridge_fit
 from minisp.stream import Stream
 
@@ -35,7 +35,7 @@ def correct_drift_(dense: Any, cut: Any, windows: Tensor, names: Sequence[str], 
     streams = Stream.from_module(dense), Stream.from_module(cut)
     batches = windows.split(1)
     # Both models with the same attention, whose rounding would else count as drift.
-    with fast_attention(dense.config), fast_attention(cut.config):
+    with fast_layers(dense), fast_layers(cut):
         wanted, states = ([stream.embed(ids) for ids in batches] for stream in streams)
         for index, layer in enumerate(streams[1].layers):
             targets = [_pass(streams[0], index, *pair) for pair in zip(wanted, batches, strict=True)]
@@ -103,7 +103,7 @@ def refit_inside_(dense: Any, cut: Any, windows: Tensor, damping: float) -> None
         handle = whole.mlp.register_forward_hook(
             lambda _, x, y, pairs=pairs: pairs.append((x[0].flatten(0, 1), y.flatten(0, 1)))
         )
-        with fast_attention(dense.config):
+        with fast_layers(dense):
             states = [stream.run_layer(index, h, stream.calls(ids)) for h, ids in zip(states, batches, strict=True)]
         handle.remove()
         weights = mlp_weights(layer, row)

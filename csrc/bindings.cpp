@@ -12,6 +12,7 @@
 #include "device.h"
 #include "elementwise.h"
 #include "gram.h"
+#include "norms.h"
 #include "tiles.h"
 
 namespace py = pybind11;
@@ -101,6 +102,56 @@ void bind_cpu_kernels(py::module_& module) {
       released, "gram += X^T X on the lower triangle; see csrc/gram.h.");
 }
 
+// rows, columns, whether bfloat16, and what is added to the weight.
+using NormTuple = std::tuple<int64_t, int64_t, bool, float>;
+
+minisp::NormShape norm_shape(const NormTuple& shape) {
+  const auto [rows, columns, is_bf16, offset] = shape;
+  return {rows, columns, is_bf16, offset};
+}
+
+minisp::Rotated rotated(const Strided& in, const Strided& out, int64_t heads) {
+  return {at<void>(std::get<0>(in)), at<void>(std::get<0>(out)), heads,
+          std::get<1>(in),           std::get<2>(in),            std::get<3>(in),
+          std::get<1>(out),          std::get<2>(out),           std::get<3>(out)};
+}
+
+// Address, and strides of windows and tokens in elements.
+using AnglesTuple = std::tuple<uintptr_t, int64_t, int64_t>;
+
+minisp::Angles angles(const AnglesTuple& table) {
+  return {at<void>(std::get<0>(table)), std::get<1>(table), std::get<2>(table)};
+}
+
+void bind_norms(py::module_& module) {
+  const py::call_guard<py::gil_scoped_release> released;
+  module.def(
+      "rms_norm",
+      [](uintptr_t hidden, uintptr_t weight, float eps, uintptr_t out, uintptr_t inverse, NormTuple shape,
+         int threads) {
+        minisp::rms_norm(at<void>(hidden), at<void>(weight), eps, at<void>(out), at<float>(inverse), norm_shape(shape),
+                         threads);
+      },
+      released, "RMSNorm and its reciprocal root mean squares; see csrc/norms.h.");
+  module.def(
+      "rms_norm_backward",
+      [](uintptr_t grad, uintptr_t hidden, uintptr_t weight, uintptr_t inverse, uintptr_t grad_hidden, NormTuple shape,
+         int threads) {
+        minisp::rms_norm_backward(at<void>(grad), at<void>(hidden), at<void>(weight), at<float>(inverse),
+                                  at<void>(grad_hidden), norm_shape(shape), threads);
+      },
+      released, "Gradient of RMSNorm; see csrc/norms.h.");
+  module.def(
+      "rotate",
+      [](std::array<Strided, 2> query, std::array<Strided, 2> key, std::array<int64_t, 2> heads, AnglesTuple cosine,
+         AnglesTuple sine, std::tuple<int64_t, int64_t, int64_t, bool, bool> shape, int threads) {
+        const auto [batch, tokens, dim, is_bf16, is_backward] = shape;
+        minisp::rotate(rotated(query[0], query[1], heads[0]), rotated(key[0], key[1], heads[1]), angles(cosine),
+                       angles(sine), {batch, tokens, dim, is_bf16, is_backward}, threads);
+      },
+      released, "Rotary embedding of queries and keys, or its transpose; see csrc/norms.h.");
+}
+
 // Address and stride of a row-major matrix.
 using PlaceTuple = std::tuple<uintptr_t, int64_t>;
 
@@ -157,5 +208,6 @@ PYBIND11_MODULE(_C, module) {
              "CUDA devices that can be used now; 0 without a driver or in a CPU-only build. Never raises.");
   bind_cpu_kernels(module);
   bind_attention(module);
+  bind_norms(module);
   bind_cholesky(module);
 }

@@ -23,3 +23,28 @@ def cross_entropy(
 ) -> float: ...
 def gram_available() -> bool: ...
 def gram_update(gram: int, x: int, num_tokens: int, width: int, threads: int) -> None: ...
+
+# Tensors (batch, heads, tokens, dim): address, and strides of the first three axes in elements.
+_Strided = tuple[int, int, int, int]
+
+def rms_norm(
+    hidden: int, weight: int, eps: float, out: int, inverse: int, shape: tuple[int, int, bool, float], threads: int
+) -> None: ...
+def rms_norm_backward(
+    grad: int,
+    hidden: int,
+    weight: int,
+    inverse: int,
+    grad_hidden: int,
+    shape: tuple[int, int, bool, float],
+    threads: int,
+) -> None: ...
+def rotate(
+    query: tuple[_Strided, _Strided],
+    key: tuple[_Strided, _Strided],
+    heads: tuple[int, int],
+    cosine: tuple[int, int, int],
+    sine: tuple[int, int, int],
+    shape: tuple[int, int, int, bool, bool],
+    threads: int,
+) -> None: ...

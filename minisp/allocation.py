@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from minisp.architecture import other_down
-from minisp.attention import fast_attention
 from minisp.config import MinifyConfig
+from minisp.layers import fast_layers
 from minisp.reconstruction import reconstruct
 from minisp.stream import Stream
 from minisp.windows import spread
@@ -85,7 +85,7 @@ def measure_ratios(
         kept = order[: len(order) - max(1, int(TRIAL_CUT * len(order)))].sort().values.cpu()
         removed.append(float(scores[index].sum() - scores[index][kept].sum()))
         keeping = work.own.writing(record("trials", index + 1), **{REMOVED: removed})
-        with keeping as append, fast_attention(stream.model.config):
+        with keeping as append, fast_layers(stream.model):
             for trial in range(index):
                 states = work.own.read(record("trials", index), str(trial)).to(stream.device)
                 append(str(trial), stream.run_layer(index, states, calls))

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from minisp import ops
 from minisp.architecture import activation_kind, cut_, mlp_weights, other_down
-from minisp.attention import fast_attention
 from minisp.config import MinifyConfig
+from minisp.layers import fast_layers
 from minisp.mlp import watch
 from minisp.reconstruction import Reconstruction, correct, reconstruct
 from minisp.statistics import LayerStatistics
@@ -65,7 +65,7 @@ def heal_sweep(
         index, layer = segment.start, stream.layers[segment.start]
         passing = partial(_states, stream, batches, work, index)
         entering = kinds[index][-1]
-        with torch.no_grad(), fast_attention(stream.model.config):
+        with torch.no_grad(), fast_layers(stream.model):
             if both:
                 _keep(passing("dense"), "dense", work, index, (count, len(batches)))
             # Together: what the first process has just written, a slower one must not take for an earlier run's.

@@ -43,6 +43,7 @@ class Shape:
         tokenizer: bytes of the tokenizer's file.
         tokens, batch_tokens: T of this process, and of a micro-batch.
         item, stored_item: bytes of an element, in the compute type and as stored.
+        autograd: bytes per token that autograd keeps of one layer; see `layers.autograd_bytes`.
         kept: units that stay at most, in one layer that is cut.
         gram: whether the saliency sweep collects Gram matrices.
         trials: tokens on which trial cuts are made; 0 where none is.
@@ -65,6 +66,7 @@ class Shape:
     batch_tokens: int
     item: int
     stored_item: int
+    autograd: int
     kept: int
     gram: bool
     trials: int
@@ -99,7 +101,7 @@ class Layout:
 
 def shape_of(model: CausalLM, *, tokens: int, batch_tokens: int, item: int, stored_item: int, **rest: int) -> Shape:
     """The shape of a model, whose weights may be on the meta device; `rest`:
-    tokenizer, kept, gram, trials, heals, logits, loaded, streams, writes."""
+    tokenizer, autograd, kept, gram, trials, heals, logits, loaded, streams, writes."""
     row = architecture_of(model.config)
     layers = decoder_layers(model, row)
     parameters = [sum(p.numel() for p in layer.parameters()) for layer in layers]
@@ -265,12 +267,10 @@ def _trials(shape: Shape, again: dict[str, int], stream_vocabulary: bool) -> Pea
 
 def _activations(shape: Shape, segment: int) -> int:
     """What autograd keeps for a micro-batch, and what one layer's backward adds for a moment."""
-    d, m, item = shape.hidden, shape.width, shape.item
-    # Per token of a layer: both norms (float32 twice and once in the compute type each), about eight tensors of the
-    # hidden size around attention, and the two pre-activations of the MLP.
-    kept = 2 * (8 + item) * d + 8 * item * d + 2 * item * m
-    passing = 3 * item * m + 8 * 4 * d
-    return shape.batch_tokens * (segment * kept + passing)
+    # x and ∂L/∂x of the MLP, and of the hidden size what enters and leaves norms, attention and the layer. When
+    # attention has its turn, the MLP's 2m are free again.
+    passing = shape.item * (2 * shape.width + 8 * shape.hidden)
+    return shape.batch_tokens * (segment * shape.autograd + passing)
 
 
 def _reconstruction(shape: Shape, n: int) -> dict[str, int]:

@@ -5,13 +5,13 @@ tensor code tuned for its memory traffic, on every device; "native", the C++ ker
 the kernels of `minisp.kernels`, on GPUs. "auto" takes the best that serves the tensors. A name given explicitly is
 obeyed or refused, never replaced.
 
-Shapes: T tokens, m units, n kept units, d hidden size, V vocabulary.
+Shapes: T tokens, m units, n kept units, d hidden size, V vocabulary; B windows of L tokens, H heads of D dimensions.
 """
 
 import torch
 from torch import Tensor
 
-from minisp import native, native_cholesky, portable
+from minisp import native, native_cholesky, native_norms, norms, portable
 from minisp.backend import Impl, choose, input_precision, serves_triton
 from minisp.ridge import RidgeSolution, output_energy, ridge_solve
 
@@ -28,6 +28,8 @@ __all__ = [
     "mirror_",
     "output_energy",
     "ridge_solve",
+    "rms_norm",
+    "rotary",
 ]
 
 
@@ -37,7 +39,7 @@ def implementations(device: torch.device, dtype: torch.dtype, kind: str) -> dict
     Asked of the same tests that the operations ask, with a tensor of one element there.
     """
     x = torch.empty(1, 1, dtype=dtype, device=device)
-    heads = x.view(1, 1, 1, 1)
+    heads, halves = x.view(1, 1, 1, 1), torch.empty(1, 1, 1, 2, dtype=dtype, device=device)
     on_triton = serves_triton(x)
     able = {
         "activation": {"triton": on_triton},
@@ -46,6 +48,8 @@ def implementations(device: torch.device, dtype: torch.dtype, kind: str) -> dict
         "cross_entropy_gradient": {"triton": on_triton, "native": native.serves(x)},
         "cross_update_": {"triton": on_triton and not portable.sums_in_float32(x)},
         "gram_update_": {"triton": on_triton, "native": native.serves_gram(x)},
+        "rms_norm": {"triton": on_triton, "native": native_norms.serves_norm(x, x[0])},
+        "rotary": {"triton": on_triton, "native": native_norms.serves_rotary(halves, halves, halves[0], halves[0])},
         "ridge_solve": {"native": native_cholesky.serves_cholesky(x.device, torch.float32)},
     }
     return {name: choose(name, "auto", **who) for name, who in able.items()}
@@ -108,6 +112,62 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *,
     if choose("causal_attention", impl, native=native.serves_attention(query, key, value)) == "native":
         return native.causal_attention(query, key, value, scale)
     return portable.causal_attention(query, key, value, scale)
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, impl: Impl = "auto") -> Tensor:
+    """hidden / rms(hidden) ⊙ (offset + weight), differentiable in `hidden` alone; see `reference.rms_norm`.
+
+    Arithmetic is float32 whatever the storage, with one rounding at the end. For the backward, `hidden` and one float32
+    a row are kept.
+
+    Args:
+        hidden: (..., d).
+        weight: (d,) in the dtype of `hidden`. It must be frozen: no gradient reaches it.
+        eps: added to the mean square.
+        offset: 1 where the weight is stored as its difference from 1.
+
+    Returns:
+        Shape and dtype of `hidden`.
+
+    Raises:
+        BackendError: `impl` cannot serve these tensors.
+    """
+    on_triton = serves_triton(hidden, weight, any_strides=True) and hidden.shape[-1] <= norms.WIDEST_ON_TRITON
+    chosen = choose("rms_norm", impl, native=native_norms.serves_norm(hidden, weight), triton=on_triton)
+    if chosen == "native":
+        return norms.rms_norm(hidden, weight, eps, offset, native_norms)
+    if chosen == "triton":
+        from minisp.kernels import norm as kernel
+
+        return norms.rms_norm(hidden, weight, eps, offset, kernel)
+    return norms.rms_norm(hidden, weight, eps, offset, portable)
+
+
+def rotary(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
+    """Queries and keys turned by their positions, differentiable in both; see `reference.rotary`.
+
+    Arithmetic is float32 whatever the storage, with one rounding at the end; cosine and sine alone are kept for the
+    backward. The results are new tensors with the strides of the arguments: autograd would copy what is rotated in
+    place through a view, and a read and a write of every element are needed either way.
+
+    Args:
+        query: (B, H, L, D), D even.
+        key: (B, H_kv, L, D).
+        cosine, sine: (B or 1, L, D), without gradients. All four of one dtype.
+
+    Raises:
+        BackendError: `impl` cannot serve these tensors.
+    """
+    is_native = native_norms.serves_rotary(query, key, cosine, sine)
+    on_triton = serves_triton(query, key, cosine, sine, any_strides=True)
+    chosen = choose("rotary", impl, native=is_native, triton=on_triton)
+    if chosen == "native":
+        return norms.rotary(query, key, cosine, sine, native_norms)
+    if chosen == "triton":
+        from minisp.kernels import rotary as kernel
+
+        return norms.rotary(query, key, cosine, sine, kernel)
+    return norms.rotary(query, key, cosine, sine, portable)
 
 
 def gram_update_(gram: Tensor, x: Tensor, *, impl: Impl = "auto") -> None:

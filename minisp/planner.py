@@ -14,6 +14,7 @@ from minisp.costs import disk_traffic, scratch_room, solve_flops, sweep_flops
 from minisp.device import memory_limit, product_rate
 from minisp.errors import ConfigError
 from minisp.heal import heal_count
+from minisp.layers import autograd_bytes
 from minisp.memory import Layout, Shape, choose_layout, shape_of, staging
 from minisp.ops import implementations
 from minisp.selection import allocate_widths, default_alignment, uniform_widths
@@ -220,6 +221,7 @@ def _shape(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: i
         item=source.dtype.itemsize,
         stored_item=source.stored_item,
         tokenizer=source.tokenizer_bytes,
+        autograd=autograd_bytes(source.model, source.dtype, source.device),
         kept=kept,
         gram=config.collects_gram,
         trials=trial_tokens(config.num_windows * config.window, len(layers)) if config.measures else 0,

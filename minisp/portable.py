@@ -3,7 +3,7 @@
 It is tuned for its memory traffic alone. The specification is `minisp.reference`; arguments are those of `minisp.ops`,
 which has chosen this implementation.
 
-Shapes: T tokens, m units, d hidden size, V vocabulary.
+Shapes: T tokens, m units, d hidden size, V vocabulary; B windows of L tokens, H heads of D dimensions.
 """
 
 from collections.abc import Iterator
@@ -58,8 +58,67 @@ def activation_backward_(gate: Tensor, up: Tensor | None, grad_x: Tensor, kind: 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """softmax(scale · Q Kᵀ) V over the tokens so far, differentiable."""
-    grouped = query.shape[1] != key.shape[1]
-    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    group = query.shape[1] // key.shape[1]
+    if group > 1 and repeats_keys(query.dtype, capability_of(query.device)):
+        key, value, group = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 1
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=group > 1)
+
+
+def repeats_keys(dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:
+    """Whether grouped queries need their keys and values repeated, for torch to serve them in linear memory.
+
+    On GPUs torch's flash attention takes 16-bit types alone, from sm_80 on, and its memory-efficient kernel takes no
+    groups. What neither takes goes to a formula that keeps all scores: B·H·L² of them.
+
+    Args:
+        capability: of the GPU; None where the tensors are on another device.
+    """
+    return capability is not None and (dtype not in (torch.bfloat16, torch.float16) or capability < (8, 0))
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a GPU; None for another device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """x r ⊙ (offset + w) like `hidden` (T, d), and r = (mean x² + eps)^(−1/2), (T,) float32."""
+    out, scale = torch.empty_like(hidden), offset + weight.float()
+    inverse = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    for rows in _row_blocks(hidden):
+        x = hidden[rows].float()
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        inverse[rows] = r[:, 0]
+        out[rows] = x * r * scale
+    return out, inverse
+
+
+def rms_norm_backward(grad: Tensor, hidden: Tensor, weight: Tensor, inverse: Tensor, offset: float) -> Tensor:
+    """∂L/∂hidden (T, d) for grad = ∂L/∂out (T, d)."""
+    out, scale = torch.empty_like(hidden), offset + weight.float()
+    for rows in _row_blocks(hidden):
+        x, h, r = hidden[rows].float(), grad[rows] * scale, inverse[rows, None]
+        along = (h * x).mean(-1, keepdim=True).mul_(r * r)
+        out[rows] = (h - x * along).mul_(r)
+    return out
+
+
+def rotate(
+    query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, *, backward: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Queries (B, H, L, D) and keys (B, H_kv, L, D) turned by cosine and sine (B or 1, L, D), or by the transpose."""
+    cosine, sine = cosine[:, None].float(), sine[:, None].float()
+    half = query.shape[-1] // 2
+    # What goes to the first half from the second, and the other way.
+    first, second = (sine[..., half:], -sine[..., :half]) if backward else (-sine[..., :half], sine[..., half:])
+    turned = []
+    for tensor in (query, key):
+        out = torch.empty_like(tensor)
+        a, b = tensor[..., :half], tensor[..., half:]
+        out[..., :half] = torch.addcmul(a * cosine[..., :half], b, first)
+        out[..., half:] = torch.addcmul(b * cosine[..., half:], a, second)
+        turned.append(out)
+    return turned[0], turned[1]
 
 
 def gram_update_(gram: Tensor, x: Tensor) -> None:
@@ -116,6 +175,12 @@ def cross_entropy_gradient(rows: Tensor, targets: Tensor) -> tuple[float, Tensor
         probability.scatter_add_(1, target, probability.new_full((1, 1), -1.0).expand(target.shape))
         gradient[start : start + step] = probability
     return loss, gradient
+
+
+def _row_blocks(x: Tensor) -> list[slice]:
+    """Rows of x handled at once: on a CPU few enough for a core's cache, elsewhere all."""
+    step = ELEMENTWISE_ROWS if x.device.type == "cpu" else max(1, len(x))
+    return [slice(start, start + step) for start in range(0, len(x), step)]
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -66,6 +66,31 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     return scores.masked_fill(later, float("-inf")).softmax(-1) @ value
 
 
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """y = x r ⊙ (offset + w), r = (mean x² + ε)^(−1/2) over the last axis (Zhang & Sennrich, 2019).
+
+    hidden (…, d), weight (d,); an offset of 1 is for weights that are stored as their difference from 1. Gradient,
+    with h = ∂L/∂y ⊙ (offset + w):  ∂L/∂x = r (h − x r² mean(h ⊙ x)), for ∂r/∂x = −r³ x / d.
+    """
+    rms = (hidden.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return hidden * rms * (offset + weight)
+
+
+def rotary(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys turned by their position (Su et al., 2021), halves of a head being the two coordinates.
+
+    query (B, H, L, D), key (B, H_kv, L, D), D even; cosine and sine (B or 1, L, D). For the halves (a, b) of a head:
+    (a c_a − b s_a, b c_b + a s_b). Where both halves have the same angles, this is a rotation, and the gradient is
+    turned by the negative angles; in general it is the transpose, (a c_a + b s_b, b c_b − a s_a).
+    """
+
+    def turned(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return x * cosine[:, None] + torch.cat((-b, a), -1) * sine[:, None]
+
+    return turned(query), turned(key)
+
+
 def gram(x: Tensor) -> Tensor:
     """G = XᵀX (m, m): an uncentred sum over tokens, not a covariance."""
     return cross(x, x)

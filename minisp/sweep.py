@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minisp.architecture import activation_kind, mlp_weights
-from minisp.attention import fast_attention
+from minisp.layers import fast_layers
 from minisp.mlp import watch
 from minisp.scratch import Scratch
 from minisp.statistics import LayerStatistics
@@ -107,7 +107,7 @@ def _run_forward(
 ) -> None:
     """Keep the states that leave a segment."""
     keeping = own.writing(record("states", segment.stop))
-    with keeping as append, torch.no_grad(), fast_attention(stream.model.config):
+    with keeping as append, torch.no_grad(), fast_layers(stream.model):
         for number, ids in enumerate(batches):
             hidden = enter(stream, own, segment, number, ids)
             for index in segment:
@@ -155,7 +155,7 @@ def _run_backward(
     known = own.has(source)
     assert known or segment.stop == len(stream.layers), f"no gradient behind layer {segment.stop - 1}"
     keeping = own.writing(record("gradient", segment.start)) if segment.start else nullcontext(_nowhere)
-    with keeping as append, _watch_all(stream, records), fast_attention(stream.model.config):
+    with keeping as append, _watch_all(stream, records), fast_layers(stream.model):
         for number, ids in enumerate(batches):
             if number < first:
                 advance("saliency", segment)

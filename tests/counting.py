@@ -13,6 +13,16 @@ from torch.utils._pytree import tree_leaves
 # Operations whose result the host needs before it can go on.
 SYNCS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select")
 
+# Operations that launch nothing, though their schemas do not say so.
+FREE = (
+    "aten::empty",
+    "aten::empty_strided",
+    "aten::empty_like",
+    "aten::new_empty",
+    "aten::detach",
+    "aten::_unsafe_view",
+)
+
 
 class Counted(TorchDispatchMode):
     """Within the block, counts what torch carries out.
@@ -48,7 +58,7 @@ def _is_view(func: Any) -> bool:
     """Whether the results alias arguments that are not written, or memory is only set aside."""
     returns = func._schema.returns
     aliases = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    return aliases or func._schema.name in ("aten::empty", "aten::empty_strided", "aten::detach", "aten::new_empty")
+    return aliases or func._schema.name in FREE
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -68,9 +68,9 @@ class PoisonedTorch:
 @pytest.fixture
 def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the launchers of these kernels allocate is full of NaN, where nobody writes it or reads it too soon."""
-    from minisp.kernels import cross_entropy, saliency
+    from minisp.kernels import cross_entropy, norm, rotary, saliency
 
-    for module in (cross_entropy, saliency):
+    for module in (cross_entropy, norm, rotary, saliency):
         monkeypatch.setattr(module, "torch", PoisonedTorch())
 
 
