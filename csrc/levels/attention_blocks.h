@@ -43,7 +43,7 @@ void softmax_block(ScoreBlock<E>& block, float scale, bool diagonal, Running& ru
       top = (score > top) & visible(diagonal, key, q) ? score : top;
     }
     Floats total = {};
-    const auto probability = [&](int64_t key) __attribute__((always_inline)) {
+    const auto probability = [&](int64_t key) MINISP_LAMBDA {
       const Floats score = load_vector(block.scores + key * kBlock + q);
       return where(visible(diagonal, key, q), exponential<E::kDegree>(score * scale - top));
     };
@@ -69,7 +69,7 @@ template <typename E>
 void score_gradient(ScoreBlock<E>& block, QueryRows queries, float scale, bool diagonal) {
   for (int64_t q = 0; q < kBlock; q += kLanes) {
     const Floats logsumexp = load_vector(queries.logsumexp + q), delta = load_vector(queries.delta + q);
-    const auto gradient = [&](int64_t key) __attribute__((always_inline)) {
+    const auto gradient = [&](int64_t key) MINISP_LAMBDA {
       const int64_t place = key * kBlock + q;
       const Floats exponent = load_vector(block.scores + place) * scale - logsumexp;
       const Floats p = where(visible(diagonal, key, q), exponential<E::kDegree>(exponent));

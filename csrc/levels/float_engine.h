@@ -42,25 +42,21 @@ struct FloatEngine {
 
   template <int64_t rows>
   MINISP_INLINE static void multiply_rows(Sums c, Rows<float> a, Tiles<float> b, int64_t depth, bool add) {
-    Floats sum[rows][2];
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < rows; ++r)
-#pragma GCC unroll 2
-      for (int64_t v = 0; v < 2; ++v) sum[r][v] = add ? load_vector(c.data + r * c.stride + v * kLanes) : Floats{};
+    Floats sum[rows][2] = {};
     for (int64_t k = 0; k < depth; k += kDepth, a.data += a.step, b.data += b.step)
       for (int64_t inner = 0; inner < kDepth; ++inner) {
         const Floats left = load_vector(b.data + inner * kEdge), right = load_vector(b.data + inner * kEdge + kLanes);
-#pragma GCC unroll 8
-        for (int64_t r = 0; r < rows; ++r) {
+        unrolled<rows>([&](int64_t r) MINISP_LAMBDA {
           const Floats factor = spread(a.data[r * a.stride + inner]);
           sum[r][0] += factor * left;
           sum[r][1] += factor * right;
-        }
+        });
       }
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < rows; ++r)
-#pragma GCC unroll 2
-      for (int64_t v = 0; v < 2; ++v) store_vector(sum[r][v], c.data + r * c.stride + v * kLanes);
+    unrolled<rows>([&](int64_t r) MINISP_LAMBDA {
+      float* const to = c.data + r * c.stride;
+      store_vector(add ? load_vector(to) + sum[r][0] : sum[r][0], to);
+      store_vector(add ? load_vector(to + kLanes) + sum[r][1] : sum[r][1], to + kLanes);
+    });
   }
 
   // A tile column of B stays in the first-level cache for all rows of A.

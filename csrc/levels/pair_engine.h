@@ -131,33 +131,29 @@ struct PairEngine {
   MINISP_INLINE static Words spread_pair(const bf16* place) {
     uint32_t value;
     std::memcpy(&value, place, sizeof value);
-    Words result;
-    for (int64_t lane = 0; lane < kLanes; ++lane) result[lane] = value;
-    return result;
+    return spread(value);
   }
 
   MINISP_INLINE static void multiply_rows(Sums c, Rows<bf16> a, Tiles<bf16> b, int64_t steps, bool add) {
     __m512 sum[kAtOnce][2];
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < kAtOnce; ++r)
-#pragma GCC unroll 2
-      for (int64_t v = 0; v < 2; ++v)
-        sum[r][v] = reinterpret_cast<__m512>(add ? load_vector(c.data + r * c.stride + v * kLanes) : Floats{});
+    unrolled<kAtOnce>([&](int64_t r) MINISP_LAMBDA {
+      const float* const from = c.data + r * c.stride;
+      sum[r][0] = reinterpret_cast<__m512>(add ? load_vector(from) : Floats{});
+      sum[r][1] = reinterpret_cast<__m512>(add ? load_vector(from + kLanes) : Floats{});
+    });
     for (int64_t step = 0; step < steps; ++step, a.data += a.step, b.data += b.step)
       for (int64_t k = 0; k < kDepth; k += 2) {
         const __m512bh left = words(load_words(b.data + k * kEdge)), right = words(load_words(b.data + kTile + k * kEdge));
-#pragma GCC unroll 8
-        for (int64_t r = 0; r < kAtOnce; ++r) {
+        unrolled<kAtOnce>([&](int64_t r) MINISP_LAMBDA {
           const __m512bh factor = words(spread_pair(a.data + r * a.stride + k));
           sum[r][0] = _mm512_dpbf16_ps(sum[r][0], factor, left);
           sum[r][1] = _mm512_dpbf16_ps(sum[r][1], factor, right);
-        }
+        });
       }
-#pragma GCC unroll 8
-    for (int64_t r = 0; r < kAtOnce; ++r)
-#pragma GCC unroll 2
-      for (int64_t v = 0; v < 2; ++v)
-        store_vector(reinterpret_cast<Floats>(sum[r][v]), c.data + r * c.stride + v * kLanes);
+    unrolled<kAtOnce>([&](int64_t r) MINISP_LAMBDA {
+      store_vector(reinterpret_cast<Floats>(sum[r][0]), c.data + r * c.stride);
+      store_vector(reinterpret_cast<Floats>(sum[r][1]), c.data + r * c.stride + kLanes);
+    });
   }
 
 #endif

@@ -32,10 +32,13 @@ typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
+// In every lane. Adding to zero, as integers, compiles to one broadcast from memory; writing lane by lane does not.
+MINISP_INLINE Words spread(uint32_t value) { return Words{} + value; }
+
 MINISP_INLINE Floats spread(float value) {
-  Floats result;
-  for (int64_t lane = 0; lane < kLanes; ++lane) result[lane] = value;
-  return result;
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return reinterpret_cast<Floats>(spread(bits));
 }
 
 MINISP_INLINE Floats load_vector(const float* place) {
@@ -120,6 +123,17 @@ MINISP_INLINE Floats exponential(Floats x) {
   return p * reinterpret_cast<Floats>((__builtin_convertvector(n, Ints) + 127) << 23);
 #endif
 }
+
+// body(0), ..., body(count - 1), written out: an array that is indexed so is kept in registers.
+template <int64_t count, typename Body>
+MINISP_INLINE void unrolled(const Body& body) {
+  if constexpr (count > 0) {
+    unrolled<count - 1>(body);
+    body(count - 1);
+  }
+}
+
+#define MINISP_LAMBDA __attribute__((always_inline))
 
 // Memory for the length of a block, aligned for every vector and zero at first.
 template <typename T>
