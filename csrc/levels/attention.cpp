@@ -7,7 +7,7 @@ namespace {
 
 template <typename E>
 HeadExtent padded(const AttentionShape& shape) {
-  return {round_up(shape.tokens, kBlock), round_up(shape.dim, E::kMultiple)};
+  return {round_up(shape.tokens, kBlock), round_up(shape.dim, larger(E::kMultiple, int64_t{16}))};
 }
 
 // One head's matrix in row order; what is padding stays as it is.
@@ -102,7 +102,7 @@ void forward_block(Head<E>& head, int64_t i, float scale, Running& running) {
   for (int64_t j = 0; j <= i; ++j) {
     E::multiply({block.scores, kBlock}, head.in_rows(head.key_rows, j), head.over_dims(head.query_turned, i),
                 {kBlock, kBlock, head.size.columns}, false);
-    softmax_block<E>(block, scale, i == j, running);
+    i == j ? softmax_block<E, true>(block, scale, running) : softmax_block<E, false>(block, scale, running);
     if (j) scale_columns(result.data, head.size.columns, running.factor);
     E::multiply(result, head.turned_block(j), block.tiles(), {head.size.columns, kBlock, kBlock}, j > 0);
   }
@@ -128,7 +128,7 @@ void forward(const AttentionInputs& inputs, Heads out, float* logsumexp, const A
     fetch(inputs.value, task.shared, head.value_rows.data());
     const T* const value = inputs.value.at<T>(task.batch, task.shared);
     const bool aside = set_aside(value, inputs.value.token_stride, shape, size, head.value_rows.data());
-    transpose_parts(head.value_rows.data(), size, kBlock, head.turned.data());
+    transpose_parts<kBlock>(head.value_rows.data(), size, head.turned.data());
     T* const to = out.at<T>(task.batch, task.head);
     for (int64_t i = 0; i < head.blocks(); ++i) {
       forward_block(head, i, shape.scale, running);
@@ -158,7 +158,7 @@ void load_head(const AttentionRecord& record, const AttentionShape& shape, int64
   fetch(record.out, task.head, head.key_rows.data());
   dot_rows(head.key_rows.data(), rows, size, head.delta.data());
   fetch(record.key, task.shared, head.key_rows.data());
-  transpose_parts(head.key_rows.data(), size, kBlock, head.turned.data());
+  transpose_parts<kBlock>(head.key_rows.data(), size, head.turned.data());
   fetch(record.value, task.shared, head.value_rows.data());
   std::memcpy(head.logsumexp.data(), record.logsumexp + number * shape.tokens, shape.tokens * sizeof(float));
 }
@@ -177,7 +177,8 @@ void backward_head(Head<E>& head, float scale, float* grad_key, float* grad_valu
       E::multiply({block.grad, kBlock}, head.in_rows(head.value_rows, j), head.over_dims(head.grad_turned, i), scores,
                   false);
       const int64_t start = i * kBlock;
-      score_gradient<E>(block, {head.logsumexp.data() + start, head.delta.data() + start}, scale, i == j);
+      const QueryRows queries{head.logsumexp.data() + start, head.delta.data() + start};
+      i == j ? score_gradient<E, true>(block, queries, scale) : score_gradient<E, false>(block, queries, scale);
       E::multiply(value_sums, head.score_rows(block.probability), head.over_tokens(head.grad_tiles, i), keys, i > j);
       E::multiply(key_sums, head.score_rows(block.grad_scores), head.over_tokens(head.query_tiles, i), keys, i > j);
       E::multiply(head.query_sums(i), head.turned_block(j), block.tiles(), {columns, kBlock, kBlock}, j > 0);

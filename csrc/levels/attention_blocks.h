@@ -29,23 +29,32 @@ struct Running {
   alignas(64) float largest[kBlock], sum[kBlock], factor[kBlock];
 };
 
-// Which of the queries q, q + 1, ... see a key: on the diagonal, those from the key's own on.
-MINISP_INLINE Ints visible(bool diagonal, int64_t key, int64_t q) { return from_lane(q, diagonal ? key : -1); }
+// Values of the queries q, q + 1, ... for a key, or 0 for those that do not see it: on the diagonal, a query sees the keys
+// up to its own.
+template <bool diagonal>
+MINISP_INLINE Floats visible(Floats values, int64_t key, int64_t q) {
+  if constexpr (diagonal) return where(from_lane(q, key), values);
+  return values;
+}
 
 // Scores become probabilities in `tiled`, relative to the largest score of each query so far.
-template <typename E>
-void softmax_block(ScoreBlock<E>& block, float scale, bool diagonal, Running& running) {
+template <typename E, bool diagonal>
+void softmax_block(ScoreBlock<E>& block, float scale, Running& running) {
   for (int64_t q = 0; q < kBlock; q += kLanes) {
     const Floats before = load_vector(running.largest + q);
-    Floats top = before;
-    for (int64_t key = 0; key < kBlock; ++key) {
-      const Floats score = load_vector(block.scores + key * kBlock + q) * scale;
-      top = (score > top) & visible(diagonal, key, q) ? score : top;
-    }
+    // Two chains of comparisons, each waiting for the one before.
+    Floats tops[2] = {before, before};
+    for (int64_t key = 0; key < (diagonal ? q + kLanes : kBlock); key += 2)
+      unrolled<2>([&](int64_t i) MINISP_LAMBDA {
+        const Floats score = load_vector(block.scores + (key + i) * kBlock + q) * scale;
+        const Ints above = score > tops[i];
+        tops[i] = (diagonal ? above & from_lane(q, key + i) : above) ? score : tops[i];
+      });
+    const Floats top = tops[0] > tops[1] ? tops[0] : tops[1];
     Floats total = {};
     const auto probability = [&](int64_t key) MINISP_LAMBDA {
       const Floats score = load_vector(block.scores + key * kBlock + q);
-      return where(visible(diagonal, key, q), exponential<E::kDegree>(score * scale - top));
+      return visible<diagonal>(exponential<E::kDegree>(score * scale - top), key, q);
     };
     for (int64_t key = 0; key < kBlock; key += 2) {
       const Floats even = probability(key), odd = probability(key + 1);
@@ -65,14 +74,14 @@ struct QueryRows {
 };
 
 // P = exp(scale S - logsumexp) and dS = scale P (dP - delta), the latter in `tiled` too.
-template <typename E>
-void score_gradient(ScoreBlock<E>& block, QueryRows queries, float scale, bool diagonal) {
+template <typename E, bool diagonal>
+void score_gradient(ScoreBlock<E>& block, QueryRows queries, float scale) {
   for (int64_t q = 0; q < kBlock; q += kLanes) {
     const Floats logsumexp = load_vector(queries.logsumexp + q), delta = load_vector(queries.delta + q);
     const auto gradient = [&](int64_t key) MINISP_LAMBDA {
       const int64_t place = key * kBlock + q;
       const Floats exponent = load_vector(block.scores + place) * scale - logsumexp;
-      const Floats p = where(visible(diagonal, key, q), exponential<E::kDegree>(exponent));
+      const Floats p = visible<diagonal>(exponential<E::kDegree>(exponent), key, q);
       const Floats result = p * scale * (load_vector(block.grad + place) - delta);
       store_vector(p, block.probability + place);
       store_vector(result, block.grad_scores + place);
@@ -92,24 +101,43 @@ MINISP_INLINE void scale_columns(float* matrix, int64_t rows, const float* facto
       store_vector(load_vector(matrix + row * kBlock + q) * load_vector(factor + q), matrix + row * kBlock + q);
 }
 
-// rows (queries, dim) <- transpose of (dim padded to an even number, 64 queries); at most 512 dimensions.
+// rows (queries, columns) <- the transpose of words (columns, 64 queries).
+MINISP_INLINE void store_words_turned(const uint32_t* words, int64_t queries, int64_t columns, char* rows,
+                                      int64_t row_bytes) {
+  constexpr int64_t kSide = 8;
+  uint32_t part[kSide * kSide];
+  for (int64_t q = 0; q < queries; q += kSide)
+    for (int64_t d = 0; d < columns; d += kSide) {
+      transpose_block<kSide, kSide>(words + d * kBlock + q, kBlock, part, kSide);
+      const int64_t bytes = 4 * smaller(kSide, columns - d);
+      for (int64_t i = 0; i < smaller(kSide, queries - q); ++i) {
+        char* const to = rows + (q + i) * row_bytes + 4 * d;
+        if (bytes == 4 * kSide) {
+          std::memcpy(to, part + i * kSide, 4 * kSide);
+        } else {
+          std::memcpy(to, part + i * kSide, bytes);
+        }
+      }
+    }
+}
+
+// rows (queries, dim) <- the transpose of (dim padded to 16, 64 queries); at most 512 dimensions.
 MINISP_INLINE void store_queries(const float* transposed, int64_t queries, int64_t dim, float* rows, int64_t stride) {
-  for (int64_t q = 0; q < queries; ++q)
-    for (int64_t d = 0; d < dim; ++d) rows[q * stride + d] = transposed[d * kBlock + q];
+  store_words_turned(reinterpret_cast<const uint32_t*>(transposed), queries, dim, reinterpret_cast<char*>(rows),
+                     4 * stride);
 }
 
 MINISP_INLINE void store_queries(const float* transposed, int64_t queries, int64_t dim, bf16* rows, int64_t stride) {
   constexpr int64_t kMost = 512;
   uint32_t pairs[kMost / 2 * kBlock];
-  for (int64_t d = 0; d < dim; d += 2)
+  for (int64_t d = 0; d < round_up(dim, 16); d += 2)
     for (int64_t q = 0; q < kBlock; q += kLanes) {
       const float* const even = transposed + d * kBlock + q;
       store_words(pair(load_vector(even), load_vector(even + kBlock)), pairs + d / 2 * kBlock + q);
     }
-  for (int64_t q = 0; q < queries; ++q) {
-    for (int64_t d = 0; d + 2 <= dim; d += 2) std::memcpy(rows + q * stride + d, pairs + d / 2 * kBlock + q, 4);
-    if (dim % 2) std::memcpy(rows + q * stride + dim - 1, pairs + dim / 2 * kBlock + q, 2);
-  }
+  store_words_turned(pairs, queries, dim / 2, reinterpret_cast<char*>(rows), 2 * stride);
+  if (dim % 2)
+    for (int64_t q = 0; q < queries; ++q) std::memcpy(rows + q * stride + dim - 1, pairs + dim / 2 * kBlock + q, 2);
 }
 
 // delta (rows,) <- the sum of out * grad over the columns.

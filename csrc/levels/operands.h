@@ -48,6 +48,16 @@ void tile_rows(const typename E::Element* matrix, MatrixSize size, typename E::E
       E::load_tile(matrix + t * size.columns + d, size.columns, out);
 }
 
+// to (columns, rows) <- the transpose of from (rows, columns), through an array that nothing else can be, so that rows are
+// written as vectors.
+template <int64_t rows, int64_t columns, typename T>
+MINISP_INLINE void transpose_block(const T* from, int64_t stride, T* to, int64_t to_stride) {
+  T part[columns * rows];
+  for (int64_t k = 0; k < columns; ++k)
+    for (int64_t lane = 0; lane < rows; ++lane) part[k * rows + lane] = from[lane * stride + k];
+  for (int64_t k = 0; k < columns; ++k) std::memcpy(to + k * to_stride, part + k * rows, rows * sizeof(T));
+}
+
 // (size.columns / kDepth, size.rows / kEdge) tiles of its transpose. Seen as 32-bit words along the depth, a tile is the
 // plain transpose of its part of the matrix.
 template <typename E>
@@ -58,19 +68,17 @@ void tile_columns(const typename E::Element* matrix, MatrixSize size, typename E
   const int64_t stride = size.columns / kPerWord;
   for (int64_t d = 0; d < stride; d += kDepthWords)
     for (int64_t t = 0; t < size.rows; t += E::kEdge, tile += kDepthWords * E::kEdge)
-      for (int64_t k = 0; k < kDepthWords; ++k)
-        for (int64_t lane = 0; lane < E::kEdge; ++lane) tile[k * E::kEdge + lane] = source[(t + lane) * stride + d + k];
+      transpose_block<E::kEdge, kDepthWords>(source + t * stride + d, stride, tile, E::kEdge);
 }
 
 // The transposes, one after the other, of each `part` rows of a matrix.
-template <typename T>
-void transpose_parts(const T* matrix, MatrixSize size, int64_t part, T* out) {
-  constexpr int64_t kSide = 16;
-  for (int64_t first = 0; first < size.rows; first += part)
-    for (int64_t block = first; block < first + part; block += kSide)
-      for (int64_t d = 0; d < size.columns; ++d)
-        for (int64_t t = block; t < block + kSide; ++t)
-          out[first * size.columns + d * part + t - first] = matrix[t * size.columns + d];
+template <int64_t part, typename T>
+void transpose_parts(const T* matrix, MatrixSize size, T* out) {
+  constexpr int64_t kSide = 8;
+  for (int64_t first = 0; first < size.rows; first += part, out += part * size.columns)
+    for (int64_t t = 0; t < part; t += kSide)
+      for (int64_t d = 0; d < size.columns; d += kSide)
+        transpose_block<kSide, kSide>(matrix + (first + t) * size.columns + d, size.columns, out + d * part + t, part);
 }
 
 }  // namespace minisp::MINISP_LEVEL

@@ -97,13 +97,12 @@ MINISP_INLINE Ints from_lane(int64_t first, int64_t least) {
   return lanes >= static_cast<int32_t>(least - first);
 }
 
-// `exponential` of numeric.h. A polynomial of degree 5, relative error below 3e-6, does where the result is rounded to
+// `exponential` of numeric.h for x up to 88. A polynomial of degree 5, relative error below 3e-6, does where the result is rounded to
 // bfloat16 (2^-9); float32 takes degree 6.
 template <int degree>
 MINISP_INLINE Floats exponential(Floats x) {
   // In this order NaN stays NaN.
   x = x < -87.0f ? spread(-87.0f) : x;
-  x = x > 88.0f ? spread(88.0f) : x;
 #if MINISP_NUMBER >= MINISP_NUMBER_avx512
   const Floats n = reinterpret_cast<Floats>(_mm512_roundscale_ps(reinterpret_cast<__m512>(x * 1.44269504f), 8));
 #else
