@@ -53,8 +53,25 @@ def activation_backward_(gate: Tensor, up: Tensor | None, grad_x: Tensor, kind: 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """softmax(scale · Q Kᵀ) V over the tokens so far, differentiable."""
+    if query.device.type == "cpu" and not all(bool(t.detach().sum().isfinite()) for t in (query, key, value)):
+        return _attention_of_what_is_not_finite(query, key, value, scale)
     grouped = query.shape[1] != key.shape[1]
     return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+
+
+def _attention_of_what_is_not_finite(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The same where torch's own, which works on blocks of tokens, would spread a NaN to earlier tokens of its block.
+
+    Scores of later keys are replaced, not added to, and values that are not finite, which a weight of 0 would not
+    silence, are carried forward by a sum over the tokens.
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+    later = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).triu(1)
+    scores = (query.float() @ key.float().mT * scale).masked_fill(later, float("-inf"))
+    finite = torch.where(value.isfinite(), value, 0).float()
+    out = scores.softmax(-1) @ finite + (value.float() - finite).cumsum(2)
+    return out.to(query.dtype)
 
 
 def gram_update_(gram: Tensor, x: Tensor, weights: Tensor | None) -> None:
