@@ -21,8 +21,8 @@ SOURCES = Path("csrc")
 CUDA_ARCHS = ("80", "90a", "100", "120")
 CXX_FLAGS = "-std=c++17 -O3 -pthread -fPIC -fvisibility=hidden -Wall -Wextra"
 AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
-# csrc/levels/ is compiled once for each processor level, lowest first; csrc/level.h says what they are. No vector passes
-# between functions that are not inlined, so that its calling convention (psabi) does not matter.
+# csrc/levels/ is compiled once for each processor level, lowest first; csrc/level.h says what they are. No vector
+# passes between functions that are not inlined, so that its calling convention (psabi) does not matter.
 LEVELS = {
     "portable": "",
     "avx2": "-mavx2 -mfma",

@@ -1,8 +1,8 @@
 """The CPU kernels of the extension `minisp._C`, behind checks: what they serve, and calls that cannot go wrong.
 
 They take CPU tensors in bfloat16 or float32 and sum in float32. Each op of `minisp.ops` that has a "native"
-implementation asks `serves…` first. The extension holds its kernels once for each processor level (csrc/level.h) and uses
-the highest that the machine offers and the environment variable MINISP_MAX_CPU_ISA allows.
+implementation asks `serves…` first. The extension holds its kernels once for each processor level (csrc/level.h). It
+uses the highest that the machine offers and the environment variable MINISP_MAX_CPU_ISA allows.
 """
 
 from functools import cache

@@ -1,4 +1,4 @@
-"""Every processor level that the CPU kernels are compiled for: on the machine's own by a cap, on others by emulation."""
+"""Every processor level that the CPU kernels are compiled for: the machine's own by a cap, the others emulated."""
 
 import os
 import platform
@@ -46,7 +46,7 @@ def test_the_operations_at(level: str) -> None:
 
 @needs_extension
 def test_a_cap_that_names_no_level_is_an_error_that_lists_them() -> None:
-    code = "import torch; from minisp import ops; print(ops.implementations(torch.device('cpu'), torch.float32, 'silu'))"
+    code = "import torch; from minisp import native; native.serves_gram(torch.zeros(1, 1))"
     result = run_python("-c", code, cap="sse9")
     assert result.returncode != 0
     assert "BackendError" in result.stderr
@@ -80,5 +80,7 @@ def test_levels_share_no_code_and_run_none_when_loaded(tmp_path: Path) -> None:
         subprocess.run([str(COMPILER), *flags, "-c", path, "-o", target], check=True)
         listed = subprocess.run(["nm", "-C", target], capture_output=True, text=True, check=True).stdout
         weak = [line for line in listed.splitlines() if line[17:18] in "WVuw"]
-        assert all("minisp::avx2::" in line for line in weak), weak
+        # The compiler's own pointer to the C++ runtime is data, the same for all.
+        shared = [line for line in weak if "minisp::avx2::" not in line and "DW.ref.__gxx_personality" not in line]
+        assert not shared
         assert "_GLOBAL__sub_I" not in listed
