@@ -20,11 +20,22 @@ SOURCES = Path("csrc")
 # 90a and not 90: Hopper's matrix instructions exist only in the architecture-specific target.
 CUDA_ARCHS = ("80", "90a", "100", "120")
 CXX_FLAGS = "-std=c++17 -O3 -pthread -fPIC -fvisibility=hidden -Wall -Wextra"
+AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
+# csrc/levels/ is compiled once for each processor level, lowest first; csrc/level.h says what they are. No vector
+# passes between functions that are not inlined, so that its calling convention (psabi) does not matter.
+LEVELS = {
+    "portable": "",
+    "avx2": "-mavx2 -mfma",
+    "avx512": AVX512,
+    "avx512_bf16": f"{AVX512} -mavx512bf16",
+    "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+}
+LEVEL_FLAGS = "-ffp-contract=fast -Wno-psabi -Wno-ignored-attributes"
 
 RULES = """\
 ninja_required_version = 1.5
 rule cxx
-  command = {cxx} {flags} {cxx_flags} -MMD -MF $out.d -c $in -o $out
+  command = {cxx} {flags} {cxx_flags} $level_flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule cuda
@@ -51,6 +62,17 @@ def known_archs(nvcc: str) -> list[str]:
     return [arch for arch in CUDA_ARCHS if "sm_" + arch.rstrip("a") in listed]
 
 
+def known_levels(cxx: str) -> list[str]:
+    """The members of `LEVELS` that this compiler can make for its target, up to the first that it cannot."""
+    known = []
+    for level, flags in LEVELS.items():
+        command = [cxx, *flags.split(), "-E", "-x", "c++", os.devnull]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            break
+        known.append(level)
+    return known
+
+
 def ninja_file(output: Path, version: str) -> str:
     """The text of a build.ninja that compiles csrc/ into the shared object `output`."""
     import pybind11
@@ -63,6 +85,9 @@ def ninja_file(output: Path, version: str) -> str:
     includes = [SOURCES.resolve(), pybind11.get_include(), sysconfig.get_path("include")]
     flags = [shlex.quote(f"-I{path}") for path in includes] + [f'-DMINISP_VERSION=\\"{version}\\"']
     flags.append(f'-DMINISP_CUDA_ARCHS=\\"{",".join("sm_" + arch for arch in archs)}\\"')
+    levels = known_levels(cxx)
+    table = shlex.quote(f"-DMINISP_LEVELS(X)={' '.join(f'X({level})' for level in levels)}")
+    cxx_flags = " ".join([CXX_FLAGS, table, *(f"-DMINISP_HAS_{level}" for level in levels)])
     sources = sorted(SOURCES.resolve().glob("*.cpp"))
     linker = f"{cxx} -pthread " + ("-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared")
     gencode = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
@@ -72,7 +97,7 @@ def ninja_file(output: Path, version: str) -> str:
         sources += sorted(SOURCES.resolve().glob("*.cu"))
     rules = RULES.format(
         cxx=cxx,
-        cxx_flags=CXX_FLAGS,
+        cxx_flags=cxx_flags,
         flags=" ".join(flags),
         nvcc=nvcc,
         gencode=gencode,
@@ -83,6 +108,11 @@ def ninja_file(output: Path, version: str) -> str:
         f"build {target}: {'cuda' if source.suffix == '.cu' else 'cxx'} {str(source).replace(' ', '$ ')}"
         for target, source in zip(objects, sources, strict=True)
     ]
+    for level in levels:
+        for source in sorted(SOURCES.resolve().glob("levels/*.cpp")):
+            objects.append(f"{source.name}.{level}.o")
+            lines.append(f"build {objects[-1]}: cxx {str(source).replace(' ', '$ ')}")
+            lines.append(f"  level_flags = -DMINISP_LEVEL={level} {LEVELS[level]} {LEVEL_FLAGS}")
     lines.append(f"build {str(output).replace(' ', '$ ')}: link {' '.join(objects)}")
     return rules + "\n".join(lines) + "\n"
 

@@ -12,8 +12,8 @@
 #include "device.h"
 #include "elementwise.h"
 #include "gram.h"
+#include "level.h"
 #include "norms.h"
-#include "tiles.h"
 
 namespace py = pybind11;
 
@@ -28,6 +28,8 @@ py::dict build_info_dict() {
   result["cuda"] = info.cuda;
   result["cuda_archs"] = info.cuda_archs;
   result["instruction_sets"] = minisp::instruction_sets();
+  result["levels"] = minisp::built_levels();
+  result["machine_level"] = minisp::name_of(minisp::machine_level());
   return result;
 }
 
@@ -41,15 +43,15 @@ T* at(uintptr_t address) {
 using Strided = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
 
 minisp::Heads heads(const Strided& tensor) {
-  return {at<minisp::bf16>(std::get<0>(tensor)), std::get<1>(tensor), std::get<2>(tensor), std::get<3>(tensor)};
+  return {at<void>(std::get<0>(tensor)), std::get<1>(tensor), std::get<2>(tensor), std::get<3>(tensor)};
 }
 
-// batch, heads, kv_heads, tokens, dim, scale.
-using ShapeTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, float>;
+// batch, heads, kv_heads, tokens, dim, scale, is_bf16.
+using ShapeTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, float, bool>;
 
 minisp::AttentionShape attention_shape(const ShapeTuple& shape) {
-  const auto [batch, heads, kv_heads, tokens, dim, scale] = shape;
-  return {batch, heads, kv_heads, tokens, dim, scale};
+  const auto [batch, heads, kv_heads, tokens, dim, scale, is_bf16] = shape;
+  return {batch, heads, kv_heads, tokens, dim, scale, is_bf16};
 }
 
 void bind_attention(py::module_& module) {
@@ -57,7 +59,7 @@ void bind_attention(py::module_& module) {
   module.def(
       "attention_forward",
       [](Strided query, Strided key, Strided value, Strided out, uintptr_t logsumexp, ShapeTuple shape, int threads) {
-        minisp::attention_forward(heads(query), heads(key), heads(value), heads(out), at<float>(logsumexp),
+        minisp::attention_forward({heads(query), heads(key), heads(value)}, heads(out), at<float>(logsumexp),
                                   attention_shape(shape), threads);
       },
       released, "Causal attention and the log-sum-exp of its scores; see csrc/attention.h.");
@@ -93,11 +95,10 @@ void bind_cpu_kernels(py::module_& module) {
                                      Matrix{rows, columns, is_bf16}, threads);
       },
       released, "Summed negative log likelihood and its gradient; see csrc/elementwise.h.");
-  module.def("tiles_available", &minisp::tiles_available, "Whether this processor has what gram_update and attention need.");
   module.def(
       "gram_update",
-      [](uintptr_t gram, uintptr_t x, int64_t num_tokens, int64_t width, int threads) {
-        minisp::gram_update(at<float>(gram), at<uint16_t>(x), num_tokens, width, threads);
+      [](uintptr_t gram, uintptr_t x, int64_t num_tokens, int64_t width, bool is_bf16, int threads) {
+        minisp::gram_update(at<float>(gram), at<void>(x), Matrix{num_tokens, width, is_bf16}, threads);
       },
       released, "gram += X^T X on the lower triangle; see csrc/gram.h.");
 }
@@ -204,6 +205,8 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "minisp's native code: how it was built, and what it can run on.";
   module.def("build_info", &build_info_dict,
              "Version, compiler, C++ standard, CUDA architectures, and the processor's instruction sets.");
+  module.def("active_level", [] { return minisp::name_of(minisp::active_level()); },
+             "The level that the CPU kernels use; ValueError where MINISP_MAX_CPU_ISA names none. See csrc/level.h.");
   module.def("cuda_device_count", &minisp::cuda_device_count,
              "CUDA devices that can be used now; 0 without a driver or in a CPU-only build. Never raises.");
   bind_cpu_kernels(module);

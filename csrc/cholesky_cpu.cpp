@@ -1,40 +1,14 @@
 #include "cholesky_cpu.h"
 
-#include <cmath>
 #include <cstring>
 
-#include "clones.h"
+#include "level.h"
 
 namespace minisp {
 
 namespace {
 
-constexpr int64_t kEdge = 128;
-
-// One array holds all three matrices of the elimination of [A | I]: row i is, from its diagonal on, what is left of A,
-// and before it row i of the inverse so far; row k of the factor's transpose stays right of the diagonal. After step k,
-// rows <= k hold (L^-1) left of and on the diagonal. Returns the first pivot that is not positive and finite, or -1.
-template <typename T>
-MINISP_INLINE int64_t eliminate(T* w, int64_t size) {
-  for (int64_t k = 0; k < size; ++k) {
-    T* __restrict row = w + k * kEdge;
-    const T pivot = row[k];
-    if (!(pivot > T(0)) || !std::isfinite(pivot)) return k;
-    const T scale = T(1) / std::sqrt(pivot);
-    for (int64_t j = 0; j < size; ++j) row[j] *= scale;
-    row[k] = scale;
-    for (int64_t i = k + 1; i < size; ++i) {
-      T* __restrict other = w + i * kEdge;
-      const T factor = row[i];
-      for (int64_t j = i; j < size; ++j) other[j] -= factor * row[j];
-      for (int64_t j = 0; j <= k; ++j) other[j] -= factor * row[j];
-    }
-  }
-  return -1;
-}
-
-MINISP_CLONES int64_t eliminate_float(float* w, int64_t size) { return eliminate(w, size); }
-MINISP_CLONES int64_t eliminate_double(double* w, int64_t size) { return eliminate(w, size); }
+constexpr int64_t kEdge = kEliminated;
 
 template <typename T>
 struct CpuBackend {
@@ -66,9 +40,9 @@ struct CpuBackend {
       for (int64_t j = 0; j < size; ++j) inverse[i * kEdge + j] = j < i ? T(0) : *a.at(j, i).data;
     int64_t pivot;
     if constexpr (sizeof(T) == 4) {
-      pivot = eliminate_float(inverse, size);
+      pivot = kernels().eliminate_float(inverse, size);
     } else {
-      pivot = eliminate_double(inverse, size);
+      pivot = kernels().eliminate_double(inverse, size);
     }
     if (pivot >= 0) {
       failed_pivot = first_pivot + pivot + 1;

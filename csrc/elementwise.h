@@ -6,15 +6,9 @@
 
 #include <cstdint>
 
+#include "shapes.h"
+
 namespace minisp {
-
-enum class Activation { silu = 0, gelu_tanh = 1, relu = 2, relu2 = 3 };
-
-struct Matrix {
-  int64_t rows;     // T tokens
-  int64_t columns;  // m units, or V words
-  bool is_bf16;
-};
 
 // In place: gate <- dL/dgate, up <- dL/dup (may be null), grad_x <- x. Adds to sums (3, m): |p|, p^2, p, summed over
 // the tokens, with p = x * grad_x.

@@ -1,12 +1,17 @@
-// Streaming Gram matrix on a CPU with matrix tiles (Intel AMX): bfloat16 products, float32 sums.
+// Streaming Gram matrix on a CPU. Products of bfloat16 inputs are exact, sums are float32.
 #pragma once
 
 #include <cstdint>
 
+#include "shapes.h"
+
 namespace minisp {
 
-// gram (m, m) += X^T X on the 32 x 32 blocks that touch the lower triangle. X is (T, m) bfloat16, contiguous. The
-// workspace of 4 * T * m bytes, T and m rounded up to 32, is the function's own.
-void gram_update(float* gram, const uint16_t* x, int64_t num_tokens, int64_t width, int num_threads);
+// gram (m, m) += X^T X on the lower triangle; what stands above it becomes unspecified. X is (T, m). The workspace, at
+// most 8 bytes per element of X and 16 KB per unit, is the function's own.
+//
+// Floor: T m^2 FLOPs at the processor's rate of products; the packing of X reads and writes 12 (float32) bytes per
+// element once for m multiply-adds. G is read and written once per chunk of tokens: 8 bytes per 2 * chunk FLOPs.
+void gram_update(float* gram, const void* x, Matrix shape, int num_threads);
 
 }  // namespace minisp

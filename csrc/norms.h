@@ -11,14 +11,9 @@
 
 #include <cstdint>
 
-namespace minisp {
+#include "shapes.h"
 
-struct NormShape {
-  int64_t rows;     // T tokens, or tokens and heads
-  int64_t columns;  // d
-  bool is_bf16;
-  float offset;  // 0 or 1: what is added to the weight
-};
+namespace minisp {
 
 // out (T, d) <- x r (offset + w), and inverse (T) <- r = (mean(x^2) + eps)^(-1/2).
 void rms_norm(const void* hidden, const void* weight, float eps, void* out, float* inverse, NormShape shape,
@@ -27,28 +22,6 @@ void rms_norm(const void* hidden, const void* weight, float eps, void* out, floa
 // grad_hidden (T, d) <- r (h - x r^2 mean(h x)), h = grad (offset + w).
 void rms_norm_backward(const void* grad, const void* hidden, const void* weight, const float* inverse,
                        void* grad_hidden, NormShape shape, int num_threads);
-
-// One tensor (batch, heads, tokens, dim) before and after: addresses, and strides in elements of the first three axes.
-// The last axis is contiguous.
-struct Rotated {
-  const void* in;
-  void* out;
-  int64_t heads;
-  int64_t in_batch, in_head, in_token;
-  int64_t out_batch, out_head, out_token;
-};
-
-// Cosines or sines (batch, tokens, dim); a batch stride of 0 serves all windows alike.
-struct Angles {
-  const void* data;
-  int64_t batch, token;
-};
-
-struct RotaryShape {
-  int64_t batch, tokens, dim;
-  bool is_bf16;
-  bool is_backward;
-};
 
 // Queries and keys, rotated by their angles, or, backward, by the transpose of that rotation.
 void rotate(const Rotated& query, const Rotated& key, Angles cosine, Angles sine, RotaryShape shape, int num_threads);

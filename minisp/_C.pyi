@@ -7,9 +7,14 @@ class BuildInfo(TypedDict):
     cuda: bool
     cuda_archs: list[str]
     instruction_sets: list[str]
+    levels: list[str]
+    machine_level: str
 
 def build_info() -> BuildInfo:
     """How the extension was built, and the instruction sets (avx512f, amx_bf16, ...) of the processor it runs on."""
+
+def active_level() -> str:
+    """The processor level that the kernels use. Raises ValueError where MINISP_MAX_CPU_ISA names none."""
 
 def cuda_device_count() -> int:
     """CUDA devices that can be used now; 0 without a driver or in a CPU-only build. Never raises."""
@@ -21,8 +26,7 @@ def activation_backward(
 def cross_entropy(
     logits: int, targets: int, gradient: int, rows: int, columns: int, is_bf16: bool, threads: int
 ) -> float: ...
-def gram_available() -> bool: ...
-def gram_update(gram: int, x: int, num_tokens: int, width: int, threads: int) -> None: ...
+def gram_update(gram: int, x: int, num_tokens: int, width: int, is_bf16: bool, threads: int) -> None: ...
 
 # Tensors (batch, heads, tokens, dim): address, and strides of the first three axes in elements.
 _Strided = tuple[int, int, int, int]

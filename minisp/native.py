@@ -1,9 +1,11 @@
 """The CPU kernels of the extension `minisp._C`, behind checks: what they serve, and calls that cannot go wrong.
 
-They take contiguous CPU tensors in bfloat16 or float32 and compute in float32. Each op of `minisp.ops` that has a
-"native" implementation asks `serves…` first.
+They take CPU tensors in bfloat16 or float32 and sum in float32. Each op of `minisp.ops` that has a "native"
+implementation asks `serves…` first. The extension holds its kernels once for each processor level (csrc/level.h). It
+uses the highest that the machine offers and the environment variable MINISP_MAX_CPU_ISA allows.
 """
 
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -11,8 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minisp.errors import BackendError
+
 KINDS = {"silu": 0, "gelu_tanh": 1, "relu": 2, "relu2": 3}
 """The activations, numbered as in csrc/elementwise.h; exact GELU has no native version."""
+
+
+# Below AVX2, the library's products are faster than the extension's.
+NO_PRODUCTS = ("portable",)
+
+
+def level() -> str:
+    """The processor level that the kernels use: portable, avx2, avx512, avx512_bf16 or amx. Needs the extension."""
+    return str(extension().active_level())
 
 
 def serves(*tensors: Tensor | None, kind: str | None = None) -> bool:
@@ -30,8 +43,8 @@ def serves(*tensors: Tensor | None, kind: str | None = None) -> bool:
 
 
 def serves_gram(x: Tensor) -> bool:
-    """Whether `gram_update_` can be used: bfloat16 on a CPU with matrix tiles."""
-    return serves(x) and x.dtype == torch.bfloat16 and bool(extension().tiles_available())
+    """Whether `gram_update_` can be used: bfloat16 or float32, at a level from AVX2 on."""
+    return serves(x) and level() not in NO_PRODUCTS
 
 
 def activation_backward_(gate: Tensor, up: Tensor | None, grad_x: Tensor, kind: str) -> Tensor:
@@ -60,15 +73,17 @@ def cross_entropy_gradient(logits: Tensor, targets: Tensor) -> tuple[float, Tens
 
 
 def serves_attention(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `causal_attention` can be used: bfloat16 heads of at most 512 dimensions, on a CPU with matrix tiles."""
+    """Whether `causal_attention` can be used: heads of at most 512 dimensions in bfloat16 or float32, from AVX2 on."""
     tensors = (query, key, value)
     return (
         find_spec("minisp._C") is not None
-        and all(t.device.type == "cpu" and t.dtype == torch.bfloat16 and t.stride(-1) == 1 for t in tensors)
+        and all(t.device.type == "cpu" and t.stride(-1) == 1 for t in tensors)
+        and query.dtype in (torch.bfloat16, torch.float32)
+        and query.dtype == key.dtype == value.dtype
         and query.shape[1] % key.shape[1] == 0
         and key.shape == value.shape
         and 0 < query.shape[-1] == key.shape[-1] <= 512
-        and bool(extension().tiles_available())
+        and level() not in NO_PRODUCTS
     )
 
 
@@ -85,7 +100,7 @@ class _CausalAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         out = _empty_heads(query)
         logsumexp = torch.empty(query.shape[:3])
-        shape = (*query.shape[:2], key.shape[1], *query.shape[2:], scale)
+        shape = (*query.shape[:2], key.shape[1], *query.shape[2:], scale, query.dtype == torch.bfloat16)
         addresses = (_strided(t) for t in (query, key, value, out))
         extension().attention_forward(*addresses, logsumexp.data_ptr(), shape, torch.get_num_threads())
         ctx.save_for_backward(query, key, value, out, logsumexp)
@@ -113,13 +128,23 @@ def _strided(tensor: Tensor) -> tuple[int, ...]:
 
 
 def gram_update_(gram: Tensor, x: Tensor) -> None:
-    """gram (m, m) float32 contiguous += XᵀX for x (T, m) bfloat16, on and below the diagonal blocks."""
-    extension().gram_update(gram.data_ptr(), x.data_ptr(), x.shape[0], x.shape[1], torch.get_num_threads())
+    """gram (m, m) float32 contiguous += XᵀX for x (T, m), on and below the diagonal blocks."""
+    extension().gram_update(gram.data_ptr(), x.data_ptr(), *_shape(x), torch.get_num_threads())
 
 
+@cache
 def extension() -> Any:
-    """The module minisp._C."""
-    return import_module("minisp._C")
+    """The module minisp._C.
+
+    Raises:
+        BackendError: the environment variable MINISP_MAX_CPU_ISA names no processor level.
+    """
+    module = import_module("minisp._C")
+    try:
+        module.active_level()
+    except ValueError as error:
+        raise BackendError(str(error)) from None
+    return module
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -104,7 +104,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *,
         query: (B, H, L, D); key, value: (B, H_kv, L, D), H a multiple of H_kv.
 
     Returns:
-        (B, H, L, D) in the dtype of `query`.
+        (B, H, L, D) in the dtype of `query`. On a CPU, a query that is not finite spoils its own row alone, and a key
+        or value that is not finite the rows from its token on: never an earlier token, nor a head that does not read
+        it.
 
     Raises:
         BackendError: `impl` cannot serve these tensors.

@@ -58,10 +58,27 @@ def activation_backward_(gate: Tensor, up: Tensor | None, grad_x: Tensor, kind: 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """softmax(scale · Q Kᵀ) V over the tokens so far, differentiable."""
+    if query.device.type == "cpu" and not all(bool(t.detach().sum().isfinite()) for t in (query, key, value)):
+        return _attention_of_what_is_not_finite(query, key, value, scale)
     group = query.shape[1] // key.shape[1]
     if group > 1 and repeats_keys(query.dtype, capability_of(query.device)):
         key, value, group = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1), 1
     return functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=group > 1)
+
+
+def _attention_of_what_is_not_finite(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The same where torch's own, which works on blocks of tokens, would spread a NaN to earlier tokens of its block.
+
+    Scores of later keys are replaced, not added to, and values that are not finite, which a weight of 0 would not
+    silence, are carried forward by a sum over the tokens.
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+    later = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).triu(1)
+    scores = (query.float() @ key.float().mT * scale).masked_fill(later, float("-inf"))
+    finite = torch.where(value.isfinite(), value, 0).float()
+    out = scores.softmax(-1) @ finite + (value.float() - finite).cumsum(2)
+    return out.to(query.dtype)
 
 
 def repeats_keys(dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:

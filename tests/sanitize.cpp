@@ -1,5 +1,5 @@
 // Every CPU kernel on small and ragged shapes, built with the address and undefined-behaviour sanitizers. Results are
-// compared where it takes one line; their accuracy is tested from Python.
+// compared where it takes one line; their accuracy is tested from Python and by levels.cpp.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -10,7 +10,8 @@
 #include "cholesky_cpu.h"
 #include "elementwise.h"
 #include "gram.h"
-#include "tiles.h"
+#include "level.h"
+#include "numeric.h"
 
 namespace {
 
@@ -100,25 +101,34 @@ void check_cross_entropy(int64_t rows, int64_t columns) {
   minisp::cross_entropy(narrow_logits.data(), targets.data(), narrow_gradient.data(), {rows, columns, true}, 2);
 }
 
-void check_tiles(int64_t tokens, int64_t width) {
+void check_gram(int64_t tokens, int64_t width) {
   const auto x = narrow_normals(tokens * width);
-  std::vector<float> gram(width * width);
-  minisp::gram_update(gram.data(), x.data(), tokens, width, 2);
+  std::vector<float> gram(width * width), wide(tokens * width, 1.0f);
+  minisp::gram_update(gram.data(), wide.data(), {tokens, width, false}, 2);
+  require(gram[0] == tokens, "a sum of ones");
+  gram[0] = 0;
+  minisp::gram_update(gram.data(), x.data(), {tokens, width, true}, 2);
   double square = 0;
   for (int64_t t = 0; t < tokens; ++t) square += std::pow(minisp::load(x[t * width]), 2);
   require(std::fabs(square - gram[0]) < 1e-3 * (1 + square), "the first element of the Gram matrix");
 }
 
+template <typename T>
 void check_attention(int64_t tokens, int64_t dim) {
-  const minisp::AttentionShape shape{2, 4, 2, tokens, dim, 0.3f};
-  const auto heads = [&](std::vector<minisp::bf16>& data, int64_t count) {
+  const minisp::AttentionShape shape{2, 4, 2, tokens, dim, 0.3f, sizeof(T) == 2};
+  const auto heads = [&](std::vector<T>& data, int64_t count) {
     return minisp::Heads{data.data(), tokens * count * dim, dim, count * dim};
   };
+  const auto normals = [&](int64_t count) {
+    std::vector<T> values(count);
+    for (T& value : values) minisp::store(normal(), &value);
+    return values;
+  };
   const int64_t large = 2 * 4 * tokens * dim, small = large / 2;
-  auto q = narrow_normals(large), k = narrow_normals(small), v = narrow_normals(small), grad = narrow_normals(large);
-  std::vector<minisp::bf16> out(large), grad_q(large), grad_k(small), grad_v(small);
+  auto q = normals(large), k = normals(small), v = normals(small), grad = normals(large);
+  std::vector<T> out(large), grad_q(large), grad_k(small), grad_v(small);
   std::vector<float> logsumexp(2 * 4 * tokens);
-  minisp::attention_forward(heads(q, 4), heads(k, 2), heads(v, 2), heads(out, 4), logsumexp.data(), shape, 3);
+  minisp::attention_forward({heads(q, 4), heads(k, 2), heads(v, 2)}, heads(out, 4), logsumexp.data(), shape, 3);
   for (int64_t d = 0; d < dim; ++d) require(out[d] == v[d], "the first token attends to itself");
   minisp::attention_backward({heads(q, 4), heads(k, 2), heads(v, 2), heads(out, 4), heads(grad, 4), logsumexp.data()},
                              heads(grad_q, 4), heads(grad_k, 2), heads(grad_v, 2), shape, 3);
@@ -139,12 +149,12 @@ int main() {
       check_elementwise(rows, columns, false);
       check_cross_entropy(rows, columns);
     }
-  if (minisp::tiles_available()) {
-    for (const int64_t tokens : {1, 31, 64, 70})
-      for (const int64_t width : {1, 16, 33, 100}) check_tiles(tokens, width);
-    for (const int64_t tokens : {1, 63, 64, 65, 200})
-      for (const int64_t dim : {1, 31, 32, 40, 128, 512}) check_attention(tokens, dim);
-    std::puts("with matrix tiles");
-  }
+  for (const int64_t tokens : {1, 31, 64, 70, 300})
+    for (const int64_t width : {1, 16, 33, 100}) check_gram(tokens, width);
+  for (const int64_t tokens : {1, 63, 64, 65, 200})
+    for (const int64_t dim : {1, 31, 40, 512}) {
+      check_attention<float>(tokens, dim);
+      check_attention<minisp::bf16>(tokens, dim);
+    }
   std::puts("clean");
 }

@@ -18,7 +18,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU her
 pytestmark = [pytest.mark.gpu, needs_gpu]
 
 HAS_SOLVER = torch.cuda.is_available() and native_cholesky.serves_cholesky(torch.device("cuda"), torch.float32)
-needs_solver = pytest.mark.skipif(not HAS_SOLVER, reason="the extension was built without CUDA")
+needs_solver = pytest.mark.skipif(
+    not HAS_SOLVER,
+    reason="no GPU here" if not torch.cuda.is_available() else "the extension is not built, or was built without CUDA",
+)
 
 
 def system(n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,6 +29,11 @@ def check(value: Tensor, eager: Tensor, exact: Tensor, terms: int = 1) -> None:
     assert error(value, exact) <= bound
 
 
+def skip_unless_served(impl: ops.Impl, served: bool) -> None:
+    if impl == "native" and not served:
+        pytest.skip(f"at the level {native.level()} the extension has no products")
+
+
 def inputs(dtype: torch.dtype, plain: bool, tokens: int = 133, width: int = 67) -> tuple[Tensor, Tensor | None, Tensor]:
     gate, up, grad = (torch.randn(tokens, width).mul_(3).to(dtype) for _ in range(3))
     return gate, None if plain else up, grad
@@ -111,8 +116,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gram(dtype: torch.dtype, shape: tuple[int, int], impl: ops.Impl) -> None:
     x = torch.randn(shape).to(dtype)
-    if impl == "native" and not native.serves_gram(x):
-        pytest.skip("needs bfloat16 and a processor with matrix tiles")
+    skip_unless_served(impl, native.serves_gram(x))
     gram = torch.zeros(shape[1], shape[1])
     # What lies above the diagonal tiles before `mirror_` must not matter: of the widest matrix, something does.
     gram[: portable.GRAM_TILE, portable.GRAM_TILE :] = float("nan")
@@ -319,7 +323,7 @@ def test_ridge_solve_names_what_is_wrong() -> None:
     "call",
     [
         lambda: ops.gram_update_(torch.zeros(4, 4), torch.zeros(2, 4), impl="triton"),
-        lambda: ops.gram_update_(torch.zeros(4, 4), torch.zeros(2, 4), impl="native"),
+        lambda: ops.gram_update_(torch.zeros(4, 4), torch.zeros(2, 4).half(), impl="native"),
         lambda: ops.cross_update_(torch.zeros(4, 4), torch.zeros(2, 4), torch.zeros(2, 4), impl="triton"),
         lambda: ops.cross_entropy_gradient(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64), impl="triton"),
         lambda: ops.activation(torch.zeros(2, 4), None, "silu", impl="triton"),
@@ -353,8 +357,7 @@ def test_causal_attention(dtype: torch.dtype, shape: tuple[int, ...], impl: ops.
         torch.randn(batch, tokens, n, dim).mul(1.5).to(dtype).transpose(1, 2)
         for n in (heads, kv_heads, kv_heads, heads)
     )
-    if impl == "native" and not native.serves_attention(query, key, value):
-        pytest.skip("needs bfloat16 and a processor with matrix tiles")
+    skip_unless_served(impl, native.serves_attention(query, key, value))
     scale = dim**-0.5
 
     def run(function: Callable[..., Tensor], to: torch.dtype) -> list[Tensor]:
@@ -374,10 +377,33 @@ def test_causal_attention(dtype: torch.dtype, shape: tuple[int, ...], impl: ops.
             )
 
 
-def test_attention_passes_on_what_is_not_a_number() -> None:
-    query = torch.randn(1, 2, 70, 32).to(torch.bfloat16)
-    query[0, 1, 66, 3] = float("nan")
-    out = ops.causal_attention(query, query, query, 1.0)
-    assert out[0, 1, 66:].isnan().any(-1).all()
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_passes_on_what_is_not_a_number(dtype: torch.dtype, bad: float, impl: ops.Impl) -> None:
+    query = torch.randn(1, 2, 70, 32).to(dtype)
+    skip_unless_served(impl, native.serves_attention(query, query, query))
+    query[0, 1, 66, 3] = bad
+    out = ops.causal_attention(query, query, query, 1.0, impl=impl)
+    assert not out[0, 1, 66:].isfinite().all(-1).any()
     assert out[0, 0].isfinite().all()
-    assert out[0, 1, :64].isfinite().all()
+    assert out[0, 1, :66].isfinite().all()
+    clean = query.masked_fill(~query.isfinite(), 0)
+    expected = ops.causal_attention(clean, clean, clean, 1.0, impl=impl)
+    torch.testing.assert_close(out[0, :, :66], expected[0, :, :66])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_attention_passes_on_from_where_it_is_read(which: str, impl: ops.Impl) -> None:
+    tensors = {name: torch.randn(1, n, 70, 8) for name, n in (("query", 4), ("key", 2), ("value", 2))}
+    skip_unless_served(impl, native.serves_attention(*tensors.values()))
+    tensors[which][0, 1, 40, 3] = float("nan")
+    spoilt = ~ops.causal_attention(*tensors.values(), 1.0, impl=impl).isfinite()
+    rows = spoilt.any(-1)[0]
+    # A query spoils its own row; a key or value, the rows of both heads of its group from its token on.
+    expected = torch.zeros(4, 70, dtype=torch.bool)
+    expected[(1, slice(40, 41)) if which == "query" else (slice(2, 4), slice(40, None))] = True
+    assert torch.equal(rows, expected)
+    if which == "value":
+        assert torch.equal(spoilt.any(2)[0, 2], torch.arange(8) == 3)
