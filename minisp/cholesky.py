@@ -98,7 +98,7 @@ def solve_(matrix: Tensor, right: Tensor, *, impl: Literal["torch", "native"] = 
     if dead.any():
         right.masked_fill_(dead.to(right.device), 0)
     wanted = right.clone() if refine else right[:MEASURED].clone()
-    engine: Factorisation = native_cholesky.Factorisation(right.device) if impl == "native" else TorchFactorisation()
+    engine: Factorisation = native_cholesky.Factorisation() if impl == "native" else TorchFactorisation()
     shift = _factor_(matrix, diagonal, engine)
     engine.solve_(right)
     for _ in range(refine):
