@@ -115,8 +115,8 @@ minisp::CholeskyCall cholesky_call(const CholeskyTuple& call) {
   return {place(matrix), size, is_double, panel, at<void>(workspace), work_rows, at<void>(gemm), at<void>(large_gemm)};
 }
 
-py::dict cholesky_count(int64_t size, int64_t count, int64_t work_rows, bool is_double) {
-  const minisp::CholeskyCount found = minisp::count_cuda(size, count, work_rows, is_double);
+py::dict cholesky_count(int64_t size, int64_t count, bool is_double, bool pieces) {
+  const minisp::CholeskyCount found = minisp::count_cuda(size, count, is_double, pieces);
   py::dict result;
   result["products"] = found.products;
   result["inversions"] = found.inversions;
@@ -128,6 +128,7 @@ py::dict cholesky_count(int64_t size, int64_t count, int64_t work_rows, bool is_
 
 void bind_cholesky(py::module_& module) {
   const py::call_guard<py::gil_scoped_release> released;
+  module.attr("cholesky_piece_columns") = minisp::kPieceColumns;
   module.def("cholesky_workspace", &minisp::workspace_bytes, "Bytes of workspace; see csrc/cholesky.h.");
   module.def(
       "cholesky_factor", [](const CholeskyTuple& call) { return minisp::factor_cpu(cholesky_call(call)); }, released,
@@ -140,11 +141,11 @@ void bind_cholesky(py::module_& module) {
       released, "Right-hand sides become solutions in place; see csrc/cholesky_cpu.h.");
   module.def("cholesky_count", &cholesky_count, "What the CUDA solver would launch; see csrc/cholesky_count.h.");
 #ifdef MINISP_WITH_CUDA
-  // handle, stream, pivot, tf32.
-  using Device = std::tuple<uintptr_t, uintptr_t, uintptr_t, bool>;
+  // handle, stream, pivot, pieces.
+  using Device = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
   const auto cuda_call = [](const CholeskyTuple& call, const Device& device) {
-    const auto [handle, stream, pivot, tf32] = device;
-    return minisp::CudaCall{cholesky_call(call), at<void>(handle), at<void>(stream), at<int64_t>(pivot), tf32};
+    const auto [handle, stream, pivot, pieces] = device;
+    return minisp::CudaCall{cholesky_call(call), at<void>(handle), at<void>(stream), at<int64_t>(pivot), at<void>(pieces)};
   };
   module.def(
       "cholesky_factor_cuda",

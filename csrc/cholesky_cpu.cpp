@@ -59,12 +59,8 @@ struct CpuBackend {
                                   &lda, &beta, c.data, &ldc);
   }
 
-  void load_square(View<T> s, View<T> w, View<T> a, int64_t size) {
-    for (int64_t i = 0; i < size; ++i) {
-      std::memcpy(s.at(i, 0).data, a.at(i, 0).data, (i + 1) * sizeof(T));
-      std::memset(w.at(i, 0).data, 0, size * sizeof(T));
-      for (int64_t j = 0; j < i; ++j) *s.at(j, i).data = *s.at(i, j).data;
-    }
+  void clear(View<T> w, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) std::memset(w.at(i, 0).data, 0, size * sizeof(T));
   }
 
   void invert_block(View<T> s, View<T> w, int64_t size, int64_t first_pivot) {

@@ -13,12 +13,20 @@ namespace minisp {
 template <typename T>
 constexpr int kCudaBlock = sizeof(T) == 4 ? 128 : 64;
 
+// Large float32 products can be made of bfloat16 ones, which the tensor cores do: every number is parted in two pieces
+// of 8 bits of mantissa each, v = high + low + O(2^-17 v), and
+//
+//   a b = high high' + low high' + high low' + O(2^-16 a b)
+//
+// is one product three times as deep, summed in float32. So many columns of the depth are parted at once.
+constexpr int64_t kPieceColumns = 1024;
+
 struct CudaCall {
   CholeskyCall call;  // matrix and workspace on the device; gemm is the address of cublasGemmEx
-  void* handle;       // cublasHandle_t, which must use `stream` and multiply in full precision unless told otherwise
+  void* handle;       // cublasHandle_t, which must use `stream` and multiply float32 in full precision
   void* stream;       // cudaStream_t
   int64_t* pivot;     // on the device, 0 at first; becomes the number of the first bad pivot, counted from 1
-  bool tf32;          // whether large float32 products round their inputs to 10 bits of mantissa
+  void* pieces;       // room for (work_rows + kWidePanel) * 3 * kPieceColumns bfloat16 numbers; null: products in full
 };
 
 #ifdef MINISP_WITH_CUDA

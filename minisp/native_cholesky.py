@@ -16,8 +16,6 @@ from minisp.native import extension
 
 # cublas_api.h, cublasMath_t.
 CUBLAS_DEFAULT_MATH = 0
-# Rows of a panel that a CPU multiplies by an inverse at once: 128 KB of float32.
-CPU_WORK_ROWS = 256
 
 
 def gemm_address(device: str, dtype: torch.dtype) -> int:
@@ -30,7 +28,7 @@ def gemm_address(device: str, dtype: torch.dtype) -> int:
 
 
 def large_gemm_address(device: str, dtype: torch.dtype) -> int:
-    """Who makes the large products: the same. Tests put one in its place that rounds as a GPU's TF32 does."""
+    """Who makes the large products: the same. Tests put one in its place that rounds as a GPU does."""
     return gemm_address(device, dtype)
 
 
@@ -95,27 +93,23 @@ def panel_columns(device: torch.device) -> int:
     return 512 if device.type == "cuda" else 128
 
 
-def work_rows(device: torch.device, size: int) -> int:
-    """Rows that go through the workspace at once: of a GPU all of a panel, of a CPU what its cache holds."""
-    return size if device.type == "cuda" else CPU_WORK_ROWS
-
-
-def workspace_bytes(device: torch.device, size: int, dtype: torch.dtype) -> int:
-    """Memory that a `Factorisation` of a matrix (size, size) takes beside the matrix."""
-    shape = panel_columns(device), work_rows(device, size)
-    return int(extension().cholesky_workspace(*shape, dtype == torch.float64))
+def workspace_bytes(device: torch.device, size: int, dtype: torch.dtype, *, pieces: bool = False) -> int:
+    """Memory that a `Factorisation` of a matrix (size, size) takes beside the matrix: 2 panels, with pieces 5."""
+    columns = panel_columns(device)
+    own = int(extension().cholesky_workspace(columns, size, dtype == torch.float64))
+    return own + (size + columns) * 3 * int(extension().cholesky_piece_columns) * 2 * pieces
 
 
 class Factorisation:
     """Cholesky in place, see csrc/cholesky.h: the strict upper triangle is untouched, the rest becomes the factor.
 
     Args:
-        tf32: whether large products of float32 numbers on a GPU round their inputs to 10 bits of mantissa (TF32), which
-            is several times faster and wants refinement. CPUs have no such products: there it changes nothing.
+        pieces: whether large float32 products on a GPU are made of three bfloat16 ones, each number in two pieces of 8
+            bits: csrc/cholesky_cuda.h. Products are then good to 2⁻¹⁶ instead of 2⁻²⁴. CPUs always multiply in full.
     """
 
-    def __init__(self, *, tf32: bool = False):
-        self.tf32 = tf32
+    def __init__(self, *, pieces: bool = False):
+        self.pieces = pieces
 
     def factor_(self, matrix: Tensor) -> int:
         """0, or the number of the first pivot that is not positive, counted from 1. The matrix must outlive this.
@@ -123,25 +117,20 @@ class Factorisation:
         Raises:
             BackendError: the device refuses a call.
         """
-        device, size = matrix.device, len(matrix)
-        workspace = workspace_bytes(device, size, matrix.dtype)
-        self.workspace = torch.empty(workspace, dtype=torch.uint8, device=device)
-        gemm, large = gemm_address(device.type, matrix.dtype), large_gemm_address(device.type, matrix.dtype)
-        self.call = (
-            _row_major(matrix),
-            size,
-            matrix.dtype == torch.float64,
-            panel_columns(device),
-            self.workspace.data_ptr(),
-            work_rows(device, size),
-            gemm,
-            large,
-        )
+        device, size, double = matrix.device, len(matrix), matrix.dtype == torch.float64
+        own = workspace_bytes(device, size, matrix.dtype)
+        parted = self.pieces and device.type == "cuda" and not double
+        total = workspace_bytes(device, size, matrix.dtype, pieces=parted)
+        self.workspace = torch.empty(total, dtype=torch.uint8, device=device)
+        address = self.workspace.data_ptr()
+        multiply = gemm_address(device.type, matrix.dtype), large_gemm_address(device.type, matrix.dtype)
+        self.call = (_row_major(matrix), size, double, panel_columns(device), address, size, *multiply)
+        self.room = address + own if parted else 0
         if device.type == "cpu":
             return int(extension().cholesky_factor(self.call))
         pivot = torch.zeros((), dtype=torch.int64, device=device)
         with _calling(device):
-            extension().cholesky_factor_cuda(self.call, (*_queue(), pivot.data_ptr(), self.tf32))
+            extension().cholesky_factor_cuda(self.call, (*_queue(), pivot.data_ptr(), self.room))
         return int(pivot)
 
     def solve_(self, right: Tensor) -> None:
@@ -155,7 +144,7 @@ class Factorisation:
             extension().cholesky_solve(self.call, place, len(right))
             return
         with _calling(right.device):
-            extension().cholesky_solve_cuda(self.call, (*_queue(), 0, self.tf32), place, len(right))
+            extension().cholesky_solve_cuda(self.call, (*_queue(), 0, self.room), place, len(right))
 
 
 @contextmanager
