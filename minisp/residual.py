@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 CPU_ROWS = 32
-"""Rows of A that a CPU works on at once: 4 % of a float32 matrix of 1536 rows, in float64; twice as many fit its cache."""
-GPU_BYTES = 256 * 2**20
-"""Memory that a GPU may take for rows of A in float64: few launches, and 3000 rows of 11008."""
+"""Rows of A that a CPU works on at once: in float64, 4 % of a float32 matrix of 1536 rows."""
+GPU_BYTES = 128 * 2**20
+"""Memory that rows of A in float64 take on a GPU, or that of a GPU_BLOCKS-th of A where that is more."""
+GPU_BLOCKS = 24
 
 
 def blocks(matrix: Tensor) -> Iterator[slice]:
@@ -22,7 +23,7 @@ def blocks(matrix: Tensor) -> Iterator[slice]:
 
 def rows_at_once(device_type: str, size: int) -> int:
     """How many rows of a matrix (size, size) `blocks` takes."""
-    return CPU_ROWS if device_type == "cpu" else max(CPU_ROWS, GPU_BYTES // (8 * size))
+    return CPU_ROWS if device_type == "cpu" else max(GPU_BYTES // (8 * size), -(-size // GPU_BLOCKS))
 
 
 def remaining(matrix: Tensor, diagonal: Tensor, solution: Tensor, wanted: Tensor) -> Tensor:
