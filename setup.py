@@ -1,8 +1,8 @@
 """Builds the C++ extension `minisp._C` with ninja; everything else about the package is in pyproject.toml.
 
 The extension needs a C++17 compiler, pybind11 and ninja, and neither torch nor a GPU. Where nvcc is found, csrc/*.cu is
-compiled for `CUDA_ARCHS` and `PTX_ARCH` and linked with the static CUDA runtime, so that the result imports on a machine without a
-driver. Environment: CXX and NVCC name the compilers, MINISP_CUDA=0 builds the CPU part alone.
+compiled for `CUDA_ARCHS` and `PTX_ARCH` and linked with the static CUDA runtime, so that the result imports on a
+machine without a driver. Environment: CXX and NVCC name the compilers, MINISP_CUDA=0 builds the CPU part alone.
 """
 
 import os

@@ -12,7 +12,7 @@ CPU_ROWS = 32
 """Rows of A that a CPU works on at once: in float64, 4 % of a float32 matrix of 1536 rows."""
 GPU_BYTES = 128 * 2**20
 """Memory that rows of A in float64 take on a GPU, or that of a GPU_BLOCKS-th of A where that is more."""
-GPU_BLOCKS = 24
+GPU_BLOCKS = 20
 
 
 def blocks(matrix: Tensor) -> Iterator[slice]:
