@@ -18,7 +18,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU her
 pytestmark = [pytest.mark.gpu, needs_gpu]
 
 HAS_SOLVER = torch.cuda.is_available() and native_cholesky.serves_cholesky(torch.device("cuda"), torch.float32)
-needs_solver = pytest.mark.skipif(not HAS_SOLVER, reason="the extension has no code for this GPU, or the driver is too old")
+needs_solver = pytest.mark.skipif(
+    not HAS_SOLVER, reason="the extension has no code for this GPU, or the driver is too old"
+)
 
 
 def system(n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,17 @@ pytestmark = pytest.mark.skipif(
 Product = Callable[[Tensor, Tensor], Tensor]
 INT, FLOAT = ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_float)
 SGEMM = ctypes.CFUNCTYPE(
-    None, *[ctypes.c_char_p] * 2, *[INT] * 3, FLOAT, ctypes.c_void_p, INT, ctypes.c_void_p, INT, FLOAT, ctypes.c_void_p, INT
+    None,
+    *[ctypes.c_char_p] * 2,
+    *[INT] * 3,
+    FLOAT,
+    ctypes.c_void_p,
+    INT,
+    ctypes.c_void_p,
+    INT,
+    FLOAT,
+    ctypes.c_void_p,
+    INT,
 )
 N = 800
 DAMPINGS = (1e-4, 1e-3, 1e-2, 5e-2)
@@ -124,4 +134,6 @@ def test_truncated_tf32_is_not_used_because_it_fails(rounding: Callable[[Product
     cholesky.solve_(gram.clone(), in_two)
     rounding(in_tf32)
     engine, one, factor = native_cholesky.Factorisation(), right.clone(), gram.clone()
-    assert engine.factor_(factor) > 0 or engine.solve_(one) or excess(gram, right, one) > 100 * excess(gram, right, in_two)
+    assert (
+        engine.factor_(factor) > 0 or engine.solve_(one) or excess(gram, right, one) > 100 * excess(gram, right, in_two)
+    )
