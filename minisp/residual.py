@@ -1,6 +1,7 @@
 """What is left of a symmetric system X A = R that was factored in place, and how large that is.
 
-Of A, the strict upper triangle and the diagonal are still known. Shapes: n unknowns, d right-hand sides, which are rows.
+Of A, the strict upper triangle and the diagonal are still known. Shapes: n unknowns, d right-hand sides. Right-hand
+sides are rows.
 """
 
 from collections.abc import Iterator

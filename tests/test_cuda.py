@@ -50,8 +50,8 @@ def test_solver(dtype: torch.dtype, n: int, pieces: bool) -> None:
 @needs_solver
 @pytest.mark.parametrize("pieces", [False, True])
 def test_a_system_as_wide_as_the_largest_models(pieces: bool) -> None:
-    # 34 panels, more right-hand sides than a panel has columns, and a last panel that is not full. A low-rank matrix plus
-    # a diagonal is made and multiplied quickly.
+    # 34 panels, the last of them not full, and more right-hand sides than a panel has columns. A matrix of low rank
+    # plus a diagonal is made and multiplied quickly.
     n, generator = 17_000, torch.Generator("cuda").manual_seed(0)
     factor = torch.randn(n, 256, generator=generator, device="cuda") / 16
     gram = factor @ factor.T

@@ -5,6 +5,7 @@ The extension takes its BLAS by address: here it gets one that rounds first. The
 
 import ctypes
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,10 +61,11 @@ def rows(address: int, count: int, length: int, stride: int) -> Tensor:
     return torch.as_strided(torch.from_numpy(flat), (count, length), (stride, 1))
 
 
-def sgemm(product: Product) -> SGEMM:
+def sgemm(product: Product) -> Any:
     """Fortran's sgemm, as the solver calls it, with another product."""
 
-    def gemm(a_op, b_op, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):  # type: ignore[no-untyped-def]
+    def gemm(*arguments: Any) -> None:
+        a_op, _, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc = arguments
         right = rows(a, m[0], k[0], lda[0]).T if a_op[:1] == b"T" else rows(a, k[0], m[0], lda[0])
         target = rows(c, n[0], m[0], ldc[0])
         found = alpha[0] * product(rows(b, n[0], k[0], ldb[0]), right)
@@ -134,6 +136,6 @@ def test_truncated_tf32_is_not_used_because_it_fails(rounding: Callable[[Product
     cholesky.solve_(gram.clone(), in_two)
     rounding(in_tf32)
     engine, one, factor = native_cholesky.Factorisation(), right.clone(), gram.clone()
-    assert (
-        engine.factor_(factor) > 0 or engine.solve_(one) or excess(gram, right, one) > 100 * excess(gram, right, in_two)
-    )
+    if engine.factor_(factor) == 0:
+        engine.solve_(one)
+        assert excess(gram, right, one) > 100 * excess(gram, right, in_two)
