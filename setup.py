@@ -1,8 +1,8 @@
 """Builds the C++ extension `minisp._C` with ninja; everything else about the package is in pyproject.toml.
 
 The extension needs a C++17 compiler, pybind11 and ninja, and neither torch nor a GPU. Where nvcc is found, csrc/*.cu is
-compiled for `CUDA_ARCHS` and linked with the static CUDA runtime, so that the result imports on a machine without a
-driver. Environment: CXX and NVCC name the compilers, MINISP_CUDA=0 builds the CPU part alone.
+compiled for `CUDA_ARCHS` and `PTX_ARCH` and linked with the static CUDA runtime, so that the result imports on a
+machine without a driver. Environment: CXX and NVCC name the compilers, MINISP_CUDA=0 builds the CPU part alone.
 """
 
 import os
@@ -19,6 +19,8 @@ from setuptools.command.build_ext import build_ext
 SOURCES = Path("csrc")
 # 90a and not 90: Hopper's matrix instructions exist only in the architecture-specific target.
 CUDA_ARCHS = ("80", "90a", "100", "120")
+# For GPUs that are none of these, drivers compile the intermediate code of the oldest that is supported.
+PTX_ARCH = "80"
 CXX_FLAGS = "-std=c++17 -O3 -pthread -fPIC -fvisibility=hidden -Wall -Wextra"
 AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 # csrc/levels/ is compiled once for each processor level, lowest first; csrc/level.h says what they are. No vector
@@ -84,13 +86,15 @@ def ninja_file(output: Path, version: str) -> str:
     archs = known_archs(nvcc) if nvcc else []
     includes = [SOURCES.resolve(), pybind11.get_include(), sysconfig.get_path("include")]
     flags = [shlex.quote(f"-I{path}") for path in includes] + [f'-DMINISP_VERSION=\\"{version}\\"']
-    flags.append(f'-DMINISP_CUDA_ARCHS=\\"{",".join("sm_" + arch for arch in archs)}\\"')
+    names = [f"sm_{arch}" for arch in archs] + ([f"compute_{PTX_ARCH}"] if nvcc else [])
+    flags.append(f'-DMINISP_CUDA_ARCHS=\\"{",".join(names)}\\"')
     levels = known_levels(cxx)
     table = shlex.quote(f"-DMINISP_LEVELS(X)={' '.join(f'X({level})' for level in levels)}")
     cxx_flags = " ".join([CXX_FLAGS, table, *(f"-DMINISP_HAS_{level}" for level in levels)])
     sources = sorted(SOURCES.resolve().glob("*.cpp"))
     linker = f"{cxx} -pthread " + ("-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared")
     gencode = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
+    gencode += f" -gencode=arch=compute_{PTX_ARCH},code=compute_{PTX_ARCH}"
     if nvcc:
         linker = f"{nvcc} -ccbin {cxx} {gencode} -Xcompiler -pthread -shared -cudart static"
         flags.append("-DMINISP_WITH_CUDA")

@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "build_info.h"
+#include "cholesky_count.h"
 #include "cholesky_cpu.h"
 #include "cholesky_cuda.h"
 #include "device.h"
@@ -156,19 +157,31 @@ void bind_norms(py::module_& module) {
 // Address and stride of a row-major matrix.
 using PlaceTuple = std::tuple<uintptr_t, int64_t>;
 
-// matrix, size, is_double, workspace, gemm, streamed_columns.
-using CholeskyTuple = std::tuple<PlaceTuple, int64_t, bool, uintptr_t, uintptr_t, int64_t>;
+// matrix, size, is_double, panel, workspace, work_rows, gemm, large_gemm.
+using CholeskyTuple = std::tuple<PlaceTuple, int64_t, bool, int64_t, uintptr_t, int64_t, uintptr_t, uintptr_t>;
 
 minisp::Place place(const PlaceTuple& matrix) { return {at<void>(std::get<0>(matrix)), std::get<1>(matrix)}; }
 
 minisp::CholeskyCall cholesky_call(const CholeskyTuple& call) {
-  const auto& [matrix, size, is_double, workspace, gemm, streamed_columns] = call;
-  return {place(matrix), size, is_double, at<void>(workspace), at<void>(gemm), streamed_columns};
+  const auto& [matrix, size, is_double, panel, workspace, work_rows, gemm, large_gemm] = call;
+  return {place(matrix), size, is_double, panel, at<void>(workspace), work_rows, at<void>(gemm), at<void>(large_gemm)};
+}
+
+py::dict cholesky_count(int64_t size, int64_t count, bool is_double, bool pieces) {
+  const minisp::CholeskyCount found = minisp::count_cuda(size, count, is_double, pieces);
+  py::dict result;
+  result["products"] = found.products;
+  result["inversions"] = found.inversions;
+  result["copies"] = found.copies;
+  result["flops"] = found.flops;
+  result["large_flops"] = found.large_flops;
+  return result;
 }
 
 void bind_cholesky(py::module_& module) {
   const py::call_guard<py::gil_scoped_release> released;
-  module.def("cholesky_workspace", &minisp::workspace_cpu, "Bytes of workspace; see csrc/cholesky_cpu.h.");
+  module.attr("cholesky_piece_columns") = minisp::kPieceColumns;
+  module.def("cholesky_workspace", &minisp::workspace_bytes, "Bytes of workspace; see csrc/cholesky.h.");
   module.def(
       "cholesky_factor", [](const CholeskyTuple& call) { return minisp::factor_cpu(cholesky_call(call)); }, released,
       "Factors in place; 0 or the first bad pivot; see csrc/cholesky_cpu.h.");
@@ -178,14 +191,14 @@ void bind_cholesky(py::module_& module) {
         minisp::solve_cpu(cholesky_call(call), place(right), count);
       },
       released, "Right-hand sides become solutions in place; see csrc/cholesky_cpu.h.");
+  module.def("cholesky_count", &cholesky_count, "What the CUDA solver would launch; see csrc/cholesky_count.h.");
 #ifdef MINISP_WITH_CUDA
-  // handle, stream, pivot.
-  using Device = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
+  // handle, stream, pivot, pieces.
+  using Device = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
   const auto cuda_call = [](const CholeskyTuple& call, const Device& device) {
-    const auto [handle, stream, pivot] = device;
-    return minisp::CudaCall{cholesky_call(call), at<void>(handle), at<void>(stream), at<int64_t>(pivot)};
+    const auto [handle, stream, pivot, pieces] = device;
+    return minisp::CudaCall{cholesky_call(call), at<void>(handle), at<void>(stream), at<int64_t>(pivot), at<void>(pieces)};
   };
-  module.def("cholesky_workspace_cuda", &minisp::workspace_cuda, "Bytes of workspace; see csrc/cholesky_cuda.h.");
   module.def(
       "cholesky_factor_cuda",
       [=](const CholeskyTuple& call, const Device& device) { minisp::factor_cuda(cuda_call(call, device)); }, released,

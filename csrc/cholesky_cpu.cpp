@@ -10,15 +10,17 @@ namespace {
 
 constexpr int64_t kEdge = kEliminated;
 
-template <typename T>
+template <typename T, int64_t kColumns>
 struct CpuBackend {
-  static constexpr int64_t kBlock = kEdge, kPanel = 512, work_rows = 256;
+  static constexpr int64_t kBlock = kEdge, kPanel = kColumns;
   using GemmFunction = void (*)(const char*, const char*, const int*, const int*, const int*, const T*, const T*,
                                 const int*, const T*, const int*, const T*, T*, const int*);
 
-  T* workspace;
-  GemmFunction gemm;
+  GemmFunction gemm, large_gemm;
   int64_t failed_pivot = 0;
+
+  explicit CpuBackend(const CholeskyCall& call)
+      : gemm(reinterpret_cast<GemmFunction>(call.gemm)), large_gemm(reinterpret_cast<GemmFunction>(call.large_gemm)) {}
 
   bool failed() const { return failed_pivot != 0; }
 
@@ -27,78 +29,74 @@ struct CpuBackend {
     const int rows = static_cast<int>(p.rows), columns = static_cast<int>(p.columns), depth = static_cast<int>(p.depth);
     const int lda = static_cast<int>(a.stride), ldb = static_cast<int>(b.stride), ldc = static_cast<int>(c.stride);
     const T alpha = static_cast<T>(p.alpha), beta = static_cast<T>(p.beta);
-    gemm(p.transposed ? "T" : "N", "N", &columns, &rows, &depth, &alpha, b.data, &ldb, a.data, &lda, &beta, c.data, &ldc);
+    (p.large ? large_gemm : gemm)(p.transposed ? "T" : "N", "N", &columns, &rows, &depth, &alpha, b.data, &ldb, a.data,
+                                  &lda, &beta, c.data, &ldc);
   }
 
-  void subtract_lower(View<T> a, View<T> b, int64_t size) {
-    for (int64_t i = 0; i < size; ++i)
-      for (int64_t j = 0; j <= i; ++j) *a.at(i, j).data -= *b.at(i, j).data;
+  void clear(View<T> w, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) std::memset(w.at(i, 0).data, 0, size * sizeof(T));
   }
 
-  void invert_block(View<T> a, int64_t size, T* inverse, int64_t first_pivot) {
-    for (int64_t i = 0; i < size; ++i)
-      for (int64_t j = 0; j < size; ++j) inverse[i * kEdge + j] = j < i ? T(0) : *a.at(j, i).data;
+  void invert_block(View<T> s, View<T> w, int64_t size, int64_t first_pivot) {
+    for (int64_t i = 0; i < size; ++i) {
+      std::memset(w.at(i, 0).data, 0, i * sizeof(T));
+      std::memcpy(w.at(i, i).data, s.at(i, i).data, (size - i) * sizeof(T));
+    }
     int64_t pivot;
     if constexpr (sizeof(T) == 4) {
-      pivot = kernels().eliminate_float(inverse, size);
+      pivot = kernels().eliminate_float(w.data, w.stride, size);
     } else {
-      pivot = kernels().eliminate_double(inverse, size);
+      pivot = kernels().eliminate_double(w.data, w.stride, size);
     }
-    if (pivot >= 0) {
-      failed_pivot = first_pivot + pivot + 1;
-      return;
-    }
-    for (int64_t i = 0; i < size; ++i) {
-      std::memcpy(a.at(i, 0).data, inverse + i * kEdge, (i + 1) * sizeof(T));
-      std::memset(inverse + i * kEdge + i + 1, 0, (size - i - 1) * sizeof(T));
-    }
+    if (pivot >= 0) failed_pivot = first_pivot + pivot + 1;
+    for (int64_t i = 0; i < size; ++i) std::memset(w.at(i, i + 1).data, 0, (size - i - 1) * sizeof(T));
   }
 
-  void expand_block(View<T> a, int64_t size, T* inverse) {
+  void store_lower(View<T> a, View<T> w, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) std::memcpy(a.at(i, 0).data, w.at(i, 0).data, (i + 1) * sizeof(T));
+  }
+
+  void load_lower(View<T> w, View<T> a, int64_t size) {
     for (int64_t i = 0; i < size; ++i) {
-      std::memcpy(inverse + i * kEdge, a.at(i, 0).data, (i + 1) * sizeof(T));
-      std::memset(inverse + i * kEdge + i + 1, 0, (size - i - 1) * sizeof(T));
+      std::memcpy(w.at(i, 0).data, a.at(i, 0).data, (i + 1) * sizeof(T));
+      std::memset(w.at(i, i + 1).data, 0, (size - i - 1) * sizeof(T));
     }
   }
 
   void copy(View<T> to, View<T> from, int64_t rows, int64_t columns) {
     for (int64_t i = 0; i < rows; ++i) std::memcpy(to.at(i, 0).data, from.at(i, 0).data, columns * sizeof(T));
   }
-
-  // The backend's "own" memory is the same memory here: streaming serves to test it where there is no GPU.
-  void upload(View<T> to, View<T> from, int64_t rows, int64_t columns) { copy(to, from, rows, columns); }
-  void download(View<T> to, View<T> from, int64_t rows, int64_t columns) { copy(to, from, rows, columns); }
 };
 
-template <typename T>
-CpuBackend<T> backend_of(const CholeskyCall& call) {
-  return {static_cast<T*>(call.workspace), reinterpret_cast<typename CpuBackend<T>::GemmFunction>(call.gemm)};
-}
-
-template <typename T>
+template <typename T, int64_t kColumns>
 int64_t factor(const CholeskyCall& call) {
-  auto backend = backend_of<T>(call);
-  with_solver<T>(backend, call, [](auto& solver) { solver.factor(); });
+  using Backend = CpuBackend<T, kColumns>;
+  Backend backend(call);
+  Cholesky<T, Backend>(backend, call).factor();
   return backend.failed_pivot;
 }
 
-template <typename T>
+template <typename T, int64_t kColumns>
 void solve(const CholeskyCall& call, Place right, int64_t count) {
-  auto backend = backend_of<T>(call);
-  with_solver<T>(backend, call, [&](auto& solver) { solver.solve(right.as<T>(), count); });
+  using Backend = CpuBackend<T, kColumns>;
+  Backend backend(call);
+  Cholesky<T, Backend>(backend, call).solve(right.as<T>(), count);
 }
 
 }  // namespace
 
-int64_t workspace_cpu(int64_t size, bool is_double, int64_t streamed_columns) {
-  return is_double ? workspace_bytes<CpuBackend<double>>(size, streamed_columns)
-                   : workspace_bytes<CpuBackend<float>>(size, streamed_columns);
+int64_t factor_cpu(const CholeskyCall& call) {
+  if (call.panel == kWidePanel)
+    return call.is_double ? factor<double, kWidePanel>(call) : factor<float, kWidePanel>(call);
+  return call.is_double ? factor<double, kEdge>(call) : factor<float, kEdge>(call);
 }
 
-int64_t factor_cpu(const CholeskyCall& call) { return call.is_double ? factor<double>(call) : factor<float>(call); }
-
 void solve_cpu(const CholeskyCall& call, Place right, int64_t count) {
-  call.is_double ? solve<double>(call, right, count) : solve<float>(call, right, count);
+  if (call.panel == kWidePanel) {
+    call.is_double ? solve<double, kWidePanel>(call, right, count) : solve<float, kWidePanel>(call, right, count);
+  } else {
+    call.is_double ? solve<double, kEdge>(call, right, count) : solve<float, kEdge>(call, right, count);
+  }
 }
 
 }  // namespace minisp

@@ -7,9 +7,8 @@
 
 namespace minisp {
 
-// Bytes of workspace: independent of the size where A is worked on in place.
-int64_t workspace_cpu(int64_t size, bool is_double, int64_t streamed_columns);
-
+// In a call, gemm and large_gemm are addresses of Fortran's sgemm or dgemm with 32-bit integers. Panels are of 128
+// columns, or, so that the schedule of a GPU can be tested, of kWidePanel.
 // Factors A in place as cholesky.h says. Returns 0, or the number, counted from 1, of the first pivot that is not
 // positive and finite.
 int64_t factor_cpu(const CholeskyCall& call);

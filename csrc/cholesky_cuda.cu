@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -9,141 +10,252 @@ namespace minisp {
 
 namespace {
 
-constexpr int kEdge = 64;
-constexpr int kThreads = 512;
+constexpr int kTile = 4;
+constexpr int kCopyThreads = 128;
 
 void check(cudaError_t status) {
   if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
-// One thread block eliminates [A | I] in shared memory, in one array as cholesky_cpu.cpp does: 16 KB for float, 32 KB
-// for double. Per step of the 64: a square root, one row scaled, the rows below updated.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) invert_block_kernel(View<T> a, int size, T* inverse, long long first_pivot,
-                                                                long long* bad_pivot) {
-  __shared__ T w[kEdge][kEdge];
-  const int column = threadIdx.x % kEdge, group = threadIdx.x / kEdge;
-  for (int row = group; row < kEdge; row += kThreads / kEdge)
-    w[row][column] = column >= row && column < size ? a.data[column * a.stride + row] : T(0);
+constexpr int kSide = kCudaBlock<T> / kTile;
+
+// One thread block eliminates [A | I] in registers, a row of threads owning every kSide-th row of the block. As in
+// cholesky_cpu.cpp one array holds it all: in step k, the row k, from its diagonal on what is left of A and before it
+// the inverse so far, is subtracted from the rows below. Rows are scaled at the end, by 1/sqrt(pivot), so that a step
+// takes one barrier: the row of the next step is published by its owners as soon as they have it, into the other of two
+// buffers. Between columns k and i, row i holds numbers that nobody reads before column i overwrites them.
+//
+// 128 steps of at most 64 fused multiply-adds a scheduler and lane, and a barrier of 32 warps.
+template <typename T>
+__global__ void __launch_bounds__(kSide<T>* kSide<T>) invert_block_kernel(View<T> s, View<T> w, int size,
+                                                                          long long first_pivot, long long* bad_pivot) {
+  constexpr int side = kSide<T>, edge = kCudaBlock<T>;
+  __shared__ T published[2][edge], pivots[edge];
+  const int tx = threadIdx.x % side, ty = threadIdx.x / side;
+  T own[kTile][kTile];
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) {
+    const int row = ty + side * i;
+#pragma unroll
+    for (int j = 0; j < kTile; ++j) {
+      const int column = tx + side * j;
+      own[i][j] = row < size && column < size ? *s.at(row, column).data : T(row == column);
+    }
+  }
+  if (ty == 0) {
+#pragma unroll
+    for (int j = 0; j < kTile; ++j) published[0][tx + side * j] = own[0][j];
+  }
   __syncthreads();
   for (int k = 0; k < size; ++k) {
-    const T pivot = w[k][k];
-    const T scale = T(1) / sqrt(pivot);
-    __syncthreads();
-    if (group == 0) {
-      w[k][column] = column == k ? scale : w[k][column] * scale;
-      // Not positive, infinite or NaN: the scale is then not a positive number.
-      if (column == 0 && !(scale > T(0) && isfinite(scale)) && *bad_pivot == 0) *bad_pivot = first_pivot + k + 1;
+    const T* const row_k = published[k & 1];
+    const T pivot = row_k[k], reciprocal = T(1) / pivot;
+    if (threadIdx.x == 0) {
+      pivots[k] = pivot;
+      // Not positive, infinite or NaN.
+      if (!(pivot > T(0) && isfinite(pivot)) && *bad_pivot == 0) *bad_pivot = first_pivot + k + 1;
+    }
+    T across[kTile];
+#pragma unroll
+    for (int j = 0; j < kTile; ++j) across[j] = tx + side * j == k ? T(1) : row_k[tx + side * j];
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) {
+      const int row = ty + side * i;
+      if (row <= k) continue;
+      const T factor = row_k[row] * reciprocal;
+#pragma unroll
+      for (int j = 0; j < kTile; ++j) own[i][j] = (tx + side * j == k ? T(0) : own[i][j]) - factor * across[j];
+      if (row == k + 1) {
+#pragma unroll
+        for (int j = 0; j < kTile; ++j) published[(k + 1) & 1][tx + side * j] = own[i][j];
+      }
     }
     __syncthreads();
-    for (int row = k + 1 + group; row < size; row += kThreads / kEdge) {
-      const T factor = w[k][row];
-      if (column >= row || column <= k) w[row][column] -= factor * w[k][column];
+  }
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) {
+    const int row = ty + side * i;
+    if (row >= size) continue;
+    const T scale = T(1) / sqrt(pivots[row]);
+#pragma unroll
+    for (int j = 0; j < kTile; ++j) {
+      const int column = tx + side * j;
+      if (column < size) *w.at(row, column).data = column < row ? own[i][j] * scale : column == row ? scale : T(0);
     }
-    __syncthreads();
-  }
-  for (int row = group; row < size; row += kThreads / kEdge) {
-    if (column <= row) a.data[row * a.stride + column] = w[row][column];
-    inverse[row * kEdge + column] = column <= row ? w[row][column] : T(0);
   }
 }
 
+// A thread block per row, here and below.
 template <typename T>
-__global__ void expand_block_kernel(View<T> a, int size, T* inverse) {
-  for (int i = threadIdx.x; i < size * kEdge; i += blockDim.x) {
-    const int row = i / kEdge, column = i % kEdge;
-    inverse[i] = column <= row ? a.data[row * a.stride + column] : T(0);
-  }
+__global__ void store_lower_kernel(View<T> a, View<T> w) {
+  const int row = blockIdx.x;
+  for (int column = threadIdx.x; column <= row; column += blockDim.x) *a.at(row, column).data = *w.at(row, column).data;
 }
 
 template <typename T>
-__global__ void subtract_lower_kernel(View<T> a, View<T> b, int size) {
-  for (int i = threadIdx.x; i < size * size; i += blockDim.x) {
-    const int row = i / size, column = i % size;
-    if (column <= row) a.data[row * a.stride + column] -= b.data[row * b.stride + column];
+__global__ void load_lower_kernel(View<T> w, View<T> a, int size) {
+  const int row = blockIdx.x;
+  for (int column = threadIdx.x; column < size; column += blockDim.x)
+    *w.at(row, column).data = column <= row ? *a.at(row, column).data : T(0);
+}
+
+template <typename T>
+__global__ void copy_kernel(View<T> to, View<T> from, int columns) {
+  const int64_t row = blockIdx.x;
+  for (int column = threadIdx.x; column < columns; column += blockDim.x)
+    *to.at(row, column).data = *from.at(row, column).data;
+}
+
+// The nearest bfloat16 number, ties to even, as its bits.
+__device__ uint16_t narrow(float value) {
+  if (isnan(value)) return 0x7fc0;
+  const unsigned bits = __float_as_uint(value);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+__device__ float widen(uint16_t bits) { return __uint_as_float(static_cast<unsigned>(bits) << 16); }
+
+// Where the pieces of a matrix go: three matrices of its shape, `step` elements apart. The first is high; of the other
+// two, one is high and one low.
+struct Pieces {
+  uint16_t* data;
+  int64_t stride, step;
+  bool low_last;
+};
+
+__global__ void part_kernel(View<float> from, Pieces to, int columns) {
+  const int64_t row = blockIdx.x;
+  for (int column = threadIdx.x; column < columns; column += blockDim.x) {
+    const float value = *from.at(row, column).data;
+    const uint16_t high = narrow(value), low = narrow(value - widen(high));
+    uint16_t* const place = to.data + row * to.stride + column;
+    place[0] = high;
+    place[to.step] = to.low_last ? high : low;
+    place[2 * to.step] = to.low_last ? low : high;
   }
 }
 
-// cublasOperation_t: 0 is N, 1 is T; cublasStatus_t: 0 is success. Stable numbers of cuBLAS's binary interface.
-template <typename T>
-using CublasGemm = int (*)(void*, int, int, int, int, int, const T*, const T*, int, const T*, int, const T*, T*, int);
+// Stable numbers of cuBLAS's binary interface. cublasOperation_t: 0 is N, 1 is T. cudaDataType_t: 0 is float, 1 double,
+// 14 bfloat16. cublasComputeType_t: 68 is float, 70 double. cublasGemmAlgo_t: -1 leaves the choice to cuBLAS.
+// cublasStatus_t: 0 is success.
+using CublasGemmEx = int (*)(void*, int, int, int, int, int, const void*, const void*, int, int, const void*, int, int,
+                             const void*, void*, int, int, int, int);
+constexpr int kFloat = 0, kDouble = 1, kBfloat16 = 14, kComputeFloat = 68, kComputeDouble = 70, kAnyAlgorithm = -1;
 
 template <typename T>
 struct CudaBackend {
-  static constexpr int64_t kBlock = kEdge, kPanel = 512, work_rows = 16384;
+  static constexpr int64_t kBlock = kCudaBlock<T>, kPanel = kWidePanel;
+  static constexpr bool kIsDouble = sizeof(T) == 8;
 
-  T* workspace;
-  CublasGemm<T> gemm;
+  CublasGemmEx gemm;
   void* handle;
   cudaStream_t stream;
   int64_t* pivot;
+  uint16_t *rows_in_pieces = nullptr, *columns_in_pieces = nullptr;
+
+  explicit CudaBackend(const CudaCall& call)
+      : gemm(reinterpret_cast<CublasGemmEx>(call.call.gemm)),
+        handle(call.handle),
+        stream(static_cast<cudaStream_t>(call.stream)),
+        pivot(call.pivot) {
+    if (call.pieces == nullptr) return;
+    rows_in_pieces = static_cast<uint16_t*>(call.pieces);
+    columns_in_pieces = rows_in_pieces + call.call.work_rows * 3 * kPieceColumns;
+  }
 
   bool failed() const { return false; }
 
   void multiply(View<T> c, View<T> a, View<T> b, Product p) {
+    if constexpr (!kIsDouble) {
+      if (p.large && rows_in_pieces != nullptr) {
+        multiply_in_pieces(c, a, b, p);
+        return;
+      }
+    }
+    call_gemm(c, a, b, p, kIsDouble ? kDouble : kFloat);
+  }
+
+  void multiply_in_pieces(View<float> c, View<float> a, View<float> b, Product p) {
+    for (int64_t first = 0; first < p.depth; first += kPieceColumns) {
+      const int64_t depth = p.depth - first < kPieceColumns ? p.depth - first : kPieceColumns;
+      const Product deep{p.rows, p.columns, 3 * depth, p.transposed, p.alpha, first == 0 ? p.beta : 1.0, true};
+      const Pieces left{rows_in_pieces, 3 * depth, depth, false};
+      part(a.at(0, first), left, p.rows, depth);
+      // Along the depth the three lie side by side in the rows of B^T, one above the other in B.
+      const Pieces right = p.transposed ? Pieces{columns_in_pieces, 3 * depth, depth, true}
+                                        : Pieces{columns_in_pieces, p.columns, depth * p.columns, true};
+      if (p.transposed) {
+        part(b.at(0, first), right, p.columns, depth);
+      } else {
+        part(b.at(first, 0), right, depth, p.columns);
+      }
+      call_gemm(c, View<uint16_t>{left.data, left.stride}, View<uint16_t>{right.data, right.stride}, deep, kBfloat16);
+    }
+  }
+
+  void part(View<float> from, Pieces to, int64_t rows, int64_t columns) {
+    part_kernel<<<static_cast<unsigned>(rows), kCopyThreads, 0, stream>>>(from, to, static_cast<int>(columns));
+    check(cudaGetLastError());
+  }
+
+  // cuBLAS's matrices are column-major: it is asked for C^T = op(B)^T A^T.
+  template <typename Input>
+  void call_gemm(View<T> c, View<Input> a, View<Input> b, Product p, int input) {
     const T alpha = static_cast<T>(p.alpha), beta = static_cast<T>(p.beta);
-    const int status = gemm(handle, p.transposed ? 1 : 0, 0, static_cast<int>(p.columns), static_cast<int>(p.rows),
-                            static_cast<int>(p.depth), &alpha, b.data, static_cast<int>(b.stride), a.data,
-                            static_cast<int>(a.stride), &beta, c.data, static_cast<int>(c.stride));
-    if (status != 0) throw std::runtime_error("cuBLAS: gemm returned status " + std::to_string(status));
+    const int status =
+        gemm(handle, p.transposed ? 1 : 0, 0, static_cast<int>(p.columns), static_cast<int>(p.rows),
+             static_cast<int>(p.depth), &alpha, b.data, input, static_cast<int>(b.stride), a.data, input,
+             static_cast<int>(a.stride), &beta, c.data, kIsDouble ? kDouble : kFloat, static_cast<int>(c.stride),
+             kIsDouble ? kComputeDouble : kComputeFloat, kAnyAlgorithm);
+    if (status != 0) throw std::runtime_error("cuBLAS: cublasGemmEx returned status " + std::to_string(status));
   }
 
-  void subtract_lower(View<T> a, View<T> b, int64_t size) {
-    subtract_lower_kernel<<<1, 1024, 0, stream>>>(a, b, static_cast<int>(size));
-    check(cudaGetLastError());
+  void clear(View<T> w, int64_t size) {
+    check(cudaMemset2DAsync(w.data, w.stride * sizeof(T), 0, size * sizeof(T), size, stream));
   }
 
-  void invert_block(View<T> a, int64_t size, T* inverse, int64_t first_pivot) {
+  void invert_block(View<T> s, View<T> w, int64_t size, int64_t first_pivot) {
     static_assert(sizeof(long long) == sizeof(int64_t));
-    invert_block_kernel<<<1, kThreads, 0, stream>>>(a, static_cast<int>(size), inverse, first_pivot,
-                                                    reinterpret_cast<long long*>(pivot));
+    invert_block_kernel<<<1, kSide<T> * kSide<T>, 0, stream>>>(s, w, static_cast<int>(size), first_pivot,
+                                                               reinterpret_cast<long long*>(pivot));
     check(cudaGetLastError());
   }
 
-  void expand_block(View<T> a, int64_t size, T* inverse) {
-    expand_block_kernel<<<1, 1024, 0, stream>>>(a, static_cast<int>(size), inverse);
+  void store_lower(View<T> a, View<T> w, int64_t size) {
+    store_lower_kernel<<<static_cast<unsigned>(size), kCopyThreads, 0, stream>>>(a, w);
+    check(cudaGetLastError());
+  }
+
+  void load_lower(View<T> w, View<T> a, int64_t size) {
+    load_lower_kernel<<<static_cast<unsigned>(size), kCopyThreads, 0, stream>>>(w, a, static_cast<int>(size));
     check(cudaGetLastError());
   }
 
   void copy(View<T> to, View<T> from, int64_t rows, int64_t columns) {
-    check(cudaMemcpy2DAsync(to.data, to.stride * sizeof(T), from.data, from.stride * sizeof(T), columns * sizeof(T),
-                            rows, cudaMemcpyDefault, stream));
+    copy_kernel<<<static_cast<unsigned>(rows), kCopyThreads, 0, stream>>>(to, from, static_cast<int>(columns));
+    check(cudaGetLastError());
   }
-  void upload(View<T> to, View<T> from, int64_t rows, int64_t columns) { copy(to, from, rows, columns); }
-  void download(View<T> to, View<T> from, int64_t rows, int64_t columns) { copy(to, from, rows, columns); }
 };
 
 template <typename T>
-CudaBackend<T> backend_of(const CudaCall& call) {
-  return {static_cast<T*>(call.call.workspace), reinterpret_cast<CublasGemm<T>>(call.call.gemm), call.handle,
-          static_cast<cudaStream_t>(call.stream), call.pivot};
+void factor(const CudaCall& call) {
+  CudaBackend<T> backend(call);
+  Cholesky<T, CudaBackend<T>>(backend, call.call).factor();
+}
+
+template <typename T>
+void solve(const CudaCall& call, Place right, int64_t count) {
+  CudaBackend<T> backend(call);
+  Cholesky<T, CudaBackend<T>>(backend, call.call).solve(right.as<T>(), count);
 }
 
 }  // namespace
 
-int64_t workspace_cuda(int64_t size, bool is_double, int64_t streamed_columns) {
-  return is_double ? workspace_bytes<CudaBackend<double>>(size, streamed_columns)
-                   : workspace_bytes<CudaBackend<float>>(size, streamed_columns);
-}
-
-void factor_cuda(const CudaCall& call) {
-  if (call.call.is_double) {
-    auto backend = backend_of<double>(call);
-    with_solver<double>(backend, call.call, [](auto& solver) { solver.factor(); });
-  } else {
-    auto backend = backend_of<float>(call);
-    with_solver<float>(backend, call.call, [](auto& solver) { solver.factor(); });
-  }
-}
+void factor_cuda(const CudaCall& call) { call.call.is_double ? factor<double>(call) : factor<float>(call); }
 
 void solve_cuda(const CudaCall& call, Place right, int64_t count) {
-  if (call.call.is_double) {
-    auto backend = backend_of<double>(call);
-    with_solver<double>(backend, call.call, [&](auto& solver) { solver.solve(right.as<double>(), count); });
-  } else {
-    auto backend = backend_of<float>(call);
-    with_solver<float>(backend, call.call, [&](auto& solver) { solver.solve(right.as<float>(), count); });
-  }
+  call.call.is_double ? solve<double>(call, right, count) : solve<float>(call, right, count);
 }
 
 }  // namespace minisp

@@ -47,9 +47,9 @@ struct Kernels {
                              const NormShape& shape, int64_t first, int64_t last);
   void (*rotate_tokens)(const Rotated& query, const Rotated& key, const Angles& cosine, const Angles& sine,
                         const RotaryShape& shape, int64_t first, int64_t last);
-  // Elimination of a diagonal block; see cholesky_cpu.cpp.
-  int64_t (*eliminate_float)(float* block, int64_t size);
-  int64_t (*eliminate_double)(double* block, int64_t size);
+  // Elimination of a diagonal block whose rows are `stride` elements apart; see levels/eliminate.cpp.
+  int64_t (*eliminate_float)(float* block, int64_t stride, int64_t size);
+  int64_t (*eliminate_double)(double* block, int64_t stride, int64_t size);
   const GramKernels* gram[2];
   const AttentionKernels* attention[2];
 };

@@ -26,6 +26,9 @@ def activation_backward(
 def cross_entropy(
     logits: int, targets: int, gradient: int, rows: int, columns: int, is_bf16: bool, threads: int
 ) -> float: ...
+def cholesky_count(size: int, count: int, is_double: bool, pieces: bool) -> dict[str, int]:
+    """What the CUDA solver would launch; see csrc/cholesky_count.h."""
+
 def gram_update(gram: int, x: int, num_tokens: int, width: int, is_bf16: bool, threads: int) -> None: ...
 
 # Tensors (batch, heads, tokens, dim): address, and strides of the first three axes in elements.

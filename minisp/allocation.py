@@ -144,7 +144,7 @@ def _trial_down(stream: Stream, index: int, kept: Tensor, config: MinifyConfig, 
     """The refitted down projection (d, m) at full width, zero where units are removed."""
     weight = stream.down_weight(index)
     statistics = work.statistics(index, gram=True, device=stream.device)
-    result = reconstruct(index, statistics, kept, weight, config)
+    result = reconstruct(index, statistics, kept, weight, config, residuals=False)
     down = torch.zeros_like(weight)
     assert result.down is not None
     down[:, kept.to(down.device)] = result.down.to(down)

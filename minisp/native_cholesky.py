@@ -2,7 +2,8 @@
 
 import ctypes
 import os
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minisp.errors import BackendError, one_line
 from minisp.native import extension
 
 # cublas_api.h, cublasMath_t.
@@ -17,12 +19,17 @@ CUBLAS_DEFAULT_MATH = 0
 
 
 def gemm_address(device: str, dtype: torch.dtype) -> int:
-    """Address of the process's float32 or float64 GEMM: Fortran's on "cpu", cuBLAS's on "cuda"; 0 where none is found.
+    """Address of the process's GEMM: Fortran's of a dtype on "cpu", cuBLAS's of all on "cuda"; 0 where none is found.
 
     On a CPU it is the BLAS inside torch, which shares torch's threads.
     """
-    letter = "d" if dtype == torch.float64 else "s"
-    return blas_address(device, f"cublas{letter.upper()}gemm_v2" if device == "cuda" else f"{letter}gemm_")
+    name = "dgemm_" if dtype == torch.float64 else "sgemm_"
+    return blas_address(device, "cublasGemmEx" if device == "cuda" else name)
+
+
+def large_gemm_address(device: str, dtype: torch.dtype) -> int:
+    """Who makes the large products: the same. Tests put one in its place that rounds as a GPU does."""
+    return gemm_address(device, dtype)
 
 
 @cache
@@ -42,60 +49,115 @@ def blas_address(device: str, name: str) -> int:
 
 
 def serves_cholesky(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `Factorisation` can be used: float32 or float64, with a BLAS in the process and code for the device."""
+    """Whether `Factorisation` can be used: float32 or float64, with a BLAS in the process and code for the device.
+
+    On a GPU: the extension was built with CUDA, the driver is new enough for it, and it holds code for this GPU.
+    """
     return (
         dtype in (torch.float32, torch.float64)
         and device.type in ("cpu", "cuda")
         and find_spec("minisp._C") is not None
-        and hasattr(extension(), "cholesky_factor" if device.type == "cpu" else "cholesky_factor_cuda")
+        and (device.type == "cpu" or _has_code(device))
         and gemm_address(device.type, dtype) != 0
     )
 
 
-def workspace_bytes(device: torch.device, size: int, dtype: torch.dtype, streamed_columns: int = 0) -> int:
-    """Memory that a `Factorisation` of a matrix (size, size) takes beside the matrix."""
-    query = "cholesky_workspace_cuda" if device.type == "cuda" else "cholesky_workspace"
-    return int(getattr(extension(), query)(size, dtype == torch.float64, streamed_columns))
+def _has_code(device: torch.device) -> bool:
+    # A driver that is too old for the extension's CUDA runtime shows no devices, even where torch's runtime has some.
+    return (
+        hasattr(extension(), "cholesky_factor_cuda")
+        and extension().cuda_device_count() > 0
+        and runs_on(extension().build_info()["cuda_archs"], torch.cuda.get_device_capability(device))
+    )
+
+
+def runs_on(archs: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code built for `archs` runs on a GPU of this compute capability (CUDA C++ Programming Guide, 5.8.1).
+
+    Machine code sm_XY runs on GPUs of the same major and no lesser minor version, sm_XYa on that version alone; PTX,
+    compute_XY, is compiled by the driver for every GPU from that version on.
+    """
+
+    def serves(arch: str) -> bool:
+        kind, _, number = arch.partition("_")
+        own = divmod(int(number.rstrip("a")), 10)
+        if number.endswith("a"):
+            return capability == own
+        return capability >= own if kind == "compute" else capability[0] == own[0] and capability >= own
+
+    return any(serves(arch) for arch in archs)
+
+
+def panel_columns(device: torch.device) -> int:
+    """Columns of a panel, and of the inverses in its place: csrc/ has code for these."""
+    return 512 if device.type == "cuda" else 128
+
+
+def workspace_bytes(device: torch.device, size: int, dtype: torch.dtype, *, pieces: bool = False) -> int:
+    """Memory that a `Factorisation` of a matrix (size, size) takes beside the matrix: 2 panels, with pieces 5."""
+    columns = panel_columns(device)
+    own = int(extension().cholesky_workspace(columns, size, dtype == torch.float64))
+    return own + (size + columns) * 3 * int(extension().cholesky_piece_columns) * 2 * pieces
 
 
 class Factorisation:
     """Cholesky in place, see csrc/cholesky.h: the strict upper triangle is untouched, the rest becomes the factor.
 
     Args:
-        device: who computes. A matrix on the host with a GPU here is streamed through it.
-        streamed_columns: 0: the matrix is worked on where it is; else: it is copied in panels, with as many columns of
-            earlier panels at a time.
+        pieces: whether large float32 products on a GPU are made of three bfloat16 ones, each number in two pieces of 8
+            bits: csrc/cholesky_cuda.h. Products are then good to 2⁻¹⁶ instead of 2⁻²⁴. CPUs always multiply in full.
     """
 
-    def __init__(self, device: torch.device, streamed_columns: int = 0):
-        self.device = device
-        self.streamed_columns = streamed_columns
+    def __init__(self, *, pieces: bool = False):
+        self.pieces = pieces
 
     def factor_(self, matrix: Tensor) -> int:
-        """0, or the number of the first pivot that is not positive, counted from 1. The matrix must outlive this."""
-        double = matrix.dtype == torch.float64
-        if matrix.device != self.device and not self.streamed_columns:
-            self.streamed_columns = 512
-        size = workspace_bytes(self.device, len(matrix), matrix.dtype, self.streamed_columns)
-        self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
-        gemm = gemm_address(self.device.type, matrix.dtype)
-        place = _row_major(matrix)
-        self.call = (place, len(matrix), double, self.workspace.data_ptr(), gemm, self.streamed_columns)
-        if self.device.type == "cpu":
+        """0, or the number of the first pivot that is not positive, counted from 1. The matrix must outlive this.
+
+        Raises:
+            BackendError: the device refuses a call.
+        """
+        device, size, double = matrix.device, len(matrix), matrix.dtype == torch.float64
+        own = workspace_bytes(device, size, matrix.dtype)
+        parted = self.pieces and device.type == "cuda" and not double
+        total = workspace_bytes(device, size, matrix.dtype, pieces=parted)
+        self.workspace = torch.empty(total, dtype=torch.uint8, device=device)
+        address = self.workspace.data_ptr()
+        multiply = gemm_address(device.type, matrix.dtype), large_gemm_address(device.type, matrix.dtype)
+        self.call = (_row_major(matrix), size, double, panel_columns(device), address, size, *multiply)
+        self.room = address + own if parted else 0
+        if device.type == "cpu":
             return int(extension().cholesky_factor(self.call))
-        pivot = torch.zeros((), dtype=torch.int64, device=self.device)
-        with torch.cuda.device(self.device):
-            extension().cholesky_factor_cuda(self.call, (*_queue(), pivot.data_ptr()))
+        pivot = torch.zeros((), dtype=torch.int64, device=device)
+        with _calling(device):
+            extension().cholesky_factor_cuda(self.call, (*_queue(), pivot.data_ptr(), self.room))
         return int(pivot)
 
     def solve_(self, right: Tensor) -> None:
-        """right (d, n) ← right A⁻¹."""
+        """right (d, n) ← right A⁻¹.
+
+        Raises:
+            BackendError: the device refuses a call.
+        """
         place = _row_major(right)
-        if self.device.type == "cpu":
+        if right.device.type == "cpu":
             extension().cholesky_solve(self.call, place, len(right))
             return
-        with torch.cuda.device(self.device):
-            extension().cholesky_solve_cuda(self.call, (*_queue(), 0), place, len(right))
+        with _calling(right.device):
+            extension().cholesky_solve_cuda(self.call, (*_queue(), 0, self.room), place, len(right))
+
+
+@contextmanager
+def _calling(device: torch.device) -> Iterator[None]:
+    """Calls of CUDA and cuBLAS on a device; what they refuse is a typed error."""
+    with torch.cuda.device(device):
+        try:
+            yield
+        except RuntimeError as error:
+            raise BackendError(
+                f"Ridge system on {device}: expected CUDA and cuBLAS to take the solver's calls, got: "
+                f"{one_line(error)} Pass impl='torch', rebuild the extension for this GPU, or update the driver."
+            ) from error
 
 
 def _queue() -> tuple[int, int]:

@@ -5,6 +5,7 @@ The public name is `minisp.ops.ridge_solve`; `minisp.reference` holds the formul
 Shapes: m units, n kept units, d hidden size. G = XᵀX (m, m), W (d, m), S the kept units, P the removed ones.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,7 @@ class RidgeProblem:
         gram: (m, m) float32 or float64, symmetric; not changed.
         kept: (n,) int64, sorted.
         weight: (d, m) in any floating dtype.
+        energies: whether to know what is lost; without, all energies are NaN, and d (m − n)² FLOPs are saved.
 
     Attributes:
         original: W_S (d, n).
@@ -53,7 +55,7 @@ class RidgeProblem:
         energy_sliced: see `RidgeSolution`.
     """
 
-    def __init__(self, gram: Tensor, kept: Tensor, weight: Tensor):
+    def __init__(self, gram: Tensor, kept: Tensor, weight: Tensor, *, energies: bool = True):
         is_removed = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
         is_removed[kept] = False
         removed = is_removed.nonzero().squeeze(1)
@@ -61,12 +63,13 @@ class RidgeProblem:
         self.gram, self.kept = gram, kept
         self.original = weight[:, kept].to(gram.dtype)
         self.cross = torch.zeros_like(self.original)
-        energy = 0.0
-        for rows, lost_rows in zip(removed.split(ROWS), lost.split(ROWS, dim=1), strict=True):
-            gathered = gram[rows]
-            self.cross.addmm_(lost_rows, gathered[:, kept])
-            energy += _dot(lost_rows, lost @ gathered[:, removed].T)
-        self.energy_sliced = max(energy, 0.0)
+        energy = torch.zeros((), dtype=torch.float64, device=gram.device)
+        for start in range(0, len(removed), ROWS):
+            gathered = gram[removed[start : start + ROWS]]
+            self.cross.addmm_(lost[:, start : start + ROWS], gathered[:, kept])
+            if energies:
+                energy += _energy_of_rows(gathered[:, removed[start:]], lost[:, start:])
+        self.energy_sliced = max(float(energy), 0.0) if energies else float("nan")
 
     def solve(
         self, damping: float, *, to_zero: bool = False, probes: int = 0, refine: int = 0, impl: Impl = "auto"
@@ -83,25 +86,33 @@ class RidgeProblem:
         right = torch.cat([self.cross - mu * self.original if to_zero else self.cross, noise])
         system = self._system()
         system.diagonal().add_(mu)
-        solved = cholesky.solve_(system, right, impl=chosen, refine=refine)
+        solved = cholesky.solve_(system, right, impl=chosen, refine=refine, pieces=True)
         delta, answers = right[: len(self.cross)], right[len(self.cross) :]
         dead = gram.diagonal()[kept] == 0
-        delta[:, dead] = -self.original[:, dead] if to_zero and mu > 0 else 0
-        if solved.shift:
-            energy = self.energy_sliced - 2 * _dot(delta, self.cross) + _dot(delta, delta @ self._system())
+        if to_zero and mu > 0:
+            torch.where(dead, -self.original, delta, out=delta)
         else:
-            # ‖R − X_S Δᵀ‖² with R = X_P W_Pᵀ, and Δ G_SS = (right-hand sides) − μΔ.
-            energy = self.energy_sliced - _dot(delta, self.cross) - mu * _dot(delta, delta)
-            energy -= mu * _dot(delta, self.original) if to_zero else 0.0
+            delta.masked_fill_(dead, 0)
         return RidgeSolution(
             down=self.original + delta,
             damping=damping,
             backward_error=solved.backward_error,
             shift=solved.shift,
-            degrees_of_freedom=len(kept) - mu * _dot(noise, answers) / probes if probes else float("nan"),
+            degrees_of_freedom=len(kept) - mu * float(_dot(noise, answers)) / probes if probes else float("nan"),
             energy_sliced=self.energy_sliced,
-            energy=max(energy, 0.0),
+            energy=self._energy(delta, mu, to_zero=to_zero, shifted=solved.shift > 0),
         )
+
+    def _energy(self, delta: Tensor, mu: float, *, to_zero: bool, shifted: bool) -> float:
+        """‖R − X_S Δᵀ‖² with R = X_P W_Pᵀ; Δ G_SS is (right-hand sides) − μΔ unless the system was shifted."""
+        if math.isnan(self.energy_sliced):
+            return self.energy_sliced
+        if shifted:
+            gained = 2 * _dot(delta, self.cross) - _dot(delta, delta @ self._system())
+        else:
+            gained = _dot(delta, self.cross) + mu * _dot(delta, delta)
+            gained += mu * _dot(delta, self.original) if to_zero else 0.0
+        return max(self.energy_sliced - float(gained), 0.0)
 
     def _system(self) -> Tensor:
         """G_SS, a copy."""
@@ -159,19 +170,28 @@ def ridge_fit(gram: Tensor, cross: Tensor, damping: float, *, impl: Impl = "auto
     assert chosen in ("torch", "native")
     answer = cross.clone()
     gram.diagonal().add_(damping * float(gram.diagonal().mean()))
-    cholesky.solve_(gram, answer, impl=chosen)
+    cholesky.solve_(gram, answer, impl=chosen, pieces=True)
     return answer
 
 
 def output_energy(gram: Tensor, weight: Tensor) -> float:
-    """‖X Wᵀ‖² = tr(W G Wᵀ) for the weight (d, m)."""
-    total = 0.0
-    for rows in weight.split(ROWS):
-        exact = rows.to(gram.dtype)
-        total += _dot(exact, exact @ gram)
-    return total
+    """‖X Wᵀ‖² = tr(W G Wᵀ) for G (m, m) symmetric and the weight (d, m): d m² FLOPs, as much as G's symmetry saves."""
+    exact = weight.to(gram.dtype)
+    total = torch.zeros((), dtype=torch.float64, device=gram.device)
+    for start in range(0, len(gram), ROWS):
+        total += _energy_of_rows(gram[start : start + ROWS, start:], exact[:, start:])
+    return float(total)
 
 
-def _dot(a: Tensor, b: Tensor) -> float:
+def _energy_of_rows(rows: Tensor, weight: Tensor) -> Tensor:
+    """What the rows (r, c) of G from its diagonal on, and the columns that mirror them, add to tr(W G Wᵀ); W (d, c)."""
+    count = len(rows)
+    across = weight[:, :count]
+    beyond = 2 * _dot(across, weight[:, count:] @ rows[:, count:].T)
+    return _dot(across, across @ rows[:, :count]) + beyond
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Σ a ⊙ b () in float64, some rows at a time; the host does not wait."""
     pairs = zip(a.split(ROWS), b.split(ROWS), strict=True)
-    return sum(float((x * y).sum(dtype=torch.float64)) for x, y in pairs)
+    return sum(((x * y).sum(dtype=torch.float64) for x, y in pairs), a.new_zeros((), dtype=torch.float64))

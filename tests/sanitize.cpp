@@ -52,7 +52,7 @@ void gemm(const char* transposed_a, const char*, const int* m, const int* n, con
 }
 
 template <typename T>
-void check_cholesky(int64_t n, int64_t count, int64_t streamed) {
+void check_cholesky(int64_t n, int64_t count, int64_t panel) {
   constexpr bool is_double = sizeof(T) == 8;
   std::vector<T> matrix(n * n), right(count * n), factors((n + 3) * n);
   for (auto& value : factors) value = normal();
@@ -62,9 +62,9 @@ void check_cholesky(int64_t n, int64_t count, int64_t streamed) {
   for (int64_t i = 0; i < n; ++i) matrix[i * n + i] += 1;
   for (auto& value : right) value = normal();
   std::vector<T> factor = matrix, solution = right;
-  std::vector<char> workspace(minisp::workspace_cpu(n, is_double, streamed));
-  const minisp::CholeskyCall call{{factor.data(), n}, n, is_double, workspace.data(),
-                                  reinterpret_cast<void*>(&gemm<T>), streamed};
+  std::vector<char> workspace(minisp::workspace_bytes(panel, n, is_double));
+  const minisp::CholeskyCall call{{factor.data(), n}, n, is_double, panel, workspace.data(), n,
+                                  reinterpret_cast<void*>(&gemm<T>), reinterpret_cast<void*>(&gemm<T>)};
   require(minisp::factor_cpu(call) == 0, "a positive definite matrix has good pivots");
   minisp::solve_cpu(call, {solution.data(), n}, count);
   for (int64_t r = 0; r < count; ++r)
@@ -138,10 +138,10 @@ void check_attention(int64_t tokens, int64_t dim) {
 
 int main() {
   for (const int64_t n : {0, 1, 5, 127, 128, 129, 300, 520})
-    for (const int64_t streamed : {0, 1, 100}) {
-      if (n > 300 && streamed == 1) continue;
-      check_cholesky<float>(n, 3, streamed);
-      check_cholesky<double>(n, 1, streamed);
+    for (const int64_t panel : {int64_t{128}, minisp::kWidePanel}) {
+      check_cholesky<float>(n, 3, panel);
+      if (n <= 300 || panel == 128) check_cholesky<double>(n, 1, panel);
+      if (n == 5) check_cholesky<float>(n, 12, panel);
     }
   for (const int64_t rows : {0, 1, 9})
     for (const int64_t columns : {1, 17, 300}) {

@@ -113,11 +113,15 @@ def test_a_cuda_build_holds_code_for_the_architectures_it_names(cuda_build: Path
     triton = pytest.importorskip("triton")
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     (library,) = (cuda_build / "out" / "minisp").glob("_C*.so")
-    listed = subprocess.run([tool, "--list-elf", library], capture_output=True, text=True, check=True).stdout
+    listed = {
+        kind: subprocess.run([tool, f"--list-{option}", library], capture_output=True, text=True, check=True).stdout
+        for kind, option in (("sm", "elf"), ("compute", "ptx"))
+    }
     archs = ask(cuda_build, "_C.build_info()")["cuda_archs"]
-    assert "sm_80" in archs
+    assert {"sm_80", "compute_80"} <= set(archs)
     for arch in archs:
-        assert arch.rstrip("a") in listed
+        kind, number = arch.split("_")
+        assert f"sm_{number.rstrip('a')}" in listed[kind]
 
 
 def test_a_missing_compiler_is_named_with_its_remedy(tmp_path: Path) -> None:
@@ -135,8 +139,8 @@ def test_cuda_kernels_do_not_spill(tmp_path: Path) -> None:
         [*command, "-c", source, "-o", tmp_path / "cholesky.o"], capture_output=True, text=True, check=False
     )
     assert compiled.returncode == 0, compiled.stderr
-    # Three kernels in two types for each target.
+    # Four kernels in two types and one in one for each target.
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", compiled.stderr)
-    assert len(spills) == 3 * 2 * len(targets)
+    assert len(spills) == (4 * 2 + 1) * len(targets)
     assert set(spills) == {("0", "0", "0")}, compiled.stderr
     print(*re.findall(r"Compiling entry function.*|Used \d+ registers.*", compiled.stderr), sep="\n")

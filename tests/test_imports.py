@@ -31,7 +31,7 @@ LEVELS = (
     ("architecture", "corpora", "ops", "ranks", "windows"),
     ("labels", "ridge"),
     ("cholesky",),
-    ("native_cholesky", "native_norms", "norms", "portable"),
+    ("native_cholesky", "native_norms", "norms", "portable", "residual"),
     ("backend", "native"),
     ("_C", "config", "errors", "kernels", "minisp", "reference"),
 )

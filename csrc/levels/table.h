@@ -14,8 +14,8 @@ void norm_backward_rows(const void* grad, const void* hidden, const float* scale
                         const NormShape& shape, int64_t first, int64_t last);
 void rotate_tokens(const Rotated& query, const Rotated& key, const Angles& cosine, const Angles& sine,
                    const RotaryShape& shape, int64_t first, int64_t last);
-int64_t eliminate_float(float* block, int64_t size);
-int64_t eliminate_double(double* block, int64_t size);
+int64_t eliminate_float(float* block, int64_t stride, int64_t size);
+int64_t eliminate_double(double* block, int64_t stride, int64_t size);
 extern const GramKernels gram_float, gram_bf16;
 extern const AttentionKernels attention_float, attention_bf16;
 
