@@ -7,6 +7,7 @@ Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header le
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
@@ -114,33 +115,47 @@ def output_folder(out: Path) -> Iterator[Path]:
 
 def write_tensors(
     folder: Path, entries: list[Entry], tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
+) -> dict[str, str]:
     """Write `tensors`, which come in the order of `entries`, as safetensors shards (and an index for more than one).
 
     A tensor may come in pieces of its rows. Writing happens behind the making of the next ones.
+
+    Returns:
+        File name of each shard → SHA-256 of the file in hexadecimal digits. The bytes of a file come in their order,
+        its header first, so the digest grows with it and no file is read again.
     """
     shards = _split(entries, max_shard_bytes)
     names = [SINGLE_NAME] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
     ]  # fmt: skip
+    digests: dict[str, str] = {}
     stream = ((name, tensor) for name, tensor in tensors if tensor.numel())
     for file, shard in zip(names, shards, strict=True):
         with open(folder / file, "wb") as handle, WriteBehind() as behind:
-            handle.write(_header(shard))
+            header = _header(shard)
+            handle.write(header)
+            digest = hashlib.sha256(header)
             for entry in shard:
                 missing = entry.num_bytes
                 while missing > 0:
                     name, tensor = next(stream)
                     assert (name, DTYPES[tensor.dtype]) == (entry.name, entry.dtype), f"expected {entry}, got {name}"
                     missing -= tensor.nbytes
-                    behind.submit(write_tensor, handle, tensor)
+                    behind.submit(_write_hashed, handle, digest, tensor)
                 assert missing == 0, f"expected {entry}, got {-missing} bytes more"
             behind.settle()
+            digests[file] = digest.hexdigest()
     assert next(stream, None) is None, "more tensors than entries"
     if len(shards) > 1:
         weight_map = {entry.name: file for file, shard in zip(names, shards, strict=True) for entry in shard}
         total = sum(entry.num_bytes for entry in entries)
         write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return digests
+
+
+def _write_hashed(handle: IO[bytes], digest: Any, tensor: Tensor) -> None:
+    # After the write: a disk that is full takes no more time. Both release the interpreter's lock.
+    digest.update(write_tensor(handle, tensor))
 
 
 def write_json(path: Path, value: Any) -> None:
