@@ -7,7 +7,6 @@ Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header le
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from minisp.checkpoint import DTYPES, INDEX_NAME, SINGLE_NAME
 from minisp.errors import OutputError
-from minisp.files import WriteBehind, write_tensor
+from minisp.files import BesideDigest, WriteBehind, write_tensor
 
 # What tells a folder that is being written from one that happens to have its name; and the file that is written last.
 MARKER, MANIFEST_NAME = ".minisp-partial", "minisp.json"
@@ -131,10 +130,10 @@ def write_tensors(
     digests: dict[str, str] = {}
     stream = ((name, tensor) for name, tensor in tensors if tensor.numel())
     for file, shard in zip(names, shards, strict=True):
-        with open(folder / file, "wb") as handle, WriteBehind() as behind:
+        with open(folder / file, "wb") as handle, BesideDigest() as digest, WriteBehind() as behind:
             header = _header(shard)
             handle.write(header)
-            digest = hashlib.sha256(header)
+            digest.update(header)
             for entry in shard:
                 missing = entry.num_bytes
                 while missing > 0:
@@ -153,8 +152,7 @@ def write_tensors(
     return digests
 
 
-def _write_hashed(handle: IO[bytes], digest: Any, tensor: Tensor) -> None:
-    # After the write: a disk that is full takes no more time. Both release the interpreter's lock.
+def _write_hashed(handle: IO[bytes], digest: BesideDigest, tensor: Tensor) -> None:
     digest.update(write_tensor(handle, tensor))
 
 

@@ -26,7 +26,7 @@ LEVELS = (
     ("resume", "workplace"),
     ("demo_model", "mlp", "scratch", "stream", "writer"),
     ("loader", "model", "vocabulary"),
-    ("attention", "calibration", "checkpoint", "hub", "reconstruction", "selection"),
+    ("attention", "calibration", "checkpoint", "hub", "reconstruction", "ring", "selection"),
     ("builtin", "damping", "device", "files", "statistics"),
     ("architecture", "corpora", "ops", "ranks", "windows"),
     ("labels", "ridge"),
