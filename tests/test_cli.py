@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import minisp
-from minisp import errors, fast, speed
+from minisp import errors, fast, measure, speed
 from minisp.cli import app
 from minisp.config import MinifyConfig, Resources
 from minisp.plan_view import plan_dict
@@ -201,7 +202,8 @@ def test_eval_states_protocol_and_result(model: Path, texts: tuple[Path, Path], 
 def test_eval_of_two_models_is_side_by_side(
     model: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(speed, "BUDGET_SECONDS", 0.0)
+    brief = partial(speed.throughput, generation=speed.Generation(8, 2), budget=0.0)
+    monkeypatch.setattr(measure, "throughput", brief)
     other = save_checkpoint(tmp_path / "narrow", tiny_model("llama", intermediate_size=24))
     flags = ("--text", texts[0], "--window", "32", "--max-windows", "3", "--no-builtin", "--dtype", "float32")
     table = run("eval", model, other, *flags)
