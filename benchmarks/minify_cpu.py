@@ -2,77 +2,38 @@
 
     python benchmarks/minify_cpu.py --calibration CALIBRATION.txt --evaluation EVALUATION.txt
 
-Every run is a child process of its own, so that peak memory is the whole process; contenders are interleaved. The
-floor, per token, written down before measuring. P: weights in the layers' matrix products, H = d·V: the head,
-A = 2·L·window·d: the two products of causal attention (half of them masked), L layers of width m.
-
-    naive    6(P + H) + 3A + 2Lm²    forward, input gradients, weight gradients; a float32 Gram matrix, 2m² a layer
-    ours     4(P + H) + 3A + Lm²     no weight gradients; half of a symmetric Gram matrix, 16-bit products
-             + (2P + A)(1 − 1/s)     the second forward pass when layers are held in s segments to save memory
-
-Seconds are these over the GEMM speed of the machine, measured here in the dtype concerned. Neither side's floor counts
-element-wise passes, which is where the rest of the time goes.
+Every run is a child process of its own, so that peak memory is the whole process; contenders are interleaved. The floor
+is in `minify_floor.py`. minisp computes in the type that it takes by itself on this machine. Ratios are to the honest
+opponent: the faster of the two naive ones here. Where processors have no bfloat16 products that is float32, and naive
+bfloat16 may take an hour a run: both are tried on a single window first. One that is `contenders.SLOW` times slower
+than the other runs once, or, where that would take longer than `contenders.PATIENCE`, not at all; the result file says
+so.
 """
 
 import argparse
 import json
-import statistics
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import harness
+import minify_floor
 import naive
 import torch
+from contenders import Contender, agreement, judged, opponent, print_correctness, print_speed, say
 
 HERE = Path(__file__).parent
-# What minify() does before it minifies; the opponent's figure has no loading and no tokenising in it either.
-NOT_MINIFYING = ("loading", "calibration text")
 PAPER = {
     "saliency": "taylor", "allocation": "score", "inputs": "dense",
     "shrink_to": "zero", "alignment": 1, "min_keep": 0.0, "damping": naive.DAMPING,
 }  # fmt: skip
 
 
-@dataclass
-class Contender:
-    """One row: how it is started, what its first run gave, and time and memory of all runs."""
-
-    name: str
-    options: dict[str, Any]
-    quality: dict[str, float] = field(default_factory=dict)
-    kept: list[list[int]] = field(default_factory=list)
-    minify_seconds: list[float] = field(default_factory=list)
-    runs: list[harness.ChildRun] = field(default_factory=list)
-    phases: list[dict[str, float]] = field(default_factory=list)
-
-    def add(self, run: harness.ChildRun) -> None:
-        """Count a run: the seconds of its minification, and the peak memory of its process."""
-        phases = run.output["seconds"]
-        self.runs.append(run)
-        self.phases.append(phases)
-        self.minify_seconds.append(sum(s for phase, s in phases.items() if phase not in NOT_MINIFYING))
-
-    def summary(self) -> dict[str, Any]:
-        """Plain values for the result file."""
-        return {
-            "name": self.name,
-            "options": self.options,
-            **self.quality,
-            "widths": [len(indices) for indices in self.kept],
-            "minify_seconds": self.minify_seconds,
-            "phases": self.phases,
-            "peak_rss_bytes": [run.peak_rss for run in self.runs],
-            "disturbance": [run.disturbance for run in self.runs],
-        }
-
-
 def run_contender(contender: Contender, args: argparse.Namespace, *, evaluate: bool) -> harness.ChildRun:
     """One child process that minifies; with `evaluate`, perplexity of the result is in its output too."""
     with tempfile.TemporaryDirectory() as work:
         result, out = Path(work) / "result.json", Path(work) / "out"
-        if contender.name.startswith("naive"):
+        if contender.naive:
             command = [HERE / "naive.py", args.model, "--text", args.calibration, "--save", out, "--json", result]
             command += [word for key, value in contender.options.items() for word in (f"--{key}", value)]
             command += ["--keep", args.keep, "--windows", args.windows, "--window", args.window]
@@ -106,127 +67,82 @@ def child_evaluate(args: argparse.Namespace) -> dict[str, float]:
     """In the child: perplexity of the checkpoint in a folder."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(args.evaluate, dtype=torch.bfloat16, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(args.evaluate, dtype=torch.float32, trust_remote_code=True)
     return naive.evaluate(model, args.model, args.evaluation, args.foreign)
 
 
-def floor(args: argparse.Namespace) -> dict[str, float]:
-    """GFLOP per token of both sides by the formulas above, measured GEMM speeds, and the seconds that follow."""
-    from transformers import AutoConfig
-
-    c = AutoConfig.from_pretrained(args.model)
-    d, m, num_layers, heads = c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads
-    head_dim = getattr(c, "head_dim", None) or d // heads
-    layers = num_layers * (2 * d * head_dim * (heads + c.num_key_value_heads) + 3 * d * m)
-    head, attention = d * c.vocab_size, 2 * num_layers * args.window * heads * head_dim
-    shared = 4 * (layers + head) + 3 * attention
-    weights, gram, again = 2 * (layers + head), num_layers * m * m, 2 * layers + attention
-    low, full = harness.gemm_ceiling(torch.bfloat16), harness.gemm_ceiling(torch.float32)
-    tokens = args.windows * args.window
-    return {
-        "bfloat16_flops": low,
-        "float32_flops": full,
-        "naive_gflop_per_token": (shared + weights + 2 * gram) / 1e9,
-        "ours_gflop_per_token": (shared + gram) / 1e9,
-        "second_forward_gflop_per_token": again / 1e9,
-        "naive_bfloat16_seconds": tokens * ((shared + weights) / low + 2 * gram / full),
-        "naive_float32_seconds": tokens * (shared + weights + 2 * gram) / full,
-        "ours_seconds": tokens * (shared + gram) / low,
-        "ours_segmented_seconds": tokens * (shared + gram + again) / low,
-    }
-
-
-def print_floor(f: dict[str, float]) -> None:
-    """The floor and the ratios it predicts."""
-    base, ours, segmented = f["naive_bfloat16_seconds"], f["ours_seconds"], f["ours_segmented_seconds"]
-    rows = [
-        ("naive bfloat16", f["naive_gflop_per_token"], base, 1.0),
-        ("naive float32", f["naive_gflop_per_token"], f["naive_float32_seconds"], base / f["naive_float32_seconds"]),
-        ("ours, one segment", f["ours_gflop_per_token"], ours, base / ours),
-        (
-            "ours, many segments",
-            f["ours_gflop_per_token"] + f["second_forward_gflop_per_token"],
-            segmented,
-            base / segmented,
-        ),
+def make_contenders(args: argparse.Namespace) -> list[Contender]:
+    """The opponent in both dtypes, minisp with the paper's recipe, and as it comes, in the type it takes here."""
+    naives = [
+        Contender(f"naive {d}", {"dtype": d, "batch": args.batch, "damping": naive.DAMPING}, args.repeats)
+        for d in ("bfloat16", "float32")
     ]
-    title = f"Floor (GEMM: {f['bfloat16_flops'] / 1e9:.0f} GFLOP/s bfloat16, {f['float32_flops'] / 1e9:.0f} float32)"
-    columns = ["", "GFLOP/token", "seconds", "faster than naive bfloat16"]
-    harness.print_table(title, columns, [(n, f"{g:.3f}", f"{s:.1f}", f"×{r:.2f}") for n, g, s, r in rows])
-
-
-def agreement(kept: list[list[int]], reference: list[list[int]]) -> float:
-    """Share of the units in `reference` that `kept` has too."""
-    common = sum(len(set(a) & set(b)) for a, b in zip(kept, reference, strict=True))
-    return common / sum(len(b) for b in reference)
-
-
-def print_correctness(contenders: list[Contender], dense: dict[str, float]) -> None:
-    """Perplexity, on text and on the foreign domain, and kept units of every contender's first run."""
-    first = contenders[0]
-
-    def values(quality: dict[str, float]) -> list[str]:
-        return [word for key, base in dense.items() for word in (f"{quality[key]:.3f}", f"×{quality[key] / base:.4f}")]
-
-    rows = [["dense", *values(dense), "", ""]]
-    for c in contenders:
-        units, share = sum(map(len, c.kept)), f"{agreement(c.kept, first.kept):.2%}"
-        rows.append([c.name, *values(c.quality), f"{units}", share])
-    columns = ["", "perplexity", "of dense", "documentation", "of dense", "units kept", f"kept as {first.name} does"]
-    harness.print_table("Correctness", columns, rows)
-
-
-def print_speed(contenders: list[Contender]) -> None:
-    """Medians (and range) of seconds and peak memory, with ratios to the first contender."""
-
-    def peak(c: Contender) -> float:
-        return statistics.median(run.peak_rss for run in c.runs)
-
-    base, rows = contenders[0], []
-    for c in contenders:
-        seconds = statistics.median(c.minify_seconds)
-        rows.append(
-            (
-                c.name,
-                f"{seconds:.1f} ({min(c.minify_seconds):.1f}–{max(c.minify_seconds):.1f})",
-                f"×{statistics.median(base.minify_seconds) / seconds:.2f}",
-                f"{peak(c) / 2**20:.0f}",
-                f"{peak(c) / peak(base):.2f}",
-                f"{max(run.disturbance for run in c.runs):.0%}",
-            )
-        )
-    columns = ["", "minify s", "faster", "peak MiB", "of first", "disturbed up to"]
-    harness.print_table(f"Speed and memory, {len(base.runs)} interleaved runs", columns, rows)
-
-
-def make_contenders(batch: int, only: list[str] | None) -> list[Contender]:
-    """The opponent in both dtypes, minisp with the paper's recipe, and minisp as it comes."""
-    contenders = [
-        Contender("naive bfloat16", {"dtype": "bfloat16", "batch": batch, "damping": naive.DAMPING}),
-        Contender("naive float32", {"dtype": "float32", "batch": batch, "damping": naive.DAMPING}),
-        Contender("ours, paper's recipe", {**PAPER, "dtype": "bfloat16"}),
-        Contender("ours, the defaults", {"dtype": "bfloat16"}),
+    own = {"dtype": own_dtype()}
+    ours = [
+        Contender("ours, paper's recipe", {**PAPER, **own}, args.repeats),
+        Contender("ours, the defaults", own, args.repeats),
     ]
-    return [c for c in contenders if only is None or any(part in c.name for part in only)]
+    return [c for c in naives + ours if args.only is None or any(part in c.name for part in args.only)]
+
+
+def own_dtype() -> str:
+    """The type that minisp computes in on this machine's CPU."""
+    from minisp.config import MinifyConfig
+    from minisp.device import CPU, compute_dtype
+
+    return str(compute_dtype(MinifyConfig(), CPU)).removeprefix("torch.")
+
+
+def without_the_hopeless(contenders: list[Contender], args: argparse.Namespace) -> tuple[list[Contender], list[str]]:
+    """Those that are run, and notes on those that are not, or once: naive ones are tried on a single window."""
+    tried = {c.name: c for c in contenders if c.naive}
+    if len(tried) < 2:
+        return contenders, []
+    probe = argparse.Namespace(**{**vars(args), "windows": 1})
+    seconds = {}
+    for name, contender in tried.items():
+        alone = Contender(name, {**contender.options, "batch": 1}, 1)
+        seconds[name] = run_contender(alone, probe, evaluate=False).output["seconds"]["calibration"]
+        say(f"{name}: one window of {args.window} tokens in {seconds[name]:.1f} s")
+    return judged(contenders, seconds, args.windows)
+
+
+def run_all(contenders: list[Contender], args: argparse.Namespace, keys: list[str]) -> None:
+    """All runs, in rounds whose order alternates; the first round evaluates."""
+    for repeat in range(args.repeats):
+        for contender in contenders if repeat % 2 == 0 else reversed(contenders):
+            if repeat >= contender.repeats:
+                continue
+            run = run_contender(contender, args, evaluate=repeat == 0)
+            contender.add(run)
+            if repeat == 0:
+                contender.quality, contender.kept = {key: run.output[key] for key in keys}, run.output["kept"]
+            took = f"{contender.minify_seconds[-1]:.1f} s, {run.peak_rss / 2**20:.0f} MiB"
+            say(f"run {repeat + 1} of {contender.repeats}, {contender.name}: {took}")
 
 
 def compare(args: argparse.Namespace) -> None:
-    """The parent: floor, correctness, then the timed runs. It never loads a model (see `harness.ChildRun`)."""
-    made_floor = floor(args)
-    print_floor(made_floor)
-    contenders = make_contenders(args.batch, args.only)
+    """The parent: floor, then the runs. It never loads a model (see `harness.ChildRun`)."""
+    found = minify_floor.floor(args.model, args.windows, args.window, args.keep, own_dtype())
+    minify_floor.print_floor(found)
     dense = evaluate_folder(args.model, args)
-    for contender in contenders:
-        run = run_contender(contender, args, evaluate=True)
-        contender.quality, contender.kept = {key: run.output[key] for key in dense}, run.output["kept"]
-        contender.add(run)
+    contenders, notes = without_the_hopeless(make_contenders(args), args)
+    run_all(contenders, args, list(dense))
     print_correctness(contenders, dense)
-    for repeat in range(1, args.repeats):
-        for contender in contenders if repeat % 2 == 0 else reversed(contenders):
-            contender.add(run_contender(contender, args, evaluate=False))
     print_speed(contenders)
+    print(harness.write_json(harness.result_name("minify_cpu"), result(args, found, dense, contenders, notes)))
+
+
+def result(
+    args: argparse.Namespace,
+    floor: dict[str, Any],
+    dense: dict[str, float],
+    contenders: list[Contender],
+    notes: list[str],
+) -> dict[str, Any]:
+    """What the result file holds."""
     settings = {key: getattr(args, key) for key in ("keep", "windows", "window", "batch", "repeats")}
-    content = {
+    return {
         "settings": {**settings, "model": Path(args.model).name, "calibration": args.calibration.name},
         "evaluation": {
             "text": args.evaluation.name,
@@ -235,12 +151,13 @@ def compare(args: argparse.Namespace) -> None:
             "window": naive.EVALUATION[1],
         },
         **{f"dense_{key}": value for key, value in dense.items()},
-        "floor": made_floor,
+        "floor": floor,
+        "opponent": opponent(contenders).name,
+        "notes": notes,
         "contenders": [
             {**c.summary(), "units_kept_as_first": agreement(c.kept, contenders[0].kept)} for c in contenders
         ],
     }
-    print(harness.write_json(harness.result_name("minify_cpu", args.label), content))
 
 
 def main() -> None:
@@ -255,7 +172,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="windows per batch of the opponent")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each; the first is evaluated")
     parser.add_argument("--only", nargs="+", help="parts of the names of contenders")
-    parser.add_argument("--label", help="appended to the result file's name")
     parser.add_argument("--foreign", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--evaluate", help=argparse.SUPPRESS)

@@ -74,20 +74,42 @@ def ablation(data: Data) -> Iterator[str]:
 
 
 def minify_cpu(data: Data) -> Iterator[str]:
-    """minify_cpu.py: quality, time and memory of whole processes."""
+    """minify_cpu.py: quality, time and memory of whole processes, ratios to the faster naive contender."""
     measured = {"text": "perplexity", "documentation": "foreign_perplexity"}
     measured = {domain: key for domain, key in measured.items() if f"dense_{key}" in data}
-    settings = data["settings"]
-    yield f"{settings['keep']:.0%} kept, {settings['windows']} windows of {settings['window']} tokens, "
-    yield f"{settings['repeats']} interleaved runs: median (fastest–slowest). Disturbance is the share of the machine "
-    yield "that others used meanwhile.\n\n"
-    columns = ["", " · ".join(measured), "minify, seconds", "peak of the process", "disturbance"]
+    settings, base = data["settings"], opponent(data)
+    yield f"{settings['keep']:.0%} kept, {settings['windows']} windows of {settings['window']} tokens; "
+    yield "interleaved runs: median (fastest–slowest). "
+    yield f"Speed and memory are ratios to {base['name']}" if base else "No opponent was measured beside them"
+    yield ". Disturbance is the share of the machine that others used meanwhile.\n\n"
+    columns = [
+        "",
+        " · ".join(measured),
+        "minify, seconds",
+        "speed",
+        "peak of the process",
+        "memory",
+        "runs",
+        "disturbance",
+    ]
     rows = []
     for one in data["contenders"]:
+        name = one["name"] + ("" if one["name"].startswith("naive") else f", {one['options']['dtype']}")
         ratios = " · ".join(f"{one[key] / data[f'dense_{key}']:.3f}" for key in measured.values())
-        peak = f"{statistics.median(one['peak_rss_bytes']) / 1e9:.2f} GB"
-        rows.append([one["name"], ratios, _spread(one["minify_seconds"]), peak, f"{max(one['disturbance']):.1%}"])
+        peak, speed, memory = statistics.median(one["peak_rss_bytes"]), "", ""
+        if base:
+            speed = f"×{statistics.median(base['minify_seconds']) / statistics.median(one['minify_seconds']):.2f}"
+            memory = f"{peak / statistics.median(base['peak_rss_bytes']):.2f}"
+        last = [len(one["minify_seconds"]), f"{max(one['disturbance']):.1%}"]
+        rows.append([name, ratios, _spread(one["minify_seconds"]), speed, f"{peak / 1e9:.2f} GB", memory, *last])
     yield table(columns, rows)
+    yield from (f"\n{note}\n" for note in data.get("notes", []))
+
+
+def opponent(data: Data) -> Data | None:
+    """Of a minify_cpu file: the naive contender with the fewest seconds; None where none was measured."""
+    naives = [one for one in data["contenders"] if one["name"].startswith("naive")]
+    return min(naives, key=lambda one: statistics.median(one["minify_seconds"]), default=None)
 
 
 def memory(data: Data) -> Iterator[str]:

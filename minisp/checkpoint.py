@@ -150,12 +150,15 @@ class Checkpoint:
         Raises:
             CheckpointError: a file cannot be read or is shorter than it was.
         """
-        by_file: dict[str, list[str]] = {}
-        for name in sorted(destinations, key=lambda name: self.tensors[name].offset):
-            by_file.setdefault(self.tensors[name].file, []).append(name)
-        for file, names in by_file.items():
-            pieces = [(self.tensors[name].offset, tensor_bytes(destinations[name])) for name in names]
-            self._fill(file, pieces)
+        self.read_parts([(name, 0, tensor_bytes(tensor)) for name, tensor in destinations.items()])
+
+    def read_parts(self, parts: Iterable[tuple[str, int, memoryview]]) -> None:
+        """Fill memory with raw data: of which stored tensor, from which of its bytes on, where to; as `read_into`."""
+        by_file: dict[str, list[Piece]] = {}
+        for name, start, memory in parts:
+            by_file.setdefault(self.tensors[name].file, []).append((self.tensors[name].offset + start, memory))
+        for file, pieces in by_file.items():
+            self._fill(file, sorted(pieces, key=lambda piece: piece[0]))
 
     def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
         """Some rows of a stored tensor, in ascending order, in the stored dtype.

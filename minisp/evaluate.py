@@ -1,11 +1,10 @@
-"""What a model is worth and what it costs: perplexity, tokens per second, bytes. Protocols are part of the results.
+"""What a model is worth and what it costs: perplexity and bytes. Protocols are part of the results.
 
 Shapes: T tokens, L tokens per window, d hidden size, V vocabulary, B sequences at once.
 """
 
 import inspect
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -49,28 +48,6 @@ class Perplexity:
     window: int
     stride: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """Tokens per second, medians over repeats after one warm-up, and how they were measured.
-
-    Args:
-        prefill_tokens_per_second: B · prompt_tokens over the time of one forward that fills the KV cache.
-        decode_tokens_per_second: B · new_tokens over the time of as many greedy steps that follow, one token each.
-        prompt_tokens, new_tokens, batch, repeats: the protocol, prompt and new tokens as clipped to the positions
-            that the model has.
-        device, dtype: where and in what type.
-    """
-
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-    prompt_tokens: int
-    new_tokens: int
-    batch: int
-    repeats: int
-    device: str
-    dtype: str
 
 
 def perplexity(
@@ -142,11 +119,11 @@ def _logit_chunks(model: nn.Module, ids: Tensor, first: int, last: int) -> Itera
     states, so that head, caps and scales are the model's own. A model whose forward cannot be asked for its last
     logits alone (`logits_to_keep`), or that does not call its `get_decoder()`, computes all logits at once.
     """
-    vocab_size = _text_config(model).vocab_size
+    vocab_size = text_config(model).vocab_size
     rows = max(LOGIT_BYTES // (4 * vocab_size), 1)
     decoder: Any = getattr(model, "get_decoder", lambda: None)()
     caught: list[Any] = []
-    if decoder is not None and decoder is not model and _keeps_logits(model):
+    if decoder is not None and decoder is not model and keeps_logits(model):
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
             caught.append(output)
@@ -172,67 +149,6 @@ class _DecodedError(Exception):
     """Raised behind the decoder: the rest of the forward is not wanted."""
 
 
-def throughput(
-    model: nn.Module,
-    *,
-    prompt_tokens: int = 512,
-    new_tokens: int = 64,
-    batch: int = 1,
-    repeats: int = 3,
-    seed: int = 0,
-) -> Throughput:
-    """Speed of a transformers causal language model with its own KV cache on random tokens; `Throughput` defines it.
-
-    Raises:
-        ConfigError: a count below 1.
-    """
-    counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch, "repeats": repeats}
-    for name, count in counts.items():
-        if count < 1:
-            raise ConfigError(f"Expected {name} of at least 1, got {count}. Pass such a number.")
-    positions = _max_positions(model)
-    if positions is not None:
-        new_tokens = min(new_tokens, max(positions // 2, 1))
-        prompt_tokens = min(prompt_tokens, max(positions - new_tokens, 1))
-    parameter = next(model.parameters())
-    generator = torch.Generator().manual_seed(seed)
-    vocab_size = _text_config(model).vocab_size
-    prompt = torch.randint(vocab_size, (batch, prompt_tokens), generator=generator).to(parameter.device)
-    with evaluating(model), torch.no_grad():
-        _time_generation(model, prompt, min(new_tokens, 4))
-        times = [_time_generation(model, prompt, new_tokens) for _ in range(repeats)]
-    return Throughput(
-        prefill_tokens_per_second=batch * prompt_tokens / statistics.median(prefill for prefill, _ in times),
-        decode_tokens_per_second=batch * new_tokens / statistics.median(decode for _, decode in times),
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        batch=batch,
-        repeats=repeats,
-        device=str(parameter.device),
-        dtype=str(parameter.dtype).removeprefix("torch."),
-    )
-
-
-def _time_generation(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of the prefill of prompt (B, L), and of `new_tokens` greedy steps after it."""
-    last_only = {"logits_to_keep": 1} if _keeps_logits(model) else {}
-    began = _now(prompt.device)
-    output = model(input_ids=prompt, use_cache=True, **last_only)
-    token = output.logits[:, -1:].argmax(dim=-1)
-    filled = _now(prompt.device)
-    for _ in range(new_tokens):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-        token = output.logits[:, -1:].argmax(dim=-1)
-    return filled - began, _now(prompt.device) - filled
-
-
-def _now(device: torch.device) -> float:
-    """Wall time in seconds once the device has done what it was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def checkpoint_bytes(folder: str | Path) -> int:
     """Bytes of all safetensors files of a checkpoint folder; CheckpointError if there are none."""
     sizes = [file.stat().st_size for file in Path(folder).glob("*.safetensors")]
@@ -246,7 +162,7 @@ def _check_windows(model: nn.Module, tokens: Tensor, window: int, stride: int, m
         raise CalibrationError(
             f"Expected tokens as integers of shape (T,), got {tokens.dtype} of shape {tuple(tokens.shape)}."
         )
-    positions = _max_positions(model)
+    positions = max_positions(model)
     if window < 2 or (positions is not None and window > positions):
         limit = (
             f"2 to {positions} tokens, the positions this model has" if positions is not None else "2 or more tokens"
@@ -261,7 +177,7 @@ def _check_windows(model: nn.Module, tokens: Tensor, window: int, stride: int, m
             f"Expected at least one window of {window} tokens, got {len(tokens)} tokens. Pass more text, or a shorter "
             f"window."
         )
-    vocab_size = _text_config(model).vocab_size
+    vocab_size = text_config(model).vocab_size
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocab_size:
         raise CalibrationError(
@@ -270,18 +186,20 @@ def _check_windows(model: nn.Module, tokens: Tensor, window: int, stride: int, m
         )
 
 
-def _text_config(model: nn.Module) -> Any:
+def text_config(model: nn.Module) -> Any:
     """The language model's configuration, inside a multimodal one too."""
     config: Any = model.config
     return config.get_text_config()
 
 
-def _max_positions(model: nn.Module) -> int | None:
-    positions: int | None = getattr(_text_config(model), "max_position_embeddings", None)
+def max_positions(model: nn.Module) -> int | None:
+    """Tokens that a model has positions for; None where its configuration sets no limit."""
+    positions: int | None = getattr(text_config(model), "max_position_embeddings", None)
     return positions
 
 
-def _keeps_logits(model: nn.Module) -> bool:
+def keeps_logits(model: nn.Module) -> bool:
+    """Whether a model's forward can be asked for its last logits alone."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 

@@ -116,12 +116,12 @@ def minify(
             _reconstruct(stream, batches, kept, config, work)
         with _timed(seconds, "writing"):
             folder = stack.enter_context(output_folder(target)) if target is not None and ranks.first else None
-            _write(stream, kept, work, folder)
+            digests = _write(stream, kept, work, folder)
         results = [work.result(layer, weights=False) for layer in range(len(kept))]
         report = make_report(stream, made_plan, results, text, seconds, target)
         if folder is not None:
             report = replace(report, bytes=checkpoint_bytes(folder))
-            describe(folder, report, checkpoint, tokenizer)
+            describe(folder, report, checkpoint, tokenizer, digests)
     return report
 
 
@@ -238,19 +238,18 @@ def _reconstruct_layer(
     return result
 
 
-def _write(stream: Stream, kept: Sequence[Tensor], work: Workplace, folder: Path | None) -> None:
-    """The result: as a folder where there is one, and in the config of a model in memory."""
+def _write(stream: Stream, kept: Sequence[Tensor], work: Workplace, folder: Path | None) -> dict[str, str]:
+    """The result, as a folder where there is one, and in the config of a model in memory; weight file → SHA-256."""
     stream.release()
     widths = [len(indices) for indices in kept]
     if stream.checkpoint is None:
         record_widths_(stream.model, stream.row, widths)
     if folder is None:
-        return
+        return {}
     if stream.checkpoint is None:
-        export_module(folder, stream.model, widths)
-    else:
-        results = (work.result(layer) for layer in range(len(kept)))
-        export_checkpoint(folder, stream.checkpoint, stream.model, kept, results)
+        return export_module(folder, stream.model, widths)
+    results = (work.result(layer) for layer in range(len(kept)))
+    return export_checkpoint(folder, stream.checkpoint, stream.model, kept, results)
 
 
 @contextmanager

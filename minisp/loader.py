@@ -3,18 +3,20 @@
     read(i + 1) in a thread, into one slot     |    compute(i) on the views of another slot
 
 On a CPU a slot is one buffer, and parameters stored in the compute type are views of it: nothing is copied. On a GPU it
-is pinned host memory and device memory, joined by a copy stream.
+is device memory, filled by a copy stream from the ring of pinned chunks that all slots share.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from itertools import cycle
 
 import torch
 from torch import Tensor
 
 from minisp.checkpoint import DTYPE_OF, Checkpoint
-from minisp.files import helper_thread
+from minisp.files import helper_thread, tensor_bytes
+from minisp.ring import Ring, pinned
 
 # Tensors start at multiples of this in a slot, for vector loads and for the copy engine.
 ALIGNMENT = 64
@@ -34,6 +36,7 @@ class Loader:
         self.num_slots = num_slots
         self._device = device
         self.release()
+        self._ring = Ring(pinned(device)) if device.type == "cuda" else None
         self._thread = helper_thread("minisp-loader")
         self._checked: set[str] = set()
 
@@ -60,30 +63,49 @@ class Loader:
             offsets[name] = end
             end += -(-places[name].num_bytes // ALIGNMENT) * ALIGNMENT
         slot.reserve(end)
+        tensors = {
+            name: slot.buffer[start : start + place.num_bytes].view(DTYPE_OF[place.dtype]).view(place.shape)
+            for name, start in offsets.items()
+            for place in [places[name]]
+        }
+        if self._ring is None:
+            self.checkpoint.read_into(tensors)
+            self._check(tensors)
+        else:
+            self._carry(self._ring, slot, offsets, end)
+        # A weight passes several times; its values are looked at once.
+        self._checked.update(names)
+        return tensors
 
-        def views(buffer: Tensor) -> dict[str, Tensor]:
-            return {
-                name: buffer[start : start + place.num_bytes].view(DTYPE_OF[place.dtype]).view(place.shape)
-                for name, start in offsets.items()
-                for place in [places[name]]
-            }
+    def _carry(self, ring: Ring, slot: "_Slot", offsets: Mapping[str, int], end: int) -> None:
+        """Fill bytes 0 to `end` of a slot through the ring; a tensor that a chunk's end falls into comes in parts."""
 
-        host = views(slot.host)
-        self.checkpoint.read_into(host)
-        self._check(host)
-        slot.send(end)
-        return views(slot.buffer)
+        def parts(start: int, memory: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+            # Name, first byte in the tensor, and the memory (n,) uint8 of what lies in this chunk.
+            for name, offset in offsets.items():
+                first = max(offset, start)
+                last = min(offset + self.checkpoint.tensors[name].num_bytes, start + len(memory))
+                if first < last:
+                    yield name, first - offset, memory[first - start : last - start]
+
+        def read(start: int, memory: Tensor) -> None:
+            self.checkpoint.read_parts([(name, at, tensor_bytes(part)) for name, at, part in parts(start, memory)])
+
+        def check(start: int, memory: Tensor) -> None:
+            # Tensors and chunks start at multiples of `ALIGNMENT`, so that a part holds whole elements.
+            types = {name: DTYPE_OF[self.checkpoint.tensors[name].dtype] for name in offsets}
+            self._check({name: part.view(types[name]) for name, _, part in parts(start, memory)})
+
+        ring.carry(end, read, check, slot.copy)
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
-        # A weight passes several times; its values are looked at once.
         for name, tensor in tensors.items():
             if name not in self._checked:
                 self.checkpoint.check_finite(name, tensor)
-                self._checked.add(name)
 
 
 class _Slot:
-    """One buffer of bytes where weights compute, and on a GPU the pinned one that they come through."""
+    """One buffer of bytes where weights compute; on a GPU, with the stream that fills it beside the computation."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -91,7 +113,7 @@ class _Slot:
         # What computes with the slot, as its caller has it; the loader's thread has a current stream of its own.
         self._user: torch.cuda.Stream | None = None
         self._released: torch.cuda.Event | None = None
-        self.buffer = self.host = torch.empty(0, dtype=torch.uint8)
+        self.buffer = torch.empty(0, dtype=torch.uint8)
 
     def release(self) -> None:
         """Note what was queued so far: kernels that may still read the slot's earlier content."""
@@ -100,24 +122,21 @@ class _Slot:
             self._released = self._user.record_event()
 
     def reserve(self, size: int) -> None:
-        if len(self.host) >= size:
-            return
-        self.buffer = self.host = torch.empty(0, dtype=torch.uint8)
-        self.host = torch.empty(size, dtype=torch.uint8, pin_memory=self._copies is not None)
-        if self._user is None:
-            self.buffer = self.host
-            return
-        with torch.cuda.stream(self._user):
-            self.buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
-        # New memory may be what other tensors have just given back: what is queued may still use it.
-        self._released = self._user.record_event()
+        if len(self.buffer) < size:
+            self.buffer = torch.empty(0, dtype=torch.uint8)
+            # `torch.cuda.stream(None)` would start CUDA on a machine that has it.
+            with torch.cuda.stream(self._user) if self._user is not None else nullcontext():
+                self.buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
+            if self._user is not None:
+                # New memory may be what other tensors have just given back: what is queued may still use it.
+                self._released = self._user.record_event()
+        if self._copies is not None:
+            assert self._released is not None
+            self._copies.wait_event(self._released)
 
-    def send(self, size: int) -> None:
-        """Copy to the GPU beside the computation; returns when the copy is done, so that nobody has to wait for it."""
-        if self._copies is None:
-            return
-        assert self._released is not None
-        self._copies.wait_event(self._released)
+    def copy(self, start: int, memory: Tensor) -> torch.cuda.Event:
+        """Begin to copy pinned memory to the buffer's bytes from `start` on, beside the computation."""
+        assert self._copies is not None
         with torch.cuda.stream(self._copies):
-            self.buffer[:size].copy_(self.host[:size], non_blocking=True)
-        self._copies.synchronize()
+            self.buffer[start : start + len(memory)].copy_(memory, non_blocking=True)
+        return self._copies.record_event()  # type: ignore[no-any-return]

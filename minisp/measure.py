@@ -1,14 +1,16 @@
-"""One model, measured: parameters, bytes, perplexity on named texts, tokens per second; and several side by side."""
+"""Models, measured: parameters, bytes, perplexity on named texts, tokens per second; one alone, or two side by side."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from rich.markup import escape
-from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from minisp.architecture import CausalLM, known_model_types
@@ -16,12 +18,12 @@ from minisp.builtin import code_text, documentation_text
 from minisp.checkpoint import Checkpoint
 from minisp.choice import FEWEST_TOKENS, Choices, continuation_choices
 from minisp.config import MinifyConfig
-from minisp.device import compute_device, compute_dtype
+from minisp.device import MEMORY_SHARE, compute_device, compute_dtype
 from minisp.errors import CalibrationError
-from minisp.evaluate import Perplexity, Throughput, perplexity, throughput
+from minisp.evaluate import Perplexity, perplexity
 from minisp.hub import load_tokenizer
 from minisp.model import load_model
-from minisp.plan_view import megabytes, millions
+from minisp.speed import Opener, Ratio, Throughput, throughput
 from minisp.workplace import Progress
 
 CODE_CHARACTERS = 60_000
@@ -47,7 +49,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `measure` found.
+    """What was found of one model.
 
     Attributes:
         parameters: number of parameters, tied ones once.
@@ -65,6 +67,27 @@ class Measurement:
     throughput: Throughput | None
     device: str
     dtype: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models side by side, their speed taken in turn.
+
+    Attributes:
+        first, second: what was found of each.
+        ratios: "prefill" and "decode" → speed of the second over the first, pair by pair; empty where speed was not
+            measured.
+        together: both were in memory at once; else each was loaded anew for each of its turns.
+    """
+
+    first: Measurement
+    second: Measurement
+    ratios: dict[str, Ratio]
+    together: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -89,6 +112,16 @@ def tokenize(folder: Path, texts: Mapping[str, str]) -> dict[str, Tensor]:
     return {name: torch.tensor(tokenizer(text)["input_ids"]) for name, text in texts.items()}
 
 
+def check_same_tokens(folders: Sequence[Path], first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+    """Raise `CalibrationError` where two models read a text as different tokens: perplexities are per token."""
+    for name, ids in first.items():
+        if not torch.equal(ids, second[name]):
+            raise CalibrationError(
+                f"Text {name}: expected two models with one tokenizer, got {len(ids)} tokens from {folders[0]} and "
+                f"{len(second[name])} others from {folders[1]}: perplexities do not compare. Measure each alone."
+            )
+
+
 def measure(
     folder: Path,
     tokens: Mapping[str, Tensor],
@@ -111,9 +144,91 @@ def measure(
     Raises:
         MinispError: the checkpoint cannot be loaded, or a text is shorter than a window.
     """
-    config = config or MinifyConfig()
+    (found,), _, _ = _measure([folder], tokens, protocol, speed, config or MinifyConfig(), progress)
+    return found
+
+
+def compare(
+    first: Path,
+    second: Path,
+    tokens: Mapping[str, Tensor],
+    protocol: Protocol,
+    *,
+    speed: bool = True,
+    config: MinifyConfig | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Measure two checkpoints; their speed in turns, both in memory where there is room for both.
+
+    Args and errors are those of `measure`; `tokens` are what both tokenizers give.
+    """
+    found, ratios, together = _measure([first, second], tokens, protocol, speed, config or MinifyConfig(), progress)
+    return Comparison(found[0], found[1], ratios[0] if ratios else {}, together)
+
+
+def _measure(
+    folders: Sequence[Path],
+    tokens: Mapping[str, Tensor],
+    protocol: Protocol,
+    speed: bool,
+    config: MinifyConfig,
+    progress: Progress | None,
+) -> tuple[list[Measurement], list[dict[str, Ratio]], bool]:
+    """What was found of each model, ratios of speed to the first, and whether all were in memory at once."""
     device = compute_device(config)
-    model = load_any(folder, device, compute_dtype(config, device))
+    dtype = compute_dtype(config, device)
+    together = len(folders) == 1 or fit_together([Checkpoint.open(folder) for folder in folders], device, dtype)
+    openers: list[Opener] = [partial(_loaded, folder, device, dtype) for folder in folders]
+    if together:
+        openers = [partial(_held, load_any(folder, device, dtype)) for folder in folders]
+    found = []
+    for folder, opener in zip(folders, openers, strict=True):
+        with opener() as model:
+            found.append(_quality(folder, model, tokens, protocol, progress))
+    if not speed:
+        return found, [], together
+    told = partial(progress, "speed, in turns") if progress is not None else None
+    speeds, ratios = throughput(openers, on_progress=told)
+    return [replace(one, throughput=own) for one, own in zip(found, speeds, strict=True)], ratios, together
+
+
+def fit_together(checkpoints: list[Checkpoint], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the models have room beside each other in the memory that is free, by the share that a plan may take."""
+    elements = sum(math.prod(place.shape) for one in checkpoints for place in one.tensors.values())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return elements * dtype.itemsize <= MEMORY_SHARE[device.type] * free
+
+
+def load_any(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """A checkpoint as a model in memory: known families by our own reader, others by transformers; no remote code."""
+    checkpoint = Checkpoint.open(folder)
+    if checkpoint.config.model_type in known_model_types():
+        return load_model(checkpoint, device, dtype)
+    model: CausalLM = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+    )
+    return model.to(device).eval()
+
+
+@contextmanager
+def _held(model: nn.Module) -> Iterator[nn.Module]:
+    """A model that is in memory anyway."""
+    yield model
+
+
+@contextmanager
+def _loaded(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[nn.Module]:
+    """A model that is in memory for the time of the block, all of it touched once."""
+    model = load_any(folder, device, dtype)
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device))
+    yield model
+
+
+def _quality(
+    folder: Path, model: Any, tokens: Mapping[str, Tensor], protocol: Protocol, progress: Progress | None
+) -> Measurement:
+    """All but the speed."""
 
     def report(name: str) -> Any:
         return lambda done, total: progress(f"perplexity of {folder.name}, {name}", done, total) if progress else None
@@ -136,73 +251,7 @@ def measure(
         bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         perplexity=scores,
         choices=choices,
-        throughput=throughput(model) if speed else None,
-        device=str(device),
+        throughput=None,
+        device=str(next(model.parameters()).device),
         dtype=str(model.dtype).removeprefix("torch."),
     )
-
-
-def protocol_lines(measured: Measurement) -> list[str]:
-    """How the figures came about, as run: one line per text, one for the speed."""
-    lines = [
-        f"perplexity, {name}: {p.num_tokens:,} tokens scored in {p.num_windows} windows of {p.window}, stride "
-        f"{p.stride}, from the start of the text, computed in {measured.dtype}, loss in float32"
-        for name, p in measured.perplexity.items()
-    ]
-    lines += [
-        f"right continuations, {name}: {c.num_questions} questions, {c.num_answers} answers of {c.continuation} tokens "
-        f"after {c.context}; chance gives {1 / c.num_answers:.0%}, standard error {c.standard_error:.1%}"
-        for name, c in measured.choices.items()
-    ]
-    if (speed := measured.throughput) is not None:
-        lines.append(
-            f"tokens/s: medians of {speed.repeats}, batch {speed.batch}, prompt of {speed.prompt_tokens} tokens, "
-            f"{speed.new_tokens} new ones, {measured.dtype} on {measured.device}"
-        )
-    return lines
-
-
-def load_any(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """A checkpoint as a model in memory: known families by our own reader, others by transformers; no remote code."""
-    checkpoint = Checkpoint.open(folder)
-    if checkpoint.config.model_type in known_model_types():
-        return load_model(checkpoint, device, dtype)
-    model: CausalLM = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
-    )
-    return model.to(device).eval()
-
-
-def measurement_table(measured: Mapping[str, Measurement]) -> Table:
-    """Measurements side by side, the first one being what the ratios refer to."""
-    first = next(iter(measured.values()))
-    table = Table(title="Measured" if len(measured) == 1 else "Before and after", title_justify="left")
-    table.add_column("")
-    for name in measured:
-        table.add_column(escape(name), justify="right")
-    if len(measured) == 2:
-        table.add_column("ratio", justify="right")
-    rows: list[tuple[str, list[float], Any]] = [
-        ("parameters", [m.parameters for m in measured.values()], millions),
-        ("bytes on disk", [m.bytes for m in measured.values()], megabytes),
-    ]
-    for text in first.perplexity:
-        rows.append(
-            (escape(f"perplexity, {text}"), [m.perplexity[text].value for m in measured.values()], "{:.2f}".format)
-        )
-    for text in first.choices:
-        rows.append(
-            (
-                escape(f"right continuations, {text}"),
-                [m.choices[text].accuracy for m in measured.values()],
-                "{:.0%}".format,
-            )
-        )
-    speeds = [m.throughput for m in measured.values() if m.throughput is not None]
-    if len(speeds) == len(measured):
-        rows.append(("prefill tokens/s", [s.prefill_tokens_per_second for s in speeds], "{:,.0f}".format))
-        rows.append(("decode tokens/s", [s.decode_tokens_per_second for s in speeds], "{:,.1f}".format))
-    for label, values, shown in rows:
-        ratio = [f"{values[1] / values[0]:.3f}"] if len(measured) == 2 else []
-        table.add_row(label, *[shown(value) for value in values], *ratio)
-    return table

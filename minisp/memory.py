@@ -13,6 +13,7 @@ from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer
 from minisp.device import HEAP_BYTES
 from minisp.errors import ConfigError
 from minisp.ridge import ROWS
+from minisp.ring import ring_bytes
 from minisp.statistics import PANEL_ROWS
 from minisp.sweep import head_tokens
 from minisp.vocabulary import BLOCK_BYTES
@@ -158,11 +159,11 @@ def staging(shape: Shape, layout: Layout) -> int:
     torch keeps pinned blocks when they are free again, and rounds each up to a power of two.
     """
     read = layout.segment * shape.layer if shape.streams else shape.vocabulary_weights
-    slots = layout.num_slots * _power_of_two(read * shape.stored_item)
+    read = ring_bytes(read * shape.stored_item) if shape.streams else _power_of_two(read * shape.stored_item)
     states = 6 * _power_of_two(shape.batch_tokens * shape.hidden * shape.item)
     states += 3 * _power_of_two(PANEL_ROWS * 4 * shape.width)
     written = 2 * shape.layer * shape.stored_item + _pieces(shape)
-    return slots + states + written + TOKENIZER_FACTOR * shape.tokenizer
+    return read + states + written + TOKENIZER_FACTOR * shape.tokenizer
 
 
 def _power_of_two(size: int) -> int:
@@ -290,8 +291,8 @@ def _reconstruction(shape: Shape, n: int) -> dict[str, int]:
 
 
 def _pieces(shape: Shape) -> int:
-    """Tensors on their way to the output, larger ones in pieces."""
-    return 4 * min(PIECE_BYTES, max(shape.layer, shape.vocabulary_weights) * shape.stored_item)
+    """Tensors on their way to the output, larger ones in pieces: made, waiting twice, written, hashed."""
+    return 5 * min(PIECE_BYTES, max(shape.layer, shape.vocabulary_weights) * shape.stored_item)
 
 
 def _blas(shape: Shape) -> int:

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
 from minisp.checkpoint import DTYPES, INDEX_NAME, SINGLE_NAME
 from minisp.errors import OutputError
-from minisp.files import WriteBehind, write_tensor
+from minisp.files import BesideDigest, WriteBehind, write_tensor
 
 # What tells a folder that is being written from one that happens to have its name; and the file that is written last.
 MARKER, MANIFEST_NAME = ".minisp-partial", "minisp.json"
@@ -114,33 +114,46 @@ def output_folder(out: Path) -> Iterator[Path]:
 
 def write_tensors(
     folder: Path, entries: list[Entry], tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = MAX_SHARD_BYTES
-) -> None:
+) -> dict[str, str]:
     """Write `tensors`, which come in the order of `entries`, as safetensors shards (and an index for more than one).
 
     A tensor may come in pieces of its rows. Writing happens behind the making of the next ones.
+
+    Returns:
+        File name of each shard → SHA-256 of the file in hexadecimal digits. The bytes of a file come in their order,
+        its header first, so the digest grows with it and no file is read again.
     """
     shards = _split(entries, max_shard_bytes)
     names = [SINGLE_NAME] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
     ]  # fmt: skip
+    digests: dict[str, str] = {}
     stream = ((name, tensor) for name, tensor in tensors if tensor.numel())
     for file, shard in zip(names, shards, strict=True):
-        with open(folder / file, "wb") as handle, WriteBehind() as behind:
-            handle.write(_header(shard))
+        with open(folder / file, "wb") as handle, BesideDigest() as digest, WriteBehind() as behind:
+            header = _header(shard)
+            handle.write(header)
+            digest.update(header)
             for entry in shard:
                 missing = entry.num_bytes
                 while missing > 0:
                     name, tensor = next(stream)
                     assert (name, DTYPES[tensor.dtype]) == (entry.name, entry.dtype), f"expected {entry}, got {name}"
                     missing -= tensor.nbytes
-                    behind.submit(write_tensor, handle, tensor)
+                    behind.submit(_write_hashed, handle, digest, tensor)
                 assert missing == 0, f"expected {entry}, got {-missing} bytes more"
             behind.settle()
+            digests[file] = digest.hexdigest()
     assert next(stream, None) is None, "more tensors than entries"
     if len(shards) > 1:
         weight_map = {entry.name: file for file, shard in zip(names, shards, strict=True) for entry in shard}
         total = sum(entry.num_bytes for entry in entries)
         write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return digests
+
+
+def _write_hashed(handle: IO[bytes], digest: BesideDigest, tensor: Tensor) -> None:
+    digest.update(write_tensor(handle, tensor))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import minisp
-from minisp import errors, fast
+from minisp import errors, fast, measure, speed
 from minisp.cli import app
 from minisp.config import MinifyConfig, Resources
 from minisp.plan_view import plan_dict
@@ -198,6 +199,36 @@ def test_eval_states_protocol_and_result(model: Path, texts: tuple[Path, Path], 
     assert smaller["perplexity"]["prose.txt"]["value"] != measured["value"]
 
 
+def test_eval_of_two_models_is_side_by_side(
+    model: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brief = partial(speed.throughput, generation=speed.Generation(8, 2), budget=0.0)
+    monkeypatch.setattr(measure, "throughput", brief)
+    other = save_checkpoint(tmp_path / "narrow", tiny_model("llama", intermediate_size=24))
+    flags = ("--text", texts[0], "--window", "32", "--max-windows", "3", "--no-builtin", "--dtype", "float32")
+    table = run("eval", model, other, *flags)
+    assert table.exit_code == 0, table.stderr
+    for expected in (
+        "Side by side",
+        str(model),
+        str(other),
+        "perplexity, prose.txt",
+        "decode tokens/s",
+        "both in memory",
+    ):
+        assert expected in table.stdout
+    found = json.loads(run("eval", model, other, *flags, "--json").stdout)
+    assert [found[name]["parameters"] for name in ("first", "second")] == [
+        tiny_model("llama", intermediate_size=size).num_parameters() for size in (WIDTH, 24)
+    ]
+    for kind in ("prefill", "decode"):
+        ratio = found["ratios"][kind]
+        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"] and ratio["pairs"] == 7
+        assert ratio["within_noise"] is (ratio["low"] <= 1 <= ratio["high"])
+    silent = json.loads(run("eval", model, model, *flags, "--no-speed", "--json").stdout)
+    assert silent["ratios"] == {} and silent["first"] | {"perplexity": 0} == silent["second"] | {"perplexity": 0}
+
+
 @pytest.mark.parametrize("name", ["minify", "plan"])
 @pytest.mark.parametrize("option", CHOICES)
 def test_a_choice_outside_its_list_is_wrong_usage(name: str, option: str, model: Path) -> None:
@@ -218,6 +249,7 @@ WRONG_USAGE: dict[str, tuple[str, ...]] = {
     "not a number": ("plan", "MODEL", "--keep", "half"),
     "not a whole number": ("plan", "MODEL", "--window", "3.5"),
     "eval without text": ("eval", "MODEL"),
+    "eval of three models": ("eval", "MODEL", "MODEL", "MODEL", "--text", "x.txt"),
     "eval of one-token windows": ("eval", "MODEL", "--text", "x.txt", "--window", "1"),
 }
 

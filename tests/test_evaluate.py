@@ -1,4 +1,4 @@
-"""Perplexity against a direct computation in float64, its protocol against a double loop, speed, and sizes."""
+"""Perplexity against a direct computation in float64, its protocol against a double loop, and sizes."""
 
 import math
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from transformers import (
 
 from minisp import evaluate
 from minisp.errors import CalibrationError, CheckpointError, ConfigError, NumericalError
-from minisp.evaluate import checkpoint_bytes, perplexity, throughput
+from minisp.evaluate import checkpoint_bytes, perplexity
 
 VOCAB = 61
 POSITIONS = 48
@@ -219,47 +219,6 @@ def test_what_cannot_be_evaluated_is_refused(
     options = {"tokens": tokens, **change}
     with pytest.raises(error, match=message):
         perplexity(llama, options.pop("tokens"), **options)
-
-
-# Speed and size
-
-
-def test_throughput_runs_the_protocol_it_states(llama: nn.Module) -> None:
-    calls: list[tuple[tuple[int, ...], int]] = []
-
-    def record(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        past = kwargs.get("past_key_values")
-        calls.append((tuple(kwargs["input_ids"].shape), past.get_seq_length() if past is not None else 0))
-
-    handle = llama.register_forward_pre_hook(record, with_kwargs=True)
-    result = throughput(llama, prompt_tokens=10, new_tokens=6, batch=3, repeats=2)
-    handle.remove()
-    generation = [((3, 10), 0), *(((3, 1), 10 + step) for step in range(6))]
-    assert calls == generation[:5] + 2 * generation
-    assert (result.prompt_tokens, result.new_tokens, result.batch, result.repeats) == (10, 6, 3, 2)
-    assert (result.device, result.dtype) == ("cpu", "float32")
-
-
-def test_throughput_is_the_median_of_tokens_over_time(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([(9.0, 9.0), (0.5, 4.0), (0.25, 1.0), (2.0, 2.0)])
-    monkeypatch.setattr(evaluate, "_time_generation", lambda *_: next(times))
-    result = throughput(llama, prompt_tokens=10, new_tokens=6, batch=4, repeats=3)
-    assert result.prefill_tokens_per_second == 80
-    assert result.decode_tokens_per_second == 12
-
-
-@pytest.mark.parametrize(
-    ("asked", "got"), [((512, 64), (24, 24)), ((512, 8), (40, 8)), ((20, 40), (20, 24)), ((20, 20), (20, 20))]
-)
-def test_throughput_stays_within_the_positions(llama: nn.Module, asked: tuple[int, int], got: tuple[int, int]) -> None:
-    result = throughput(llama, prompt_tokens=asked[0], new_tokens=asked[1], repeats=1)
-    assert (result.prompt_tokens, result.new_tokens) == got
-
-
-@pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens", "batch", "repeats"])
-def test_throughput_refuses_counts_below_one(llama: nn.Module, name: str) -> None:
-    with pytest.raises(ConfigError, match=name):
-        throughput(llama, **{name: 0})
 
 
 def test_bytes_are_those_of_the_weights_alone(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Whatever happens while a result is written, nothing stands at the output path but a complete checkpoint."""
 
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -21,7 +23,9 @@ from minisp import fast
 from minisp.checkpoint import Checkpoint
 from minisp.cli import app
 from minisp.errors import CheckpointError, OutputError
-from minisp.writer import MARKER, output_folder
+from minisp.export import folder as folder_module
+from minisp.export.tensors import module_entries
+from minisp.writer import INDEX_NAME, MANIFEST_NAME, MARKER, output_folder, write_tensors
 from tests import faults
 from tests.damage import assert_refused
 from tests.models import save_checkpoint, tiny_model
@@ -170,6 +174,31 @@ def test_a_module_in_memory_leaves_nothing_on_a_full_disk(there: Path) -> None:
     with faults.steps(strike), pytest.raises(OutputError, match="the disk is full"):
         fast.minify(tiny_model("llama"), out=there / "out", calibration=faults.WINDOWS, window=32, num_windows=4)
     assert list(there.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "module"])
+def test_the_manifest_has_the_digest_of_every_file_and_no_weight_is_read_again(
+    kind: str, source: Path, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    hashing = folder_module._sha256
+    monkeypatch.setattr(folder_module, "_sha256", lambda path: read.append(path.name) or hashing(path))
+    model = source if kind == "checkpoint" else tiny_model("llama")
+    fast.minify(model, out=there / "out", calibration=faults.WINDOWS, window=32, num_windows=4, dtype="float32")
+    files = contents(there / "out")
+    manifest = json.loads(files.pop(MANIFEST_NAME))
+    assert manifest["sha256"] == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    assert "config.json" in read and not [name for name in read if name.endswith(".safetensors")]
+
+
+def test_digests_are_those_of_every_shard_whatever_the_pieces(there: Path) -> None:
+    tensors = [(name, torch.rand(rows, 8)) for name, rows in (("a", 5), ("b", 0), ("c", 7), ("d", 1))]
+    pieces = [(name, part) for name, tensor in tensors for part in tensor.split(2)]
+    digests = write_tensors(there, module_entries(tensors), pieces, max_shard_bytes=200)
+    files = contents(there)
+    del files[INDEX_NAME]
+    assert len(files) > 1
+    assert digests == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,24 +38,36 @@ COMPANIONS = (
 
 def export_checkpoint(
     folder: Path, checkpoint: Checkpoint, model: Any, kept: Sequence[Tensor], results: Iterable[Reconstruction]
-) -> None:
-    """Write a streamed checkpoint: the source's tensors, cut and refitted as `results` come, layer after layer."""
+) -> dict[str, str]:
+    """Write a streamed checkpoint: the source's tensors, cut and refitted as `results` come, layer after layer.
+
+    Returns:
+        Name of each weight file → its SHA-256.
+    """
     row = architecture_of(model.config)
     entries = checkpoint_entries(checkpoint, model, row, kept)
-    write_tensors(folder, entries, checkpoint_tensors(checkpoint, model, row, results))
+    digests = write_tensors(folder, entries, checkpoint_tensors(checkpoint, model, row, results))
     _write_config(folder, model, row, checkpoint.raw_config, [len(indices) for indices in kept])
+    return digests
 
 
-def export_module(folder: Path, model: Any, widths: list[int]) -> None:
-    """Write a model in memory that has been cut already."""
+def export_module(folder: Path, model: Any, widths: list[int]) -> dict[str, str]:
+    """Write a model in memory that has been cut already; returns what `export_checkpoint` does."""
     tensors = module_tensors(model)
-    write_tensors(folder, module_entries(tensors), tensors)
+    digests = write_tensors(folder, module_entries(tensors), tensors)
     raw_config = {**model.config.to_dict(), "dtype": str(model.dtype).removeprefix("torch.")}
     _write_config(folder, model, architecture_of(model.config), raw_config, widths)
+    return digests
 
 
-def describe(folder: Path, report: MinifyReport, checkpoint: Checkpoint | None, tokenizer: Any) -> None:
-    """Add tokenizer, model card, plot and manifest."""
+def describe(
+    folder: Path, report: MinifyReport, checkpoint: Checkpoint | None, tokenizer: Any, digests: Mapping[str, str]
+) -> None:
+    """Add tokenizer, model card, plot and manifest.
+
+    Args:
+        digests: file name → SHA-256 of what has been hashed while it was written: the weights.
+    """
     if checkpoint is not None:
         _copy_companions(checkpoint.folder, folder)
     elif tokenizer is not None:
@@ -69,7 +81,8 @@ def describe(folder: Path, report: MinifyReport, checkpoint: Checkpoint | None, 
         "calibration": {"description": list(report.calibration), "fingerprint": report.calibration_fingerprint},
         "layers": [asdict(layer) for layer in report.layers],
     }
-    checksums = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.name != MARKER}
+    written = [path for path in sorted(folder.iterdir()) if path.name != MARKER]
+    checksums = {path.name: digests.get(path.name) or _sha256(path) for path in written}
     write_json(folder / MANIFEST_NAME, {"minisp_version": minisp.__version__, **facts, "sha256": checksums})
 
 
