@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from minisp.allocation import TRIAL_CUT, trial_tokens
 from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths
+from minisp.batches import heal_count
 from minisp.config import MinifyConfig
-from minisp.heal import heal_count
 from minisp.memory import Layout, Shape
 from minisp.statistics import PANEL_ROWS
 from minisp.sweep import HEAD_TOKENS

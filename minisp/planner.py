@@ -7,13 +7,13 @@ import torch
 
 from minisp.allocation import trial_tokens
 from minisp.architecture import CausalLM, activation_kind, architecture_of, decoder_layers, layer_widths, unit_axes
+from minisp.batches import heal_count
 from minisp.calibration import check_window
 from minisp.checkpoint import DTYPE_OF, Checkpoint
 from minisp.config import MinifyConfig, Resources, parse_size
 from minisp.costs import disk_traffic, scratch_room, solve_flops, sweep_flops
 from minisp.device import memory_limit, product_rate
 from minisp.errors import ConfigError
-from minisp.heal import heal_count
 from minisp.memory import Layout, Shape, choose_layout, shape_of, staging
 from minisp.ops import implementations
 from minisp.selection import allocate_widths, default_alignment, uniform_widths

@@ -29,8 +29,8 @@ from minisp.files import WriteBehind, checksum, helper_thread, read_pieces, tens
 
 DATA, INDEX = ".data", ".json"
 
-Append: TypeAlias = Callable[[str, Tensor], None]
-"""Adds one tensor under a key to the record that is being written."""
+Append: TypeAlias = Callable[..., None]
+"""Adds a tensor under a key to the record that is being written; one on its way to the CPU with the event to wait for."""
 
 
 class Memory:
@@ -106,7 +106,7 @@ class Folder:
         self._unfinished.add(name)
         record = _Unfinished(self.path / name, facts)
         try:
-            yield lambda key, tensor: self._append(record, key, tensor.detach())
+            yield lambda key, tensor, arrived=None: self._append(record, key, tensor.detach(), arrived)
             self._typed(self._writer.do, self._finish, name, record)
         except BaseException:
             with suppress(OSError):
@@ -218,8 +218,8 @@ class Folder:
         self._sound.add(name)
         self._unfinished.discard(name)
 
-    def _append(self, record: "_Unfinished", key: str, tensor: Tensor) -> None:
-        host, arrived = _leaving(tensor)
+    def _append(self, record: "_Unfinished", key: str, tensor: Tensor, arrived: "torch.cuda.Event | None") -> None:
+        host, arrived = _leaving(tensor) if arrived is None else (tensor, arrived)
         self._typed(self._writer.do if arrived is None else self._writer.submit, record.append, key, host, arrived)
 
     def _typed(self, step: Callable[..., None], *arguments: Any) -> None:

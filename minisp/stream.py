@@ -196,6 +196,11 @@ class Stream:
         leaving: Tensor = result[0] if isinstance(result, tuple) else result
         return leaving
 
+    def state_bytes(self, ids: Tensor) -> int:
+        """Bytes of the hidden states (B, L, d) of windows (B, L)."""
+        size: int = ids.numel() * self.model.config.hidden_size * self.dtype.itemsize
+        return size
+
     @property
     def logit_bytes(self) -> int:
         """Bytes that the logits of one chunk of tokens may take."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minisp import fast
 from minisp import scratch as scratch_module
+from minisp.batches import Batches
 from minisp.checkpoint import Checkpoint
 from minisp.config import parse_size
 from minisp.errors import CheckpointError, ConfigError
@@ -73,7 +74,7 @@ def statistics(stream: Stream, segment: int) -> list[tuple[Tensor, Tensor]]:
     work = Workplace.in_memory()
     segments = [range(i, min(i + segment, LAYERS)) for i in range(0, LAYERS, segment)]
     with frozen(stream.model):
-        saliency_sweep(stream, WINDOWS.split(2), segments, work, gram=True)
+        saliency_sweep(stream, Batches.scoring(WINDOWS.split(2)), segments, work, gram=True)
     found = [work.statistics(layer, gram=True) for layer in range(LAYERS)]
     assert all(record.gram is not None for record in found)
     return [(record.saliency, record.gram) for record in found if record.gram is not None]
