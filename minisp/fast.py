@@ -36,6 +36,7 @@ from minisp.ranks import Ranks, joined
 from minisp.reconstruction import Reconstruction, reconstruct
 from minisp.report import MinifyReport, make_report, progress_bar
 from minisp.resume import open_scratch
+from minisp.rooms import HEAL, SWEEP, TRIALS
 from minisp.selection import allocate_widths, select, uniform_widths
 from minisp.stream import Stream
 from minisp.sweep import saliency_sweep
@@ -97,7 +98,8 @@ def minify(
         target = check_output(out, made_plan.bytes_after) if out is not None else None
         identity = _identity(checkpoint, made_plan, ranks) if checkpoint is not None else None
         shared, own = stack.enter_context(open_scratch(target, resources, identity, ranks, made_plan.disk_room))
-        tiers = Tiers(own, torch.device(made_plan.device), Room(device=2**63))
+        shared.behind(made_plan.behind)
+        tiers = Tiers(own, torch.device(made_plan.device), Room())
         work = Workplace(shared, tiers, ranks, progress or stack.enter_context(progress_bar(quiet=not ranks.first)))
         with _timed(seconds, "loading"):
             stream = _open(model, checkpoint, made_plan)
@@ -109,12 +111,15 @@ def minify(
             text = calibrate(stream, calibration, tokenizer, made_plan, work)
         batches = make_batches(text.windows, config, made_plan.batch, ranks)
         with _timed(seconds, "saliency sweep"):
+            tiers.room = made_plan.rooms.get(SWEEP, Room())
             saliency_sweep(stream, batches, made_plan.segments, work, gram=config.collects_gram)
-            stream.release()
+            stream.release(made_plan.layout.layer_slots)
         with _timed(seconds, "selection"):
+            tiers.room = made_plan.rooms.get(TRIALS, Room())
             kept = _select(stream, text.windows, made_plan, work)
             stream.release()
         with _timed(seconds, "reconstruction"):
+            tiers.room = made_plan.rooms.get(HEAL, Room())
             _reconstruct(stream, batches, kept, config, work)
         with _timed(seconds, "writing"):
             folder = stack.enter_context(output_folder(target)) if target is not None and ranks.first else None

@@ -56,6 +56,10 @@ def plan_table(plan: Plan, seconds: float | None = None) -> Table:
     for phase, purposes in layout.peaks.items():
         parts = ", ".join(f"{name} {megabytes(size)}" for name, size in purposes.items() if size)
         table.add_row(f"memory, {phase}", f"{megabytes(sum(purposes.values()))}: {parts}")
+    for phase, room in plan.rooms.items():
+        where = "in memory" if plan.device == "cpu" else f"on {plan.device}"
+        beside = f" and {megabytes(room.host)} in main memory" if room.host else ""
+        table.add_row(f"states, {phase}", f"room for {megabytes(room.device)} {where}{beside}, the rest on disk")
     process = f" with the process itself ({megabytes(plan.base_memory)})" if plan.device == "cpu" else ""
     table.add_row("memory, peak", f"{megabytes(plan.peak_memory)}{process}")
     if plan.traffic:

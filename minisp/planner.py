@@ -12,12 +12,15 @@ from minisp.calibration import check_window
 from minisp.checkpoint import DTYPE_OF, Checkpoint
 from minisp.config import MinifyConfig, Resources, parse_size
 from minisp.costs import disk_traffic, scratch_room, solve_flops, sweep_flops
-from minisp.device import memory_limit, product_rate
+from minisp.device import MEMORY_SHARE, memory_limit, product_rate
 from minisp.errors import ConfigError
-from minisp.memory import Layout, Shape, choose_layout, shape_of, staging
+from minisp.memory import Layout, choose_layout, staging
 from minisp.ops import implementations
+from minisp.rooms import HEAL, make_rooms, passage_bytes, waiting_bytes, writes_behind
 from minisp.selection import allocate_widths, default_alignment, uniform_widths
+from minisp.shape import Shape, shape_of
 from minisp.stream import LOGIT_BYTES
+from minisp.tiers import Room
 
 # Share of the rate of large matrix products that sweeps and solves reach: between 0.4 and 0.6 where it was measured.
 REACHED = 0.5
@@ -86,6 +89,8 @@ class Plan:
         batch: calibration windows per micro-batch.
         segments: layers held together, in forward order.
         layout: what is held at once, and the memory that it takes by phase.
+        rooms: by phase, bytes of waiting states that stay where it computes, or else in pinned main memory.
+        behind: panels of Gram matrices that may wait for the disk, where a GPU computes.
         streams: whether weights stream from disk.
         device, dtype: where and in what type it computes.
         implementations: who computes each operation of the engine, see `ops.implementations`.
@@ -110,6 +115,8 @@ class Plan:
     batch: int
     segments: tuple[range, ...]
     layout: Layout
+    rooms: dict[str, Room]
+    behind: int
     streams: bool
     device: str
     dtype: str
@@ -159,6 +166,11 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     base = psutil.Process().memory_info().rss
     kept = max(widths) - (alignment if config.keep < 1 else 0)
     batch, shape, layout = _fit(source, config, resources, ranks, kept, base)
+    host = _host_room(source, resources, shape, layout, base)
+    layout, rooms = make_rooms(shape, layout, _room_limit(source, resources, layout, base), host)
+    waiting, heal = waiting_bytes(shape, layout), rooms.get(HEAL, Room())
+    passage = passage_bytes(shape)
+    again = 1 - max(0, min(passage, heal.device - waiting.get(HEAL, 0))) / passage if passage else 0.0
     segments = tuple(range(i, min(i + layout.segment, len(layers))) for i in range(0, len(layers), layout.segment))
     stored_bytes = source.stored_bytes
     bytes_after = round(stored_bytes * after / parameters)
@@ -178,14 +190,16 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
         batch=batch,
         segments=segments,
         layout=layout,
+        rooms=rooms,
+        behind=writes_behind(shape, layout, host),
         streams=source.streams,
         device=str(source.device),
         dtype=str(source.dtype).removeprefix("torch."),
         implementations=dict(implementations(source.device, source.dtype, activation_kind(model.config, row))),
-        flops=sweep_flops(model, config, len(segments), layout),
+        flops=sweep_flops(model, config, layout, again, ranks),
         solve_flops=solve_flops(widths, config, shape.hidden),
-        traffic=disk_traffic(shape, layout, widths, bytes_after),
-        scratch_bytes=scratch_room(shape, layout, widths),
+        traffic=disk_traffic(shape, layout, rooms, widths, bytes_after),
+        scratch_bytes=scratch_room(shape, layout, rooms, widths),
         base_memory=base,
     )
 
@@ -209,6 +223,23 @@ def _fit(
                 f"its way to {source.device}, got {resources.host_memory}. Allow more, or pass a smaller segment."
             )
     return batch, shape, layout
+
+
+def _room_limit(source: Source, resources: Resources, layout: Layout, base: int) -> int:
+    """Bytes that a phase may take, with what waits in it."""
+    if source.device.type != "cuda" and resources.host_memory is None:
+        return layout.peak
+    _, limit, apart = memory_limit(resources, source.device, base)
+    return limit - apart
+
+
+def _host_room(source: Source, resources: Resources, shape: Shape, layout: Layout, base: int) -> int:
+    """Bytes of main memory that may be pinned for what waits beside a GPU."""
+    if source.device.type != "cuda":
+        return 0
+    if resources.host_memory is None:
+        return max(0, int(MEMORY_SHARE["cpu"] * psutil.virtual_memory().available) - staging(shape, layout))
+    return max(0, parse_size(resources.host_memory) - base - staging(shape, layout))
 
 
 def _shape(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: int) -> Shape:

@@ -30,7 +30,7 @@ from minisp.files import WriteBehind, checksum, helper_thread, read_pieces, tens
 DATA, INDEX = ".data", ".json"
 
 Append: TypeAlias = Callable[..., None]
-"""Adds a tensor under a key to the record that is being written; one on its way to the CPU with the event to wait for."""
+"""Adds a tensor under a key to the record that is written; one on its way to the CPU with the event to wait for."""
 
 
 class Memory:
@@ -65,6 +65,9 @@ class Memory:
     def drop(self, name: str) -> None:
         """As `Folder.drop`."""
         self._records.pop(name, None)
+
+    def behind(self, count: int) -> None:
+        """As `Folder.behind`: nothing waits here."""
 
     def settle(self) -> None:
         """As `Folder.settle`: nothing waits here."""
@@ -188,6 +191,10 @@ class Folder:
         self.settle()
         found = (path for path in self.path.glob(f"*{INDEX}") if pattern.fullmatch(path.stem))
         return sorted(path.stem for path in found if path.with_suffix(DATA).is_file())
+
+    def behind(self, count: int) -> None:
+        """Let so many tensors of a GPU wait in pinned memory for the disk."""
+        self._writer.behind = count
 
     def settle(self) -> None:
         """Wait until everything is written.

@@ -122,7 +122,7 @@ class Tiers:
             self.store.drop(name)
 
     def reserve(self, size: int) -> bool:
-        """Whether so many bytes on the device are free for what a phase keeps itself; they then count until given back."""
+        """Whether a phase may keep so many bytes on the device itself; they then count until given back."""
         fits = self._used.device + size <= self.room.device
         if fits:
             self._take(Room(size))

@@ -17,8 +17,9 @@ from minisp.config import parse_size
 from minisp.errors import CheckpointError, ConfigError
 from minisp.files import Piece
 from minisp.loader import Loader
-from minisp.memory import Shape, choose_layout
+from minisp.memory import choose_layout
 from minisp.model import frozen
+from minisp.shape import Shape
 from minisp.stream import Stream
 from minisp.sweep import saliency_sweep
 from minisp.workplace import Workplace
