@@ -74,7 +74,7 @@ class LayerStatistics:
         return self
 
     def score(self, kind: SaliencyScore) -> Tensor:
-        """Saliency (m,) float64, non-negative, means over T scored tokens: `taylor` Σ|p|/T, `fisher` Σp²/T, `signed` |Σp|/T.
+        """Saliency (m,) float64, non-negative, over T scored tokens: `taylor` Σ|p|/T, `fisher` Σp²/T, `signed` |Σp|/T.
 
         First-order Taylor: removing unit j changes the loss by about −x_j g_j per token (Khasia, 2026; Molchanov et
         al., 2017). `fisher` is the diagonal of the empirical Fisher information of gates on the unit, one for every
