@@ -12,6 +12,7 @@ from minisp.rooms import (
     SWEEP,
     TRIALS,
     Rooms,
+    dense_bytes,
     heal_states,
     passes,
     spilled,
@@ -44,14 +45,16 @@ def sweep_flops(model: CausalLM, config: MinifyConfig, layout: Layout, again: fl
         # The others run forward only: to the boundaries, and again where the layers are watched.
         total += (tokens - scored) * 2 * inside * (1 + recompute)
     # A passage through a layer that is cut, and, of its windows, the last product or another passage.
-    cut = 2 * (inside - (1 - config.keep) * 3 * down)
+    cut = 2 * (inside - (1 - config.keep) * (len(row.row_modules) + 1) * down)
     second = again * cut + (1 - again) * 2 * config.keep * down
     if config.heals and config.inputs == "pruned":
         total += tokens * (2 * (inside - down) + sum(m * m for m in widths) + second)
     if config.heals and config.inputs == "both":
         # The dense model, the pruned one, the drift's Gram matrix and cross product.
         heals = heal_count(config.num_windows, config.window, ranks) * config.window
-        total += heals * (2 * inside + cut + second + config.keep**2 * gram + 2 * config.keep * down)
+        total += heals * (
+            (0 if layout.dense else 2 * inside) + cut + second + config.keep**2 * gram + 2 * config.keep * down
+        )
     if config.measures:
         total += trial_tokens(tokens, len(layers)) * len(layers) * (inside + head)
     return float(total)
@@ -101,8 +104,9 @@ def disk_traffic(shape: Shape, layout: Layout, rooms: Rooms, widths: Sequence[in
         "states": int(share(SWEEP) * states(shape) * (2 * forward + 3 * (segments - 1))),
         # The states of every trial below a layer pass it.
         "trials": int(share(TRIALS) * shape.num_layers * (shape.num_layers + 2) * trial_states(shape)),
-        # Of the dense and of the pruned model: both are written once and read twice.
-        "heal states": int(share(HEAL) * 6 * shape.num_layers * heal_states(shape)),
+        "dense states": 2 * dense_bytes(shape) if layout.dense == "disk" else 0,
+        # Of the pruned model, and of the dense one where it runs again: written once and read twice.
+        "heal states": int(share(HEAL) * (3 if layout.dense else 6) * shape.num_layers * heal_states(shape)),
         "statistics": 2 * _panels(shape, widths),
         "refitted": 2 * sum(widths) * shape.hidden * shape.stored_item,
         "result": bytes_after,
@@ -120,7 +124,8 @@ def scratch_room(shape: Shape, layout: Layout, rooms: Rooms, widths: Sequence[in
         saved[phase] if spilled(shape, layout, rooms, phase) == 0 else waiting
         for phase, waiting in waiting_bytes(shape, layout).items()
     ]
-    return max(passing, default=0) + _panels(shape, widths) + sum(widths) * shape.hidden * shape.stored_item
+    dense = dense_bytes(shape) if layout.dense == "disk" else 0
+    return max(passing, default=0) + dense + _panels(shape, widths) + sum(widths) * shape.hidden * shape.stored_item
 
 
 def _panels(shape: Shape, widths: Sequence[int]) -> int:

@@ -112,7 +112,8 @@ def minify(
         batches = make_batches(text.windows, config, made_plan.batch, ranks)
         with _timed(seconds, "saliency sweep"):
             tiers.room = made_plan.rooms.get(SWEEP, Room())
-            saliency_sweep(stream, batches, made_plan.segments, work, gram=config.collects_gram)
+            dense = made_plan.layout.dense is not None and tiers.free_bytes() >= 4 * made_plan.dense_bytes
+            saliency_sweep(stream, batches, made_plan.segments, work, gram=config.collects_gram, dense=dense)
             stream.release(made_plan.layout.layer_slots)
         with _timed(seconds, "selection"):
             tiers.room = made_plan.rooms.get(TRIALS, Room())

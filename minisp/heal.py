@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from minisp import ops
-from minisp.architecture import cut_, mlp_weights
+from minisp.architecture import activation_kind, cut_, mlp_weights
 from minisp.attention import fast_attention
 from minisp.config import MinifyConfig
+from minisp.mlp import watch
 from minisp.passage import Passage
 from minisp.reconstruction import Reconstruction, correct, reconstruct
 from minisp.statistics import LayerStatistics
@@ -47,7 +48,7 @@ def heal_sweep(
         heals_next = index + 1 < count and "healed" in kinds[index + 1]
         passage = Passage(stream, batches, work, index, kinds[index][-1], again=heals_next)
         with torch.no_grad(), fast_attention(stream.model.config):
-            if both:
+            if both and not work.own.has(record("dense", index + 1)):
                 _keep(_dense(stream, batches, work, index), "dense", sizes, work, index, count)
             # Together: what the first process has just written, a slower one must not take for an earlier run's.
             if work.ranks.most(not work.shared.has(record("result", index))):
@@ -75,10 +76,21 @@ def heal_sweep(
 
 
 def _dense(stream: Stream, batches: Sequence[Tensor], work: Workplace, index: int) -> Iterator[Tensor]:
-    """Run the dense model's windows through a layer as it is; yield the states (B, L, d) that leave it."""
-    for number, ids in enumerate(batches):
-        hidden = enter(stream, work.own, range(index, index + 1), number, ids, kind="dense")
-        yield stream.run_layer(index, hidden, stream.calls(ids))
+    """Run the dense model's windows through a layer as it is; yield the states (B, L, d) that leave it.
+
+    The MLP is the engine's, as in the saliency sweep, which may have kept these states: bit for bit the same.
+    """
+    with watch(stream.layers[index], stream.row, activation_kind(stream.model.config, stream.row), _Nobody()):
+        for number, ids in enumerate(batches):
+            hidden = enter(stream, work.own, range(index, index + 1), number, ids, kind="dense")
+            yield stream.run_layer(index, hidden, stream.calls(ids))
+
+
+class _Nobody:
+    """Watches without asking for anything."""
+
+    def update_(self, x: Tensor, sums: Tensor | None) -> None:
+        """As `mlp.Watcher`."""
 
 
 def _keep(leaving: Iterable[Tensor], kind: str, sizes: Sequence[int], work: Workplace, index: int, count: int) -> None:

@@ -43,12 +43,15 @@ class Layout:
         num_slots: segments in memory at once; 2 reads ahead.
         stream_vocabulary: whether embeddings and head stay on disk.
         peaks: bytes by phase and purpose, beside the process itself.
+        dense: where the dense model's states of the heal sweep's windows wait from the saliency sweep on, for every
+            layer: "memory" or "disk"; None: nowhere, the heal sweep computes them again.
     """
 
     segment: int
     num_slots: int
     stream_vocabulary: bool
     peaks: Peaks
+    dense: str | None = None
 
     @property
     def layer_slots(self) -> int:

@@ -16,7 +16,7 @@ from minisp.device import MEMORY_SHARE, memory_limit, product_rate
 from minisp.errors import ConfigError
 from minisp.memory import Layout, choose_layout, staging
 from minisp.ops import implementations
-from minisp.rooms import HEAL, make_rooms, passage_bytes, waiting_bytes, writes_behind
+from minisp.rooms import HEAL, dense_bytes, make_rooms, passage_bytes, waiting_bytes, writes_behind
 from minisp.selection import allocate_widths, default_alignment, uniform_widths
 from minisp.shape import Shape, shape_of
 from minisp.stream import LOGIT_BYTES
@@ -96,7 +96,8 @@ class Plan:
         implementations: who computes each operation of the engine, see `ops.implementations`.
         flops: floating-point operations of the sweeps; solve_flops: those of the ridge solves, in float32.
         traffic: bytes read from and written to disk, by purpose.
-        scratch_bytes: disk that waiting states, statistics and results take at most at once.
+        scratch_bytes: disk that waiting states, statistics and results take at most at once; dense_bytes: what the
+            dense states take of it, which are left out where the disk has less than four times that.
         base_memory: bytes that the process had before.
     """
 
@@ -125,6 +126,7 @@ class Plan:
     solve_flops: float
     traffic: dict[str, int]
     scratch_bytes: int
+    dense_bytes: int
     base_memory: int = field(compare=False)
 
     @property
@@ -140,7 +142,7 @@ class Plan:
     @property
     def disk_room(self) -> int:
         """Bytes that must be free where the scratch folder is; beside the output, both have to find room there."""
-        return self.scratch_bytes + (self.bytes_after if self.resources.scratch is None else 0)
+        return self.scratch_bytes - self.dense_bytes + (self.bytes_after if self.resources.scratch is None else 0)
 
 
 def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ranks: int = 1) -> Plan:
@@ -167,7 +169,9 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     kept = max(widths) - (alignment if config.keep < 1 else 0)
     batch, shape, layout = _fit(source, config, resources, ranks, kept, base)
     host = _host_room(source, resources, shape, layout, base)
-    layout, rooms = make_rooms(shape, layout, _room_limit(source, resources, layout, base), host)
+    layout, rooms = make_rooms(
+        shape, layout, _room_limit(source, resources, layout, base), host, on_disk=source.device.type == "cpu"
+    )
     waiting, heal = waiting_bytes(shape, layout), rooms.get(HEAL, Room())
     passage = passage_bytes(shape)
     again = 1 - max(0, min(passage, heal.device - waiting.get(HEAL, 0))) / passage if passage else 0.0
@@ -200,6 +204,7 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
         solve_flops=solve_flops(widths, config, shape.hidden),
         traffic=disk_traffic(shape, layout, rooms, widths, bytes_after),
         scratch_bytes=scratch_room(shape, layout, rooms, widths),
+        dense_bytes=dense_bytes(shape) if layout.dense == "disk" else 0,
         base_memory=base,
     )
 
@@ -255,6 +260,7 @@ def _shape(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: i
         gram=config.collects_gram,
         trials=trial_tokens(config.num_windows * config.window, len(layers)) if config.measures else 0,
         heals=_heal_tokens(config, ranks),
+        corrects=config.heals and config.inputs == "both",
         logits=LOGIT_BYTES.get(source.device.type, LOGIT_BYTES["cpu"]),
         loaded=source.checkpoint is None,
         streams=source.streams,

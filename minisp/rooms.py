@@ -38,20 +38,40 @@ def passage_bytes(shape: Shape) -> int:
     return shape.heals * (shape.kept + shape.hidden) * shape.item
 
 
-def make_rooms(shape: Shape, layout: Layout, limit: int, host: int) -> tuple[Layout, dict[str, Room]]:
+def dense_bytes(shape: Shape) -> int:
+    """The dense model's states of the heal sweep's windows behind every layer."""
+    return shape.num_layers * heal_states(shape)
+
+
+def make_rooms(shape: Shape, layout: Layout, limit: int, host: int, *, on_disk: bool) -> tuple[Layout, dict[str, Room]]:
     """The layout with what waits in memory counted, and the room of each phase.
+
+    A CPU reads states back from disk in less time than it computes them, a GPU does not.
 
     Args:
         limit: bytes that a phase may take where it computes.
         host: bytes of main memory beside a GPU that may be pinned.
+        on_disk: whether the dense states may wait on disk.
     """
+    if layout.dense is None and shape.writes and shape.corrects:
+        found = make_rooms(shape, replace(layout, dense="memory"), limit, host, on_disk=False)
+        room = found[1][SWEEP]
+        if room.device + room.host // 2 >= waiting_bytes(shape, layout).get(SWEEP, 0) + dense_bytes(shape):
+            return found
+        layout = replace(layout, dense="disk" if on_disk else None)
     rooms, peaks = {}, dict(layout.peaks)
-    for phase, waiting in waiting_bytes(shape, layout).items():
+    dense = dense_bytes(shape) if layout.dense == "memory" else 0
+    waits = waiting_bytes(shape, layout)
+    for phase in (SWEEP, TRIALS, HEAL):
+        waiting = waits.get(phase, 0)
+        if phase not in peaks or waiting + dense == 0:
+            continue
         # Without a folder it waits in memory whatever happens, and is counted there already.
         planned = 0 if shape.writes else waiting
-        wanted = waiting - planned + (passage_bytes(shape) if phase == HEAL else 0)
+        wanted = waiting - planned + dense + (passage_bytes(shape) if phase == HEAL else 0)
         device = min(max(0, limit - sum(peaks[phase].values())), wanted)
-        rooms[phase] = Room(device + planned, min(max(0, host), 2 * waiting) if device < wanted else 0)
+        # A pinned block is up to twice as large as what is in it.
+        rooms[phase] = Room(device + planned, min(max(0, host), 2 * (waiting + dense)) if device < wanted else 0)
         peaks[phase] = peaks[phase] | {HELD: peaks[phase].get(HELD, 0) + device}
     return replace(layout, peaks=peaks), rooms
 

@@ -21,6 +21,7 @@ class Shape:
         gram: whether the saliency sweep collects Gram matrices.
         trials: tokens on which trial cuts are made; 0 where none is.
         heals: tokens of this process on which layers are refitted or corrected on the pruned model; 0 where none is.
+        corrects: whether these tokens run through the dense model beside the pruned one.
         logits: bytes that a chunk of logits may take.
         loaded: whether the model was in memory before the run: its weights are then no part of what the run needs.
         streams: whether weights stream from a checkpoint; else the model is in memory whole.
@@ -43,6 +44,7 @@ class Shape:
     gram: bool
     trials: int
     heals: int
+    corrects: bool
     logits: int
     loaded: bool
     streams: bool
@@ -51,7 +53,7 @@ class Shape:
 
 def shape_of(model: CausalLM, *, tokens: int, batch_tokens: int, item: int, stored_item: int, **rest: int) -> Shape:
     """The shape of a model, whose weights may be on the meta device; `rest`:
-    tokenizer, kept, gram, trials, heals, logits, loaded, streams, writes."""
+    tokenizer, kept, gram, trials, heals, corrects, logits, loaded, streams, writes."""
     row = architecture_of(model.config)
     layers = decoder_layers(model, row)
     parameters = [sum(p.numel() for p in layer.parameters()) for layer in layers]

@@ -13,10 +13,11 @@ be kept every few minutes before it is finished.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class _Sweep:
     """What every pass of one sweep needs.
 
     Attributes:
-        gram: whether Gram matrices are collected.
+        gram: whether Gram matrices are collected; dense: whether the heal sweep's states stay, of every layer.
         advance: told the phase and the segment after every micro-batch.
     """
 
@@ -50,6 +51,7 @@ class _Sweep:
     batches: Batches
     work: Workplace
     gram: bool
+    dense: bool
     advance: Callable[[str, range], None]
 
     def through(self, segment: range) -> list[int]:
@@ -62,13 +64,16 @@ class _Sweep:
         return [self.stream.state_bytes(self.batches.ids[number]) for number in numbers]
 
 
-def saliency_sweep(stream: Stream, batches: Batches, segments: Sequence[range], work: Workplace, *, gram: bool) -> None:
+def saliency_sweep(
+    stream: Stream, batches: Batches, segments: Sequence[range], work: Workplace, *, gram: bool, dense: bool = False
+) -> None:
     """Leave a record of statistics for every layer.
 
     Args:
         batches: this process's calibration windows.
         segments: consecutive layers held together, in forward order; they cover all layers.
         gram: collect Gram matrices too.
+        dense: keep the states that leave each layer, of the windows of the heal sweep, as records `dense_…`.
 
     Raises:
         NumericalError: statistics that are not finite.
@@ -91,7 +96,7 @@ def saliency_sweep(stream: Stream, batches: Batches, segments: Sequence[range], 
         done += len(segment)
         work.progress(f"{phase}, layers {segment.start}-{segment.stop - 1}", done, steps)
 
-    sweep = _Sweep(stream, batches, work, gram, advance)
+    sweep = _Sweep(stream, batches, work, gram, dense, advance)
     steps = sum(len(segment) * len(sweep.through(segment)) for segment in forward)
     steps += len(batches.ids) * sum(map(len, segments))
     visits = stream.visit([*forward, *reversed(segments)])
@@ -182,22 +187,50 @@ def _run_backward(sweep: _Sweep, segment: range) -> dict[int, LayerStatistics]:
     known = own.has(source)
     assert known or segment.stop == len(stream.layers), f"no gradient behind layer {segment.stop - 1}"
     sizes = sweep.sizes([number for number, flag in enumerate(scored) if flag])
-    keeping = own.writing(record("gradient", segment.start), sizes=sizes) if segment.start else nullcontext(_nowhere)
-    with keeping as append, _watch_all(stream, records), fast_attention(stream.model.config):
+    keeping = (
+        own.writing(record("gradient", segment.start), sizes=sizes)
+        if segment.start
+        else nullcontext(lambda key, tensor: None)
+    )
+    with keeping as append, _watch_all(stream, records), _passing(sweep, segment, first) as told:
         for number, ids in enumerate(sweep.batches.ids):
             if number >= first and (scored[number] or sweep.gram):
                 hidden = enter(stream, own, segment, number, ids)
                 if scored[number]:
                     above = own.read(source, str(number), ahead=True) if known else None
-                    append(str(number), _forward_backward(stream, segment, hidden, ids, above))
+                    append(str(number), _forward_backward(stream, segment, hidden, ids, above, told(number)))
                 else:
-                    _forward(stream, segment, hidden, ids)
+                    _forward(stream, segment, hidden, ids, told(number))
             sweep.advance("saliency", segment)
             if segment.start == 0 and number >= first and time.monotonic() - saved >= tiers.SAVE_SECONDS:
                 own.save(source)
                 _save(records, own, number + 1)
                 saved = time.monotonic()
     return records
+
+
+Told: TypeAlias = Callable[[int, Tensor], None]
+"""Told a layer and the states that leave it."""
+
+
+@contextmanager
+def _passing(sweep: _Sweep, segment: range, first: int) -> Iterator[Callable[[int], Told]]:
+    """Within the block, layers compute as they do in every sweep; gives who is told what a micro-batch leaves."""
+    heals, own = sweep.batches.heals, sweep.work.own
+    with ExitStack() as stack:
+        stack.enter_context(fast_attention(sweep.stream.model.config))
+        # A sweep that goes on in the middle of a segment has passed some windows before: their states are gone.
+        appends = {
+            index: stack.enter_context(own.writing(record("dense", index + 1), sizes=sweep.sizes(range(heals))))
+            for index in (segment if sweep.dense and heals and first == 0 else ())
+        }
+
+        def told(number: int) -> Told:
+            if not appends or number >= heals:
+                return lambda index, leaving: None
+            return lambda index, leaving: appends[index](str(number), leaving.detach())
+
+        yield told
 
 
 def _begin(sweep: _Sweep, segment: range) -> tuple[dict[int, LayerStatistics], int]:
@@ -239,26 +272,26 @@ def enter(stream: Stream, own: Tiers, segment: range, number: int, ids: Tensor, 
 
 
 @torch.no_grad()
-def _forward(stream: Stream, segment: range, hidden: Tensor, ids: Tensor) -> None:
+def _forward(stream: Stream, segment: range, hidden: Tensor, ids: Tensor, told: Told) -> None:
     """Pass a segment whose layers are watched."""
     for index in segment:
         hidden = stream.run_layer(index, hidden, stream.calls(ids))
+        told(index, hidden)
 
 
-def _forward_backward(stream: Stream, segment: range, hidden: Tensor, ids: Tensor, gradient: Tensor | None) -> Tensor:
+def _forward_backward(
+    stream: Stream, segment: range, hidden: Tensor, ids: Tensor, gradient: Tensor | None, told: Told
+) -> Tensor:
     """Gradient at the segment's input, given the one at its output (or, for the last segment, the loss)."""
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
         leaving = hidden
         for index in segment:
             leaving = stream.run_layer(index, leaving, stream.calls(ids))
+            told(index, leaving)
     if gradient is None:
         _, gradient = stream.loss_gradient(leaving.detach(), ids)
     return torch.autograd.grad(leaving, hidden, gradient)[0]
-
-
-def _nowhere(key: str, tensor: Tensor) -> None:
-    """Nobody asks for the gradient below the first layer."""
 
 
 def _watch_all(stream: Stream, records: dict[int, LayerStatistics]) -> ExitStack:

@@ -59,7 +59,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def without_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans of the test find no room in memory for what waits."""
-    monkeypatch.setattr(planner, "make_rooms", lambda shape, layout, limit, host: (layout, {}))
+    monkeypatch.setattr(planner, "make_rooms", lambda shape, layout, limit, host, on_disk: (layout, {}))
 
 
 def run(source: Path, folder: Path, **options: Any) -> tuple[Any, int]:
@@ -136,7 +136,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[int]]:
         yield tokens
 
 
-def healed(room: int, inputs: str, monkeypatch: pytest.MonkeyPatch, **overrides: Any) -> tuple[list[float], Counted]:
+def healed(
+    room: int, inputs: str, monkeypatch: pytest.MonkeyPatch, *, dense: bool = False, **overrides: Any
+) -> tuple[list[float], Counted]:
     """Passes per window through every layer of the heal sweep, and what else it asked for."""
     config = MinifyConfig(inputs=inputs, keep=0.5, window=16, num_windows=6)  # type: ignore[arg-type]
     model = tiny_model(overrides.pop("family", "llama"), **overrides)
@@ -144,7 +146,7 @@ def healed(room: int, inputs: str, monkeypatch: pytest.MonkeyPatch, **overrides:
     work = Workplace(memory, Tiers(memory, stream.device, Room(room)), Ranks(), lambda *_: None)
     batches = make_batches(WINDOWS, config, 2, Ranks())
     with frozen(model):
-        saliency_sweep(stream, batches, [range(LAYERS)], work, gram=True)
+        saliency_sweep(stream, batches, [range(LAYERS)], work, gram=True, dense=dense)
         kept = [torch.arange(WIDTH // 2)] * LAYERS
         with passes(monkeypatch) as tokens, Counted() as counted:
             heal_sweep(stream, batches.healed, kept, config, work)
@@ -162,6 +164,11 @@ def test_where_there_is_room_a_window_passes_a_cut_layer_once(
 ) -> None:
     found, _ = healed(10**9, inputs, monkeypatch, family=family)
     assert found == pytest.approx([dense + 1 + TRIED] * LAYERS)
+
+
+def test_where_the_sweep_kept_the_dense_states_a_window_passes_once_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, _ = healed(10**9, "both", monkeypatch, dense=True)
+    assert found == pytest.approx([1 + TRIED] * LAYERS)
 
 
 def test_without_room_it_passes_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ WINDOWS = torch.arange(5 * 16).reshape(5, 16) * 37 % VOCABULARY
 LARGE = Shape(
     num_layers=28, hidden=3072, width=8192, vocabulary=128256, layer=100_667_392, vocabulary_weights=394_002_432,
     outside=3072, tokenizer=0, tokens=4096, batch_tokens=512, item=2, stored_item=2, kept=8064, gram=True,
-    trials=2048, heals=4096, logits=48 * 2**20, loaded=False, streams=True, writes=True,
+    trials=2048, heals=4096, corrects=True, logits=48 * 2**20, loaded=False, streams=True, writes=True,
 )  # fmt: skip
 
 

@@ -110,6 +110,7 @@ def test_trial_cuts_go_on_behind_the_last_layer_that_was_finished(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(source, tmp_path / "whole")
+    monkeypatch.setattr(tiers, "SAVE_SECONDS", 0.0)
     interrupted(source, tmp_path / "out", "trial cuts")
     assert [path.name for path in (tmp_path / ".out.scratch").glob("trials*.json")] == ["trials_0002.json"]
     tried: list[int] = []
@@ -152,6 +153,21 @@ def test_a_run_resumes_with_other_segments_to_the_same_bits(
         interrupted(source, out, at, inputs=inputs)
         run(source, out, inputs=inputs, segment=segment, resume=True)
         assert weights(out) == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 180.0])
+@pytest.mark.parametrize("at", ["forward", "saliency, layers 1", "trial cuts", "heal, layer 1", "heal, layer 2"])
+def test_states_that_were_in_memory_are_computed_anew_to_the_same_bits(
+    at: str, seconds: float, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers, "SAVE_SECONDS", seconds)
+    run(source, tmp_path / "whole", keep=0.6)
+    options = {"keep": 0.6, "host_memory": "1000GB"}
+    interrupted(source, tmp_path / "out", at, **options)
+    kinds = {path.name.split("_")[0] for path in (tmp_path / ".out.scratch").glob("*_*.json")}
+    assert bool(kinds & {"states", "gradient", "trials", "dense", "healed"}) == (seconds == 0 and at != "forward")
+    run(source, tmp_path / "out", resume=True, **options)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("segment", [1, LAYERS])
