@@ -34,6 +34,8 @@ from minisp.workplace import Workplace, record
 
 # Tokens that a streamed head takes at once: each time, its weights are read twice.
 HEAD_TOKENS = 2048
+Told: TypeAlias = Callable[[int, Tensor], None]
+"""Told a layer and the states that leave it."""
 # Written in turn, so that one of them is always whole.
 PARTIAL = (record("partial", 0), record("partial", 1))
 
@@ -109,7 +111,8 @@ def saliency_sweep(
     for segment in visits:
         records = _run_backward(sweep, segment)
         # What the segment before has left is written by now: nobody waits for the disk.
-        _finish(behind, work)
+        if behind is not None:
+            _finish(behind, work)
         for index in reversed(segment):
             statistics = records.pop(index)
             statistics.sum_over_(work.ranks)
@@ -118,14 +121,12 @@ def saliency_sweep(
                 work.keep_statistics(index, statistics)
             del statistics
         behind = segment
-    _finish(behind, work)
+    _finish(segment, work)
     work.own.forget()
 
 
-def _finish(segment: range | None, work: Workplace) -> None:
+def _finish(segment: range, work: Workplace) -> None:
     """Wait until the statistics of a segment's layers are written; drop what they were made from."""
-    if segment is None:
-        return
     work.shared.settle()
     work.own.settle()
     work.ranks.wait()
@@ -209,10 +210,6 @@ def _run_backward(sweep: _Sweep, segment: range) -> dict[int, LayerStatistics]:
     return records
 
 
-Told: TypeAlias = Callable[[int, Tensor], None]
-"""Told a layer and the states that leave it."""
-
-
 @contextmanager
 def _passing(sweep: _Sweep, segment: range, first: int) -> Iterator[Callable[[int], Told]]:
     """Within the block, layers compute as they do in every sweep; gives who is told what a micro-batch leaves."""
@@ -226,9 +223,8 @@ def _passing(sweep: _Sweep, segment: range, first: int) -> Iterator[Callable[[in
         }
 
         def told(number: int) -> Told:
-            if not appends or number >= heals:
-                return lambda index, leaving: None
-            return lambda index, leaving: appends[index](str(number), leaving.detach())
+            wanted = appends and number < heals
+            return lambda index, leaving: appends[index](str(number), leaving.detach()) if wanted else None
 
         yield told
 

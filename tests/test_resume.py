@@ -155,21 +155,6 @@ def test_a_run_resumes_with_other_segments_to_the_same_bits(
         assert weights(out) == weights(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("seconds", [0.0, 180.0])
-@pytest.mark.parametrize("at", ["forward", "saliency, layers 1", "trial cuts", "heal, layer 1", "heal, layer 2"])
-def test_states_that_were_in_memory_are_computed_anew_to_the_same_bits(
-    at: str, seconds: float, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tiers, "SAVE_SECONDS", seconds)
-    run(source, tmp_path / "whole", keep=0.6)
-    options = {"keep": 0.6, "host_memory": "1000GB"}
-    interrupted(source, tmp_path / "out", at, **options)
-    kinds = {path.name.split("_")[0] for path in (tmp_path / ".out.scratch").glob("*_*.json")}
-    assert bool(kinds & {"states", "gradient", "trials", "dense", "healed"}) == (seconds == 0 and at != "forward")
-    run(source, tmp_path / "out", resume=True, **options)
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
-
-
 @pytest.mark.parametrize("segment", [1, LAYERS])
 def test_a_sweep_over_the_first_segment_goes_on_in_its_middle(
     segment: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
