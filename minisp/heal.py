@@ -72,6 +72,7 @@ def heal_sweep(
             work.own.drop(record(kind, index))
         if index + 1 < count:
             work.save_if_due(*(record(kind, index + 1) for kind in kinds[index + 1]))
+    work.own.drop(record("dense", count))
     work.own.forget()
 
 

@@ -31,7 +31,8 @@ def plan_table(plan: Plan, seconds: float | None = None) -> Table:
     table.add_row("keep", f"{config.keep:.0%}: {units}, {config.widths} widths, multiples of {plan.alignment}")
     table.add_row("parameters", f"{millions(plan.parameters)} → at most {millions(plan.parameters_after)}")
     table.add_row("weights", f"{megabytes(plan.bytes)} → at most {megabytes(plan.bytes_after)}")
-    table.add_row("calibration", f"{config.num_windows} windows of {config.window} tokens ({plan.num_tokens:,})")
+    some = f", saliency on {config.saliency_windows} of them" if config.saliency_windows else ""
+    table.add_row("calibration", f"{config.num_windows} windows of {config.window} tokens ({plan.num_tokens:,}){some}")
     damping = "by cross-validation" if config.damping == "auto" else f"= {config.damping:g}"
     refit = f"ridge λ {damping} on {config.inputs} inputs" if config.reconstruct else "slicing only"
     table.add_row(

@@ -172,9 +172,9 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     layout, rooms = make_rooms(
         shape, layout, _room_limit(source, resources, layout, base), host, on_disk=source.device.type == "cpu"
     )
-    waiting, heal = waiting_bytes(shape, layout), rooms.get(HEAL, Room())
+    waits = waiting_bytes(shape, layout).get(HEAL, 0) + (dense_bytes(shape) if layout.dense == "memory" else 0)
     passage = passage_bytes(shape)
-    again = 1 - max(0, min(passage, heal.device - waiting.get(HEAL, 0))) / passage if passage else 0.0
+    again = 1 - max(0, min(passage, rooms.get(HEAL, Room()).device - waits)) / passage if passage else 0.0
     segments = tuple(range(i, min(i + layout.segment, len(layers))) for i in range(0, len(layers), layout.segment))
     stored_bytes = source.stored_bytes
     bytes_after = round(stored_bytes * after / parameters)

@@ -73,6 +73,8 @@ class Ranks:
         return "cuda" if self.size > 1 and distributed.get_backend() == "nccl" else "cpu"
 
     def _reduced(self, value: int, operation: "distributed.ReduceOp.RedOpType") -> int:
+        if self.size == 1:
+            return int(value)
         tensor = torch.tensor(value, device=self._device)
         self._reduce_(tensor, operation)
         return int(tensor)

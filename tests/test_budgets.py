@@ -188,6 +188,18 @@ def test_the_host_waits_a_fixed_number_of_times_per_healed_layer(monkeypatch: py
     assert counted.syncs <= 60 * LAYERS
 
 
+@pytest.mark.parametrize("segment", [1, LAYERS])
+def test_the_host_waits_once_a_layer_and_once_a_loss_in_the_sweep(segment: int) -> None:
+    model = tiny_model("llama")
+    segments = [range(i, min(i + segment, LAYERS)) for i in range(0, LAYERS, segment)]
+    with frozen(model), Counted() as counted:
+        batches = make_batches(WINDOWS, MinifyConfig(num_windows=6, window=16), 2, Ranks())
+        saliency_sweep(Stream.from_module(model), batches, segments, Workplace.in_memory(), gram=True)
+    losses, calls = len(batches.ids), len(batches.ids) * (1 + (segment == LAYERS))
+    # Besides: transformers asks each call of the model once whether its windows are packed.
+    assert counted.syncs <= LAYERS + losses + 2 * calls, counted.launches
+
+
 def test_saliency_on_fewer_windows_scores_these_and_collects_all(source: Path, tmp_path: Path) -> None:
     config = MinifyConfig(saliency_windows=2, num_windows=6, window=16)
     model = tiny_model("llama")
