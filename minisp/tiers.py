@@ -171,9 +171,12 @@ class Tiers:
     def _place(self, sizes: Sequence[int]) -> Room | None:
         """Where tensors of these sizes find room, the fastest first; None: in the folder."""
         # Pinned blocks are rounded up to a power of two each.
-        for taken in (Room(device=sum(sizes)), Room(host=sum(1 << max(0, size - 1).bit_length() for size in sizes))):
-            if self._used.device + taken.device <= self.room.device and self._used.host + taken.host <= self.room.host:
-                return taken
+        pinned = sum(1 << max(0, size - 1).bit_length() for size in sizes)
+        # Each is asked by itself: what an earlier phase has left in one may be more than this phase has there.
+        if self._used.device + sum(sizes) <= self.room.device:
+            return Room(device=sum(sizes))
+        if self._used.host + pinned <= self.room.host:
+            return Room(host=pinned)
         return None
 
     def _take(self, room: Room, sign: int = 1) -> None:

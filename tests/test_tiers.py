@@ -46,6 +46,18 @@ def test_a_record_is_in_memory_where_it_fits_whole_and_else_in_the_folder(tmp_pa
     own.store.close()  # type: ignore[union-attr]
 
 
+def test_what_a_phase_has_left_in_one_tier_keeps_nothing_out_of_another(tmp_path: Path) -> None:
+    own = Tiers(Folder(tmp_path), CPU, Room(device=50, host=64))
+    keep(own, "dense_0001", 1)
+    # 40 bytes are pinned as 64.
+    keep(own, "dense_0002", 1)
+    keep(own, "dense_0003", 1)
+    assert on_disk(tmp_path) == ["dense_0003"]
+    own.room = Room(device=80)
+    keep(own, "healed_0001", 1)
+    assert on_disk(tmp_path) == ["dense_0003"] and own.read("dense_0002", "0").tolist() == [0.0] * 10
+
+
 def test_a_record_that_fails_takes_no_room() -> None:
     own = Tiers(Memory(), CPU, Room(device=80))
     with pytest.raises(RuntimeError), own.writing("dense_0001", sizes=[80]):
