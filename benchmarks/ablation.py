@@ -21,8 +21,8 @@ from lab import CURVE, PLAIN, SUBSET, Lab, on, ranked, refit, widths_of
 from quality import Kit, data_arguments, measured_on, ours
 from torch import Tensor
 
+from minisp.batches import heal_windows
 from minisp.config import MinifyConfig
-from minisp.heal import heal_windows
 from minisp.selection import default_alignment, select, uniform_widths
 
 Rows = Iterator[tuple[str, Callable[[], Any]]]
@@ -130,7 +130,9 @@ def refits(lab: Lab) -> Rows:
 def _corrected(kit: Kit, cut: Any, names: Sequence[str]) -> Any:
     cut = copy.deepcopy(cut)
     config = MinifyConfig()
-    further.correct_drift_(kit.model, cut, heal_windows(kit.windows, config), names, config.correction_damping)
+    further.correct_drift_(
+        kit.model, cut, kit.windows[heal_windows(*kit.windows.shape, config)], names, config.correction_damping
+    )
     return cut
 
 

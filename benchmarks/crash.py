@@ -24,7 +24,7 @@ from typing import Any
 import harness
 import torch
 
-from minisp import fast
+from minisp import fast, tiers
 from minisp.checkpoint import Checkpoint
 from minisp.errors import CheckpointError
 from minisp.export import folder
@@ -125,10 +125,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30, help="processes to kill, for each kind of inputs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--inputs", nargs="+", default=["both", "pruned"])
+    parser.add_argument("--save-seconds", type=float, default=0.0, help="between boundaries that are saved to disk")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window", type=int, default=64)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    tiers.SAVE_SECONDS = args.save_seconds
     options = {"segment": 1, "batch": 1, "num_windows": args.windows, "window": args.window}
     # What every child would otherwise import anew.
     fast.plan(args.model, **options)

@@ -14,7 +14,7 @@ from typing import Any
 from synthetic import SHAPES
 
 from minisp.allocation import TRIAL_CUT, trial_tokens
-from minisp.heal import heal_count
+from minisp.batches import heal_count
 
 TARGET = Path(__file__).parent.parent / "docs" / "gpu_budgets.md"
 WINDOWS, WINDOW, KEEP = 128, 2048, 0.8

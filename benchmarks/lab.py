@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from minisp.architecture import architecture_of
+from minisp.batches import Batches
 from minisp.calibration import interleave
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
@@ -80,7 +81,7 @@ class Lab:
         stream.label_seed = 0 if sampled else None
         count = len(stream.layers)
         with frozen(subject):
-            saliency_sweep(stream, list(windows.split(1)), [range(count)], work, gram=gram)
+            saliency_sweep(stream, Batches.scoring(windows.split(1)), [range(count)], work, gram=gram)
         found = [work.statistics(index, gram=gram) for index in range(count)]
         if model is None:
             torch.save([(x.num_tokens, x.saliency, x.gram) for x in found], name)

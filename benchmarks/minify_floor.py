@@ -42,7 +42,7 @@ class Work:
 def work(config: Any, windows: int, window: int, keep: float) -> dict[str, Work]:
     """The formulas above for a Llama-shaped transformers config."""
     from minisp.allocation import trial_tokens
-    from minisp.heal import heal_count
+    from minisp.batches import heal_count
 
     d, m, num_layers, heads = (
         config.hidden_size,

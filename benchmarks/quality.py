@@ -30,11 +30,12 @@ from transformers import AutoTokenizer
 
 from minisp.allocation import layer_ratios
 from minisp.architecture import architecture_of, cut_, decoder_layers
+from minisp.batches import Batches, heal_windows
 from minisp.calibration import interleave, load_calibration
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
 from minisp.evaluate import perplexity
-from minisp.heal import heal_sweep, heal_windows
+from minisp.heal import heal_sweep
 from minisp.layers import fast_layers
 from minisp.measure import builtin_texts
 from minisp.model import frozen, load_model
@@ -105,11 +106,11 @@ def collect(model: Any, windows: Tensor, cache: Path) -> tuple[Workplace, list[T
     if name.exists():
         saved = torch.load(name, weights_only=True)
         for index, (tokens, saliency, gram) in enumerate(saved["layers"]):
-            work.keep_statistics(index, LayerStatistics(tokens, saliency, gram))
+            work.keep_statistics(index, LayerStatistics(tokens, saliency, gram, tokens))
         return work, saved["means"], saved["seconds"]
     start = time.perf_counter()
     with frozen(model):
-        saliency_sweep(Stream.from_module(model), list(windows.split(1)), [range(count)], work, gram=True)
+        saliency_sweep(Stream.from_module(model), Batches.scoring(windows.split(1)), [range(count)], work, gram=True)
     seconds = time.perf_counter() - start
     # The means, which FLAP alone needs, and its time has no share in.
     means = _means(model, row, windows)
@@ -153,7 +154,7 @@ def ours(kit: Kit, keep: float, options: dict[str, Any]) -> Any:
     for layer in range(len(kept)):
         kit.work.shared.drop(record("result", layer))
     with frozen(model):
-        batches = heal_windows(kit.windows, config).split(1)
+        batches = kit.windows[heal_windows(*kit.windows.shape, config)].split(1)
         heal_sweep(Stream.from_module(model), batches, kept, config, kit.work)
     return model
 

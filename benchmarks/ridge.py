@@ -149,6 +149,7 @@ def real_systems(model: str, calibration: Path, windows: int) -> list[dict[str, 
     """Backward error on the Gram matrices of a model's first, middle and last layer, four fifths of the units kept."""
     from transformers import AutoTokenizer
 
+    from minisp.batches import Batches
     from minisp.checkpoint import Checkpoint
     from minisp.stream import Stream
     from minisp.sweep import saliency_sweep
@@ -157,7 +158,7 @@ def real_systems(model: str, calibration: Path, windows: int) -> list[dict[str, 
     tokens = AutoTokenizer.from_pretrained(model)(calibration.read_text("utf-8"))["input_ids"][: windows * 512]
     stream = Stream.from_checkpoint(Checkpoint.open(model), torch.device("cpu"), torch.bfloat16)
     layers = len(stream.layers)
-    batches = list(torch.tensor(tokens).view(windows, 1, 512))
+    batches = Batches.scoring(list(torch.tensor(tokens).view(windows, 1, 512)))
     rows = []
     work = Workplace.in_memory()
     saliency_sweep(stream, batches, [range(layers)], work, gram=True)

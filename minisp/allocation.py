@@ -76,32 +76,38 @@ def measure_ratios(
     count = len(scores)
     tokens = trial_tokens(windows.numel(), count)
     ids = windows[spread(len(windows), max(1, tokens // windows.shape[1])), :tokens]
-    first = max((index for index in range(count + 1) if work.own.has(record("trials", index))), default=0)
-    dense = work.own.read(record("trials", first), DENSE).to(stream.device) if first else stream.embed(ids)
-    removed: list[float] = list(work.own.facts(record("trials", first))[REMOVED]) if first else []
+    own, size = work.own, stream.state_bytes(ids)
+    first = max((index for index in range(count + 1) if own.has(record("trials", index))), default=0)
+    dense = own.read(record("trials", first), DENSE) if first else stream.embed(ids)
+    removed: list[float] = list(own.facts(record("trials", first))[REMOVED]) if first else []
     for segment in stream.visit([range(index, index + 1) for index in range(first, count)]):
         index, calls = segment.start, stream.calls(ids)
         order = scores[index].argsort(descending=True, stable=True)
         kept = order[: len(order) - max(1, int(TRIAL_CUT * len(order)))].sort().values.cpu()
         removed.append(float(scores[index].sum() - scores[index][kept].sum()))
-        keeping = work.own.writing(record("trials", index + 1), **{REMOVED: removed})
+        keeping = own.writing(record("trials", index + 1), sizes=[size] * (index + 2), **{REMOVED: removed})
         with keeping as append, fast_layers(stream.model):
             for trial in range(index):
-                states = work.own.read(record("trials", index), str(trial)).to(stream.device)
+                states = own.read(record("trials", index), str(trial), ahead=True)
                 append(str(trial), stream.run_layer(index, states, calls))
             with other_down(stream.layers[index], stream.row, _trial_down(stream, index, kept, config, work)):
                 append(str(index), stream.run_layer(index, dense, calls))
             dense = stream.run_layer(index, dense, calls)
             append(DENSE, dense)
-        work.own.drop(record("trials", index))
+        own.drop(record("trials", index))
+        if own.due:
+            # Without the other processes, which wait for the ratios.
+            own.save(record("trials", index + 1))
+            own.forget(record("trials", index + 1))
         work.progress("trial cuts", index + 1, count)
     measured: list[float] = []
     few = slice(None, None, TRIAL_STRIDE)
     for start in range(0, count, COMPARED_AT_ONCE):
         names = map(str, range(start, min(start + COMPARED_AT_ONCE, count)))
-        trials = [work.own.read(record("trials", count), name)[:, few].to(stream.device) for name in names]
+        trials = [own.read(record("trials", count), name)[:, few] for name in names]
         measured += divergences(stream, dense[:, few], trials, ids[:, few])
-    work.own.drop(record("trials", count))
+    own.drop(record("trials", count))
+    own.forget()
     return ratios(measured, removed)
 
 

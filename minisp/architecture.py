@@ -206,11 +206,16 @@ def resize_(model: CausalLM, row: Architecture, widths: Sequence[int]) -> None:
 
 
 def cut_(layer: nn.Module, row: Architecture, kept: Tensor, new_down: Tensor) -> None:
-    """Cut a layer in place down to the kept units (n,), with `new_down` (d, n) as its down projection."""
+    """Cut a layer in place down to the kept units (n,), with `new_down` (d, n) as its down projection.
+
+    A layer that has n units already was cut to these before, and only gets its new down projection.
+    """
     for name, axis in unit_axes(layer, row).items():
         parameter = layer.get_parameter(name)
         if name == f"{row.down}.weight":
             value = (new_down if axis == 1 else new_down.T).to(parameter.dtype, copy=True).contiguous()
+        elif parameter.shape[axis] == len(kept):
+            continue
         else:
             value = parameter.detach().index_select(axis, kept.to(parameter.device))
         replace_parameter_(layer, name, value)

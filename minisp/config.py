@@ -40,6 +40,8 @@ class MinifyConfig:
         shrink_to: where the ridge pulls the refitted weights: `original` (their old values) or `zero` (the paper).
         reconstruct: refit the kept columns; False only slices.
         num_windows: calibration windows.
+        saliency_windows: calibration windows, evenly spread, that saliency is computed on, at most `num_windows`; the
+            others then add to the Gram matrices alone, for half of the work. None takes all.
         window: tokens per calibration window.
         batch: windows computed at once; None picks about 512 tokens on a CPU and 8192 on a GPU.
         dtype: compute type; `auto` is bfloat16 where the device has it, else float32.
@@ -63,6 +65,7 @@ class MinifyConfig:
     shrink_to: Shrinkage = "original"
     reconstruct: bool = True
     num_windows: int = 128
+    saliency_windows: int | None = None
     window: int = 512
     batch: int | None = None
     dtype: DtypeName = "auto"
@@ -85,10 +88,15 @@ class MinifyConfig:
         )
         for name in ("num_windows", "window"):
             _require(name, getattr(self, name), "a whole number, at least 1", _is_positive_integer)
-        for name in ("alignment", "batch"):
+        for name in ("alignment", "batch", "saliency_windows"):
             value = getattr(self, name)
             if value is not None:
                 _require(name, value, "a whole number, at least 1, or None", _is_positive_integer)
+        if self.saliency_windows is not None and self.saliency_windows > self.num_windows:
+            raise ConfigError(
+                f"Option saliency_windows: expected at most num_windows ({self.num_windows}), got "
+                f"{self.saliency_windows}. Pass fewer, or leave it out to take all."
+            )
         _require("seed", self.seed, "a whole number in [0, 2**63)", lambda v: isinstance(v, int) and 0 <= v < 2**63)
 
     @property

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minisp.allocation import layer_ratios
 from minisp.architecture import cut_, record_widths_
+from minisp.batches import Batches, make_batches
 from minisp.calibrate import calibrate
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig, Resources, split_options
@@ -27,7 +28,7 @@ from minisp.device import CPU, compute_device, compute_dtype, computing_on, free
 from minisp.errors import ConfigError, UnsupportedModelError
 from minisp.evaluate import checkpoint_bytes
 from minisp.export.folder import describe, export_checkpoint, export_module
-from minisp.heal import heal_sweep, heal_windows
+from minisp.heal import heal_sweep
 from minisp.hub import load_tokenizer, local_folder
 from minisp.model import frozen, load_model, skeleton
 from minisp.planner import Plan, Source, make_plan
@@ -35,9 +36,11 @@ from minisp.ranks import Ranks, joined
 from minisp.reconstruction import Reconstruction, reconstruct
 from minisp.report import MinifyReport, make_report, progress_bar
 from minisp.resume import open_scratch
+from minisp.rooms import HEAL, SWEEP, TRIALS
 from minisp.selection import allocate_widths, select, uniform_widths
 from minisp.stream import Stream
 from minisp.sweep import saliency_sweep
+from minisp.tiers import Room, Tiers
 from minisp.workplace import Progress, Workplace, record
 from minisp.writer import check_output, output_folder
 
@@ -95,7 +98,9 @@ def minify(
         target = check_output(out, made_plan.bytes_after) if out is not None else None
         identity = _identity(checkpoint, made_plan, ranks) if checkpoint is not None else None
         shared, own = stack.enter_context(open_scratch(target, resources, identity, ranks, made_plan.disk_room))
-        work = Workplace(shared, own, ranks, progress or stack.enter_context(progress_bar(quiet=not ranks.first)))
+        shared.behind(made_plan.behind)
+        tiers = Tiers(own, torch.device(made_plan.device), Room())
+        work = Workplace(shared, tiers, ranks, progress or stack.enter_context(progress_bar(quiet=not ranks.first)))
         with _timed(seconds, "loading"):
             stream = _open(model, checkpoint, made_plan)
             stream.label_seed = config.seed if config.labels == "sampled" else None
@@ -104,15 +109,18 @@ def minify(
                 tokenizer = load_tokenizer(checkpoint.folder)
         with _timed(seconds, "calibration text"):
             text = calibrate(stream, calibration, tokenizer, made_plan, work)
-        batches = ranks.share(text.windows).split(made_plan.batch)
+        batches = make_batches(text.windows, config, made_plan.batch, ranks)
         with _timed(seconds, "saliency sweep"):
-            saliency_sweep(stream, batches, made_plan.segments, work, gram=config.collects_gram)
-            stream.release()
+            tiers.room = made_plan.rooms.get(SWEEP, Room())
+            dense = made_plan.layout.dense is not None and tiers.free_bytes() >= 4 * made_plan.dense_bytes
+            saliency_sweep(stream, batches, made_plan.segments, work, gram=config.collects_gram, dense=dense)
+            stream.release(made_plan.layout.layer_slots)
         with _timed(seconds, "selection"):
+            tiers.room = made_plan.rooms.get(TRIALS, Room())
             kept = _select(stream, text.windows, made_plan, work)
             stream.release()
         with _timed(seconds, "reconstruction"):
-            batches = ranks.share(heal_windows(text.windows, config, ranks.size)).split(made_plan.batch)
+            tiers.room = made_plan.rooms.get(HEAL, Room())
             _reconstruct(stream, batches, kept, config, work)
         with _timed(seconds, "writing"):
             folder = stack.enter_context(output_folder(target)) if target is not None and ranks.first else None
@@ -207,11 +215,11 @@ def _select(stream: Stream, windows: Tensor, plan: Plan, work: Workplace) -> lis
 
 
 def _reconstruct(
-    stream: Stream, batches: Sequence[Tensor], kept: Sequence[Tensor], config: MinifyConfig, work: Workplace
+    stream: Stream, batches: Batches, kept: Sequence[Tensor], config: MinifyConfig, work: Workplace
 ) -> None:
     """Leave a record of every layer's reconstruction, on the inputs that the config names."""
     if config.heals:
-        heal_sweep(stream, batches, kept, config, work)
+        heal_sweep(stream, batches.healed, kept, config, work)
     else:
         _reconstruct_dense(stream, kept, config, work)
 

@@ -42,7 +42,8 @@ def _compute_alone() -> None:
     torch.set_num_threads(1)
 
 
-# Jobs that may wait to be written while the computation goes on: what they hold is in memory.
+# Jobs that may wait to be written while the computation goes on, where nobody plans with more: what they hold is in
+# memory.
 WRITES_BEHIND = 2
 
 
@@ -50,6 +51,7 @@ class WriteBehind:
     """A thread that does jobs in order, beside the computation; as a context, it ends with the block."""
 
     def __init__(self) -> None:
+        self.behind = WRITES_BEHIND
         self._thread = helper_thread("minisp-writer")
         self._waiting: deque[Future[Any]] = deque()
 
@@ -65,7 +67,7 @@ class WriteBehind:
         Raises:
             Exception: that of an earlier job.
         """
-        while len(self._waiting) >= WRITES_BEHIND:
+        while len(self._waiting) >= self.behind:
             self._waiting.popleft().result()
         self._waiting.append(self._thread.submit(job, *arguments))
 

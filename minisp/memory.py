@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from math import ceil
 
 from minisp.allocation import COMPARED_AT_ONCE, TRIAL_CUT
-from minisp.architecture import CausalLM, architecture_of, decoder_layers, layer_widths
 from minisp.device import HEAP_BYTES
 from minisp.errors import ConfigError
 from minisp.ridge import ROWS
 from minisp.ring import ring_bytes
+from minisp.shape import Shape
 from minisp.statistics import PANEL_ROWS
 from minisp.sweep import head_tokens
 from minisp.vocabulary import BLOCK_BYTES
@@ -28,54 +28,11 @@ BLAS_BYTES = 64 * 2**20
 # What shorter windows, or fewer at once, make smaller.
 BY_BATCH = ("activations", "boundary states", "states and gradients")
 
+# Where states that wait in memory are counted among a phase's.
+HELD = "waiting states"
+
 Peaks = dict[str, dict[str, int]]
 """Phase → purpose → bytes."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What memory depends on.
-
-    Attributes:
-        num_layers, hidden, width, vocabulary: L, d, m, V.
-        layer: parameters of a layer.
-        vocabulary_weights: parameters of embedding and head, a tied weight counted once; `outside`: all others that
-            are in no layer.
-        tokenizer: bytes of the tokenizer's file.
-        tokens, batch_tokens: T of this process, and of a micro-batch.
-        item, stored_item: bytes of an element, in the compute type and as stored.
-        autograd: bytes per token that autograd keeps of one layer; see `layers.autograd_bytes`.
-        kept: units that stay at most, in one layer that is cut.
-        gram: whether the saliency sweep collects Gram matrices.
-        trials: tokens on which trial cuts are made; 0 where none is.
-        heals: tokens of this process on which layers are refitted or corrected on the pruned model; 0 where none is.
-        logits: bytes that a chunk of logits may take.
-        loaded: whether the model was in memory before the run: its weights are then no part of what the run needs.
-        streams: whether weights stream from a checkpoint; else the model is in memory whole.
-        writes: whether what waits goes to a scratch folder; else it waits in memory.
-    """
-
-    num_layers: int
-    hidden: int
-    width: int
-    vocabulary: int
-    layer: int
-    vocabulary_weights: int
-    outside: int
-    tokenizer: int
-    tokens: int
-    batch_tokens: int
-    item: int
-    stored_item: int
-    autograd: int
-    kept: int
-    gram: bool
-    trials: int
-    heals: int
-    logits: int
-    loaded: bool
-    streams: bool
-    writes: bool
 
 
 @dataclass(frozen=True)
@@ -87,40 +44,25 @@ class Layout:
         num_slots: segments in memory at once; 2 reads ahead.
         stream_vocabulary: whether embeddings and head stay on disk.
         peaks: bytes by phase and purpose, beside the process itself.
+        dense: where the dense model's states of the heal sweep's windows wait from the saliency sweep on, for every
+            layer: "memory" or "disk"; None: nowhere, the heal sweep computes them again.
     """
 
     segment: int
     num_slots: int
     stream_vocabulary: bool
     peaks: Peaks
+    dense: str | None = None
+
+    @property
+    def layer_slots(self) -> int:
+        """Layers in memory at once where a phase visits one after the other: no more than the sweep holds."""
+        return min(2, self.num_slots * self.segment)
 
     @property
     def peak(self) -> int:
         """Bytes of the largest phase."""
         return max(sum(purposes.values()) for purposes in self.peaks.values())
-
-
-def shape_of(model: CausalLM, *, tokens: int, batch_tokens: int, item: int, stored_item: int, **rest: int) -> Shape:
-    """The shape of a model, whose weights may be on the meta device; `rest`:
-    tokenizer, autograd, kept, gram, trials, heals, logits, loaded, streams, writes."""
-    row = architecture_of(model.config)
-    layers = decoder_layers(model, row)
-    parameters = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-    ends = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    return Shape(
-        num_layers=len(layers),
-        hidden=model.config.hidden_size,
-        width=max(layer_widths(model, row)),
-        vocabulary=model.config.vocab_size,
-        layer=max(parameters),
-        vocabulary_weights=sum(ends.values()),
-        outside=sum(p.numel() for p in model.parameters()) - sum(parameters) - sum(ends.values()),
-        tokens=tokens,
-        batch_tokens=batch_tokens,
-        item=item,
-        stored_item=stored_item,
-        **rest,  # type: ignore[arg-type]
-    )
 
 
 def choose_layout(shape: Shape, limit: int, segment: int | None, what: str, base: int = 0) -> Layout:
@@ -197,7 +139,8 @@ def _peaks(shape: Shape, segment: int, num_slots: int, stream_vocabulary: bool) 
     }
     after = resident | {"weights": 0} if shape.streams else resident
     # One layer at a time, in the order of the layers.
-    again = after | {"weights": num_slots * shape.layer * stored + converted} if shape.streams else after
+    slots = min(2, num_slots * segment)
+    again = after | {"weights": slots * shape.layer * stored + converted} if shape.streams else after
     peaks = {"saliency sweep": resident | _sweep(shape, segment, stream_vocabulary)}
     if stream_vocabulary:
         peaks["head"] = resident | _head(shape)
@@ -244,10 +187,12 @@ def _heal(shape: Shape) -> dict[str, int]:
     d, m, item = shape.hidden, shape.width, shape.item
     drift = {
         "Gram matrices": 4 * m**2 + 2 * 4 * m * d,
-        "activations": shape.batch_tokens * (4 * item * m + 6 * 4 * d + 2 * item * d),
-        "full width": 2 * shape.stored_item * d * m,
+        "activations": shape.batch_tokens * (4 * item * m + 8 * 4 * d + 2 * item * d),
+        "cut layer": (3 * item + 2 * shape.stored_item) * d * m,
     }
-    return max(_reconstruction(shape, shape.kept), drift, key=lambda part: sum(part.values()))
+    # Into and out of a layer, of the dense and of the pruned model.
+    waiting = {} if shape.writes else {HELD: 4 * shape.heals * d * item}
+    return max(_reconstruction(shape, shape.kept), drift, key=lambda part: sum(part.values())) | waiting
 
 
 def _trials(shape: Shape, again: dict[str, int], stream_vocabulary: bool) -> Peaks:
@@ -255,14 +200,17 @@ def _trials(shape: Shape, again: dict[str, int], stream_vocabulary: bool) -> Pea
     tokens = shape.trials
     blas = {"buffers of the BLAS": _blas(shape)}
     states = tokens * shape.hidden * shape.item
-    down = {"states": 4 * states, "trial weights": 2 * shape.stored_item * shape.hidden * shape.width}
+    waiting = 0 if shape.writes else 2 * (shape.num_layers + 1) * states
+    down = {HELD: waiting, "states": 4 * states, "trial weights": 2 * shape.stored_item * shape.hidden * shape.width}
     passing = {"activations": tokens * (4 * shape.item * shape.width + 6 * 4 * shape.hidden)}
     logits = min(shape.logits, 4 * tokens * shape.vocabulary)
     compared = (6 + 2) * BLOCK_BYTES if stream_vocabulary else 4 * logits + logits // 2
     kept = shape.width - int(TRIAL_CUT * shape.width)
     return {
         "trial cuts": again | down | max(_reconstruction(shape, kept), passing, key=lambda part: sum(part.values())),
-        "trial outputs": again | blas | {"states": (COMPARED_AT_ONCE + 2) * states, "logits": compared},
+        "trial outputs": again
+        | blas
+        | {HELD: waiting // 2, "states": (COMPARED_AT_ONCE + 2) * states, "logits": compared},
     }
 
 

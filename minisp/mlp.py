@@ -27,11 +27,12 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class WatchedMlp:
-    """What one watched MLP needs: its weights, its activation kind, and who is told."""
+    """What one watched MLP needs: its weights, its activation kind, who is told, and whether its output is wanted."""
 
     weights: MlpWeights
     kind: str
     statistics: Watcher
+    contributes: bool = True
 
     def forward(self, hidden: Tensor) -> Tensor:
         """y (…, d) for h (…, d). With gradients on, the statistics are fed by the backward; without, by this call."""
@@ -43,6 +44,8 @@ class WatchedMlp:
         # Nothing else needs the gate: x takes its place.
         x = ops.activation(gate, up, self.kind, out=gate)
         self.statistics.update_(x, None)
+        if not self.contributes:
+            return hidden.new_zeros(()).expand_as(hidden)
         return functional.linear(x, self.weights.down, self.weights.down_bias).view_as(hidden)
 
     def project(self, flat: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -79,9 +82,15 @@ class _WatchedFunction(torch.autograd.Function):
 
 
 @contextmanager
-def watch(layer: nn.Module, row: Architecture, kind: str, statistics: Watcher) -> Iterator[None]:
-    """Within the block, the layer's MLP feeds `statistics`; its parameters must be frozen."""
-    watched = WatchedMlp(mlp_weights(layer, row), kind, statistics)
+def watch(
+    layer: nn.Module, row: Architecture, kind: str, statistics: Watcher, *, contributes: bool = True
+) -> Iterator[None]:
+    """Within the block, the layer's MLP feeds `statistics`; its parameters must be frozen.
+
+    Args:
+        contributes: whether the MLP's output is formed; else, without gradients, it is zero.
+    """
+    watched = WatchedMlp(mlp_weights(layer, row), kind, statistics, contributes)
     if row.mlp is not None:
         replaced: dict[nn.Module, Callable[[Tensor], Tensor]] = {layer.get_submodule(row.mlp): watched.forward}
     else:

@@ -31,7 +31,8 @@ def plan_table(plan: Plan, seconds: float | None = None) -> Table:
     table.add_row("keep", f"{config.keep:.0%}: {units}, {config.widths} widths, multiples of {plan.alignment}")
     table.add_row("parameters", f"{millions(plan.parameters)} → at most {millions(plan.parameters_after)}")
     table.add_row("weights", f"{megabytes(plan.bytes)} → at most {megabytes(plan.bytes_after)}")
-    table.add_row("calibration", f"{config.num_windows} windows of {config.window} tokens ({plan.num_tokens:,})")
+    some = f", saliency on {config.saliency_windows} of them" if config.saliency_windows else ""
+    table.add_row("calibration", f"{config.num_windows} windows of {config.window} tokens ({plan.num_tokens:,}){some}")
     damping = "by cross-validation" if config.damping == "auto" else f"= {config.damping:g}"
     refit = f"ridge λ {damping} on {config.inputs} inputs" if config.reconstruct else "slicing only"
     table.add_row(
@@ -56,6 +57,10 @@ def plan_table(plan: Plan, seconds: float | None = None) -> Table:
     for phase, purposes in layout.peaks.items():
         parts = ", ".join(f"{name} {megabytes(size)}" for name, size in purposes.items() if size)
         table.add_row(f"memory, {phase}", f"{megabytes(sum(purposes.values()))}: {parts}")
+    for phase, room in plan.rooms.items():
+        where = "in memory" if plan.device == "cpu" else f"on {plan.device}"
+        beside = f" and {megabytes(room.host)} in main memory" if room.host else ""
+        table.add_row(f"states, {phase}", f"room for {megabytes(room.device)} {where}{beside}, the rest on disk")
     process = f" with the process itself ({megabytes(plan.base_memory)})" if plan.device == "cpu" else ""
     table.add_row("memory, peak", f"{megabytes(plan.peak_memory)}{process}")
     if plan.traffic:

@@ -7,18 +7,21 @@ import torch
 
 from minisp.allocation import trial_tokens
 from minisp.architecture import CausalLM, activation_kind, architecture_of, decoder_layers, layer_widths, unit_axes
+from minisp.batches import heal_count
 from minisp.calibration import check_window
 from minisp.checkpoint import DTYPE_OF, Checkpoint
 from minisp.config import MinifyConfig, Resources, parse_size
 from minisp.costs import disk_traffic, scratch_room, solve_flops, sweep_flops
-from minisp.device import memory_limit, product_rate
+from minisp.device import MEMORY_SHARE, memory_limit, product_rate
 from minisp.errors import ConfigError
-from minisp.heal import heal_count
 from minisp.layers import autograd_bytes
-from minisp.memory import Layout, Shape, choose_layout, shape_of, staging
+from minisp.memory import Layout, choose_layout, staging
 from minisp.ops import implementations
+from minisp.rooms import HEAL, dense_bytes, make_rooms, passage_bytes, waiting_bytes, writes_behind
 from minisp.selection import allocate_widths, default_alignment, uniform_widths
+from minisp.shape import Shape, shape_of
 from minisp.stream import LOGIT_BYTES
+from minisp.tiers import Room
 
 # Share of the rate of large matrix products that sweeps and solves reach: between 0.4 and 0.6 where it was measured.
 REACHED = 0.5
@@ -87,12 +90,15 @@ class Plan:
         batch: calibration windows per micro-batch.
         segments: layers held together, in forward order.
         layout: what is held at once, and the memory that it takes by phase.
+        rooms: by phase, bytes of waiting states that stay where it computes, or else in pinned main memory.
+        behind: panels of Gram matrices that may wait for the disk, where a GPU computes.
         streams: whether weights stream from disk.
         device, dtype: where and in what type it computes.
         implementations: who computes each operation of the engine, see `ops.implementations`.
         flops: floating-point operations of the sweeps; solve_flops: those of the ridge solves, in float32.
         traffic: bytes read from and written to disk, by purpose.
-        scratch_bytes: disk that waiting states, statistics and results take at most at once.
+        scratch_bytes: disk that waiting states, statistics and results take at most at once; dense_bytes: what the
+            dense states take of it, which are left out where the disk has less than four times that.
         base_memory: bytes that the process had before.
     """
 
@@ -111,6 +117,8 @@ class Plan:
     batch: int
     segments: tuple[range, ...]
     layout: Layout
+    rooms: dict[str, Room]
+    behind: int
     streams: bool
     device: str
     dtype: str
@@ -119,6 +127,7 @@ class Plan:
     solve_flops: float
     traffic: dict[str, int]
     scratch_bytes: int
+    dense_bytes: int
     base_memory: int = field(compare=False)
 
     @property
@@ -134,7 +143,7 @@ class Plan:
     @property
     def disk_room(self) -> int:
         """Bytes that must be free where the scratch folder is; beside the output, both have to find room there."""
-        return self.scratch_bytes + (self.bytes_after if self.resources.scratch is None else 0)
+        return self.scratch_bytes - self.dense_bytes + (self.bytes_after if self.resources.scratch is None else 0)
 
 
 def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ranks: int = 1) -> Plan:
@@ -160,6 +169,13 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     base = psutil.Process().memory_info().rss
     kept = max(widths) - (alignment if config.keep < 1 else 0)
     batch, shape, layout = _fit(source, config, resources, ranks, kept, base)
+    host = _host_room(source, resources, shape, layout, base)
+    layout, rooms = make_rooms(
+        shape, layout, _room_limit(source, resources, layout, base), host, on_disk=source.device.type == "cpu"
+    )
+    waits = waiting_bytes(shape, layout).get(HEAL, 0) + (dense_bytes(shape) if layout.dense == "memory" else 0)
+    passage = passage_bytes(shape)
+    again = 1 - max(0, min(passage, rooms.get(HEAL, Room()).device - waits)) / passage if passage else 0.0
     segments = tuple(range(i, min(i + layout.segment, len(layers))) for i in range(0, len(layers), layout.segment))
     stored_bytes = source.stored_bytes
     bytes_after = round(stored_bytes * after / parameters)
@@ -179,14 +195,17 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
         batch=batch,
         segments=segments,
         layout=layout,
+        rooms=rooms,
+        behind=writes_behind(shape, layout, host),
         streams=source.streams,
         device=str(source.device),
         dtype=str(source.dtype).removeprefix("torch."),
         implementations=dict(implementations(source.device, source.dtype, activation_kind(model.config, row))),
-        flops=sweep_flops(model, config, len(segments), layout),
+        flops=sweep_flops(model, config, layout, again, ranks),
         solve_flops=solve_flops(widths, config, shape.hidden),
-        traffic=disk_traffic(shape, layout, widths, bytes_after),
-        scratch_bytes=scratch_room(shape, layout, widths),
+        traffic=disk_traffic(shape, layout, rooms, widths, bytes_after),
+        scratch_bytes=scratch_room(shape, layout, rooms, widths),
+        dense_bytes=dense_bytes(shape) if layout.dense == "disk" else 0,
         base_memory=base,
     )
 
@@ -212,6 +231,23 @@ def _fit(
     return batch, shape, layout
 
 
+def _room_limit(source: Source, resources: Resources, layout: Layout, base: int) -> int:
+    """Bytes that a phase may take, with what waits in it."""
+    if source.device.type != "cuda" and resources.host_memory is None:
+        return layout.peak
+    _, limit, apart = memory_limit(resources, source.device, base)
+    return limit - apart
+
+
+def _host_room(source: Source, resources: Resources, shape: Shape, layout: Layout, base: int) -> int:
+    """Bytes of main memory that may be pinned for what waits beside a GPU."""
+    if source.device.type != "cuda":
+        return 0
+    if resources.host_memory is None:
+        return max(0, int(MEMORY_SHARE["cpu"] * psutil.virtual_memory().available) - staging(shape, layout))
+    return max(0, parse_size(resources.host_memory) - base - staging(shape, layout))
+
+
 def _shape(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: int) -> Shape:
     layers = decoder_layers(source.model, architecture_of(source.model.config))
     return shape_of(
@@ -226,6 +262,7 @@ def _shape(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: i
         gram=config.collects_gram,
         trials=trial_tokens(config.num_windows * config.window, len(layers)) if config.measures else 0,
         heals=_heal_tokens(config, ranks),
+        corrects=config.heals and config.inputs == "both",
         logits=LOGIT_BYTES.get(source.device.type, LOGIT_BYTES["cpu"]),
         loaded=source.checkpoint is None,
         streams=source.streams,

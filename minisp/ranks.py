@@ -5,7 +5,7 @@ summation. Without torchrun, one process does it all, and nothing here does anyt
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -57,13 +57,25 @@ class Ranks:
         """The largest of the processes' values."""
         return self._reduced(value, distributed.ReduceOp.MAX)
 
+    def everywhere(self, flags: Sequence[bool]) -> list[bool]:
+        """Which of the flags are set in every process."""
+        counts = torch.tensor([int(flag) for flag in flags], device=self._device)
+        self._reduce_(counts, distributed.ReduceOp.SUM)
+        return [count == self.size for count in counts.tolist()]
+
     def wait(self) -> None:
         """Until every process is here."""
         self.most(0)
 
+    @property
+    def _device(self) -> str:
+        """Where the processes can add up: NCCL takes tensors of GPUs alone."""
+        return "cuda" if self.size > 1 and distributed.get_backend() == "nccl" else "cpu"
+
     def _reduced(self, value: int, operation: "distributed.ReduceOp.RedOpType") -> int:
-        on_gpu = self.size > 1 and distributed.get_backend() == "nccl"
-        tensor = torch.tensor(value, device="cuda" if on_gpu else "cpu")
+        if self.size == 1:
+            return int(value)
+        tensor = torch.tensor(value, device=self._device)
         self._reduce_(tensor, operation)
         return int(tensor)
 

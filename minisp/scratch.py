@@ -29,8 +29,8 @@ from minisp.files import WriteBehind, checksum, helper_thread, read_pieces, tens
 
 DATA, INDEX = ".data", ".json"
 
-Append: TypeAlias = Callable[[str, Tensor], None]
-"""Adds one tensor under a key to the record that is being written."""
+Append: TypeAlias = Callable[..., None]
+"""Adds a tensor under a key to the record that is written; one on its way to the CPU with the event to wait for."""
 
 
 class Memory:
@@ -65,6 +65,9 @@ class Memory:
     def drop(self, name: str) -> None:
         """As `Folder.drop`."""
         self._records.pop(name, None)
+
+    def behind(self, count: int) -> None:
+        """As `Folder.behind`: nothing waits here."""
 
     def settle(self) -> None:
         """As `Folder.settle`: nothing waits here."""
@@ -106,7 +109,7 @@ class Folder:
         self._unfinished.add(name)
         record = _Unfinished(self.path / name, facts)
         try:
-            yield lambda key, tensor: self._append(record, key, tensor.detach())
+            yield lambda key, tensor, arrived=None: self._append(record, key, tensor.detach(), arrived)
             self._typed(self._writer.do, self._finish, name, record)
         except BaseException:
             with suppress(OSError):
@@ -189,6 +192,10 @@ class Folder:
         found = (path for path in self.path.glob(f"*{INDEX}") if pattern.fullmatch(path.stem))
         return sorted(path.stem for path in found if path.with_suffix(DATA).is_file())
 
+    def behind(self, count: int) -> None:
+        """Let so many tensors of a GPU wait in pinned memory for the disk."""
+        self._writer.behind = count
+
     def settle(self) -> None:
         """Wait until everything is written.
 
@@ -218,8 +225,8 @@ class Folder:
         self._sound.add(name)
         self._unfinished.discard(name)
 
-    def _append(self, record: "_Unfinished", key: str, tensor: Tensor) -> None:
-        host, arrived = _leaving(tensor)
+    def _append(self, record: "_Unfinished", key: str, tensor: Tensor, arrived: "torch.cuda.Event | None") -> None:
+        host, arrived = _leaving(tensor) if arrived is None else (tensor, arrived)
         self._typed(self._writer.do if arrived is None else self._writer.submit, record.append, key, host, arrived)
 
     def _typed(self, step: Callable[..., None], *arguments: Any) -> None:

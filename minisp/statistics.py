@@ -24,7 +24,7 @@ class LayerStatistics:
     """Sums over calibration tokens for the m units of one layer.
 
     Attributes:
-        num_tokens: tokens seen.
+        num_tokens: tokens seen; num_scored: those of them that saliency was computed on.
         saliency: (3, m) float64: Σ|p|, Σp², Σp of p = x ⊙ g, g the gradient of the summed negative log likelihood.
         gram: (m, m) float32 G = XᵀX, or None where only saliency is wanted.
     """
@@ -32,6 +32,7 @@ class LayerStatistics:
     num_tokens: int
     saliency: Tensor
     gram: Tensor | None
+    num_scored: int = 0
 
     @classmethod
     def empty(cls, width: int, *, gram: bool, device: torch.device | str = "cpu") -> "LayerStatistics":
@@ -43,6 +44,7 @@ class LayerStatistics:
         """Add one chunk: activations x (T, m), and the saliency sums (3, m) of the same tokens where known."""
         self.num_tokens += x.shape[0]
         if sums is not None:
+            self.num_scored += x.shape[0]
             self.saliency += sums
         if self.gram is not None:
             ops.gram_update_(self.gram, x)
@@ -50,7 +52,7 @@ class LayerStatistics:
     def sum_over_(self, ranks: Ranks) -> None:
         """Add up the records of all processes; before `finalize_`."""
         ranks.sum_(self.saliency, *([] if self.gram is None else [self.gram]))
-        self.num_tokens = ranks.total(self.num_tokens)
+        self.num_tokens, self.num_scored = ranks.total(self.num_tokens), ranks.total(self.num_scored)
 
     def finalize_(self, layer: int) -> "LayerStatistics":
         """Complete the Gram matrix and check the sums.
@@ -72,18 +74,18 @@ class LayerStatistics:
         return self
 
     def score(self, kind: SaliencyScore) -> Tensor:
-        """Saliency (m,) float64, non-negative, a mean over tokens: `taylor` Σ|p|/T, `fisher` Σp²/T, `signed` |Σp|/T.
+        """Saliency (m,) float64, non-negative, over T scored tokens: `taylor` Σ|p|/T, `fisher` Σp²/T, `signed` |Σp|/T.
 
         First-order Taylor: removing unit j changes the loss by about −x_j g_j per token (Khasia, 2026; Molchanov et
         al., 2017). `fisher` is the diagonal of the empirical Fisher information of gates on the unit, one for every
         token (Theis et al., 2018, have one for all); half of it is the second-order estimate of what removal costs.
         """
-        return self.saliency[SCORES.index(kind)].abs() / max(self.num_tokens, 1)
+        return self.saliency[SCORES.index(kind)].abs() / max(self.num_scored, 1)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(key, tensor) to store: of the finalized Gram matrix, row panels up to the diagonal's blocks."""
         yield "saliency", self.saliency
-        yield "num_tokens", torch.tensor(self.num_tokens)
+        yield "num_tokens", torch.tensor([self.num_tokens, self.num_scored])
         if self.gram is not None:
             for start in range(0, len(self.gram), PANEL_ROWS):
                 panel = self.gram[start : start + PANEL_ROWS]
@@ -94,10 +96,11 @@ class LayerStatistics:
         """The record of which `tensors` were stored; `read` gives the tensor of a key. `gram`: with its Gram matrix."""
         saliency = read("saliency").to(device)
         record = cls.empty(saliency.shape[1], gram=gram, device=device)
-        record.saliency, record.num_tokens = saliency, int(read("num_tokens"))
+        record.saliency = saliency
+        record.num_tokens, record.num_scored = read("num_tokens").tolist()
         if record.gram is not None:
             for start in range(0, len(record.gram), PANEL_ROWS):
                 panel = read(f"gram_{start}")
-                record.gram[start : start + len(panel), : panel.shape[1]] = panel
+                record.gram[start : start + len(panel), : panel.shape[1]].copy_(panel, non_blocking=True)
             ops.mirror_(record.gram)
         return record

@@ -29,7 +29,7 @@ from minisp.architecture import (
     replace_parameter_,
     unit_axes,
 )
-from minisp.checkpoint import Checkpoint
+from minisp.checkpoint import DTYPE_OF, Checkpoint
 from minisp.device import trim_memory
 from minisp.errors import CheckpointError
 from minisp.labels import draw_labels, label_numbers
@@ -135,9 +135,10 @@ class Stream:
                         replace_parameter_(self.layers[index], name, empty)
             reading.extend(map(self._start, segments[place + ahead + 1 : place + ahead + 2]))
 
-    def release(self) -> None:
-        """Give back the memory that `visit` reads into; another visit takes it anew."""
+    def release(self, num_slots: int | None = None) -> None:
+        """Give back the memory that `visit` reads into; another visit takes it anew, for so many segments at once."""
         if self._loader is not None:
+            self._loader.num_slots = num_slots or self._loader.num_slots
             self._loader.release()
         trim_memory()
 
@@ -156,11 +157,17 @@ class Stream:
                 replace_parameter_(self.model, name, tensors[stored].to(self.dtype))
 
     def down_weight(self, index: int) -> Tensor:
-        """The down projection (d, m) of a layer, in the stored dtype (not the compute type), on the device."""
+        """The down projection (d, m) of a layer, in the stored dtype (not the compute type), on the device.
+
+        Where the layer is held and has it in that type, it is the layer's own, valid as long as that is.
+        """
         if self.checkpoint is None:
             return mlp_weights(self.layers[index], self.row).down.detach()
+        held = mlp_weights(self.layers[index], self.row).down.detach()
         name = f"{layers_path(self.model, self.row)}.{index}.{self.row.down}.weight"
         stored = self.checkpoint.stored_name(name, self.model.base_model_prefix)
+        if not held.is_meta and DTYPE_OF[self.checkpoint.tensors[stored].dtype] == held.dtype:
+            return held
         ((_, weight),) = self.checkpoint.read([stored])
         axis = unit_axes(self.layers[index], self.row)[f"{self.row.down}.weight"]
         return (weight if axis == 1 else weight.T).to(self.device)
@@ -195,6 +202,11 @@ class Stream:
         result: Any = self.layers[index](hidden, *call.args, **call.kwargs)
         leaving: Tensor = result[0] if isinstance(result, tuple) else result
         return leaving
+
+    def state_bytes(self, ids: Tensor) -> int:
+        """Bytes of the hidden states (B, L, d) of windows (B, L)."""
+        size: int = ids.numel() * self.model.config.hidden_size * self.dtype.itemsize
+        return size
 
     @property
     def logit_bytes(self) -> int:

@@ -4,6 +4,7 @@ Layers are held a segment at a time. A forward pass keeps the hidden states at s
 then segments go in reverse: recompute, backward without weight gradients, statistics on the way. One segment for the
 whole model needs no forward pass of its own; one layer per segment needs the least memory. Work per token and layer of
 P parameters: forward 2P and backward 2P FLOPs, plus 2P·(1 − 1/segments) of recomputing, plus m² for the Gram matrix.
+Windows that only add to the Gram matrices have neither the backward pass nor a loss.
 
 What is finished is a record, see `minisp.workplace`: a sweep that finds records goes on from them, to the same bits
 (on a GPU as far as the backward of its attention adds up in a fixed order, which torch does not promise).
@@ -12,38 +13,69 @@ be kept every few minutes before it is finished.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import islice
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from minisp import tiers
 from minisp.architecture import activation_kind, mlp_weights
+from minisp.batches import Batches
 from minisp.layers import fast_layers
 from minisp.mlp import watch
-from minisp.scratch import Scratch
 from minisp.statistics import LayerStatistics
 from minisp.stream import Stream
+from minisp.tiers import Tiers
 from minisp.workplace import Workplace, record
 
 # Tokens that a streamed head takes at least at once: each time, its weights are read twice.
 HEAD_TOKENS = 2048
-# What a run that is killed loses at most of the first segment's sweep.
-SAVE_SECONDS = 180.0
+Told: TypeAlias = Callable[[int, Tensor], None]
+"""Told a layer and the states that leave it."""
 # Written in turn, so that one of them is always whole.
 PARTIAL = (record("partial", 0), record("partial", 1))
 
 
+@dataclass(frozen=True)
+class _Sweep:
+    """What every pass of one sweep needs.
+
+    Attributes:
+        gram: whether Gram matrices are collected; dense: whether the heal sweep's states stay, of every layer.
+        advance: told the phase and the segment after every micro-batch.
+    """
+
+    stream: Stream
+    batches: Batches
+    work: Workplace
+    gram: bool
+    dense: bool
+    advance: Callable[[str, range], None]
+
+    def through(self, segment: range) -> list[int]:
+        """The micro-batches whose states are wanted behind a segment: behind the last one, those that get a loss."""
+        last = segment.stop == len(self.stream.layers)
+        return [i for i, scored in enumerate(self.batches.scored) if scored or (self.gram and not last)]
+
+    def sizes(self, numbers: Sequence[int]) -> list[int]:
+        """Bytes of the states of micro-batches."""
+        return [self.stream.state_bytes(self.batches.ids[number]) for number in numbers]
+
+
 def saliency_sweep(
-    stream: Stream, batches: Sequence[Tensor], segments: Sequence[range], work: Workplace, *, gram: bool
+    stream: Stream, batches: Batches, segments: Sequence[range], work: Workplace, *, gram: bool, dense: bool = False
 ) -> None:
     """Leave a record of statistics for every layer.
 
     Args:
-        batches: this process's calibration windows (B, L) int64, one micro-batch each.
+        batches: this process's calibration windows.
         segments: consecutive layers held together, in forward order; they cover all layers.
         gram: collect Gram matrices too.
+        dense: keep the states that leave each layer, of the windows of the heal sweep, as records `dense_…`.
 
     Raises:
         NumericalError: statistics that are not finite.
@@ -59,7 +91,6 @@ def saliency_sweep(
     )
     through = segments if head_first else segments[:-1]
     forward = [segment for segment in through if not work.own.has(record("states", segment.stop))]
-    steps = len(batches) * sum(len(segment) for segment in [*forward, *segments])
     done = 0
 
     def advance(phase: str, segment: range) -> None:
@@ -67,13 +98,21 @@ def saliency_sweep(
         done += len(segment)
         work.progress(f"{phase}, layers {segment.start}-{segment.stop - 1}", done, steps)
 
+    sweep = _Sweep(stream, batches, work, gram, dense, advance)
+    steps = sum(len(segment) * len(sweep.through(segment)) for segment in forward)
+    steps += len(batches.ids) * sum(map(len, segments))
     visits = stream.visit([*forward, *reversed(segments)])
     for segment in islice(visits, len(forward)):
-        _run_forward(stream, batches, segment, work.own, advance)
+        _run_forward(sweep, segment)
+        work.save_if_due(record("states", segment.stop))
     if head_first:
-        _head_gradient(stream, batches, work)
+        _head_gradient(sweep)
+    behind: range | None = None
     for segment in visits:
-        records = _run_backward(stream, batches, segment, work.own, gram, advance)
+        records = _run_backward(sweep, segment)
+        # What the segment before has left is written by now: nobody waits for the disk.
+        if behind is not None:
+            _finish(behind, work)
         for index in reversed(segment):
             statistics = records.pop(index)
             statistics.sum_over_(work.ranks)
@@ -81,39 +120,46 @@ def saliency_sweep(
             if work.ranks.first:
                 work.keep_statistics(index, statistics)
             del statistics
-        work.shared.settle()
-        work.own.settle()
-        work.ranks.wait()
-        work.own.drop(record("states", segment.start))
-        work.own.drop(record("gradient", segment.stop))
-        for name in PARTIAL:
-            work.own.drop(name)
+        behind = segment
+    _finish(segment, work)
+    work.own.forget()
+
+
+def _finish(segment: range, work: Workplace) -> None:
+    """Wait until the statistics of a segment's layers are written; drop what they were made from."""
+    work.shared.settle()
+    work.own.settle()
+    work.ranks.wait()
+    work.own.drop(record("states", segment.start))
+    work.own.drop(record("gradient", segment.stop))
+    if segment.start:
+        work.save_if_due(record("gradient", segment.start))
+        return
+    for name in PARTIAL:
+        work.own.drop(name)
 
 
 def _unfinished(segments: Sequence[range], work: Workplace) -> list[range]:
     """The segments, or parts of them, whose statistics no earlier run has left, together with the gradient to go on."""
-    lowest = segments[-1].stop
-    for layer in reversed(range(lowest)):
-        if not work.shared.has(record("statistics", layer)):
-            break
-        if layer == 0 or work.own.has(record("gradient", layer)):
-            lowest = layer
-    lowest = work.ranks.most(lowest)
+    count = segments[-1].stop
+    there = [work.shared.has(record("statistics", layer)) for layer in range(count)]
+    known = [all(there[i:]) and (i == 0 or work.own.has(record("gradient", i))) for i in range(count)]
+    lowest = work.ranks.everywhere([*known, True]).index(True)
     return [range(s.start, min(s.stop, lowest)) for s in segments if s.start < lowest]
 
 
-def _run_forward(
-    stream: Stream, batches: Sequence[Tensor], segment: range, own: Scratch, advance: Callable[[str, range], None]
-) -> None:
+def _run_forward(sweep: _Sweep, segment: range) -> None:
     """Keep the states that leave a segment."""
-    keeping = own.writing(record("states", segment.stop))
+    stream, own, numbers = sweep.stream, sweep.work.own, sweep.through(segment)
+    keeping = own.writing(record("states", segment.stop), sizes=sweep.sizes(numbers))
     with keeping as append, torch.no_grad(), fast_layers(stream.model):
-        for number, ids in enumerate(batches):
+        for number in numbers:
+            ids = sweep.batches.ids[number]
             hidden = enter(stream, own, segment, number, ids)
             for index in segment:
                 hidden = stream.run_layer(index, hidden, stream.calls(ids))
             append(str(number), hidden)
-            advance("forward", segment)
+            sweep.advance("forward", segment)
 
 
 def head_tokens(hidden: int) -> int:
@@ -125,53 +171,76 @@ def head_tokens(hidden: int) -> int:
     return max(HEAD_TOKENS, hidden)
 
 
-def _head_gradient(stream: Stream, batches: Sequence[Tensor], work: Workplace) -> None:
+def _head_gradient(sweep: _Sweep) -> None:
     """Keep the gradient at the last layer's output, many windows at a time."""
+    stream, work, ids = sweep.stream, sweep.work, sweep.batches.ids
     last = len(stream.layers)
-    per_group = max(1, head_tokens(stream.model.config.hidden_size) // max(ids.numel() for ids in batches))
-    with work.own.writing(record("gradient", last)) as append:
-        for start in range(0, len(batches), per_group):
-            group = list(batches[start : start + per_group])
-            hidden = [work.own.read(record("states", last), str(start + i)) for i in range(len(group))]
-            _, gradient = stream.loss_gradient(torch.cat(hidden).to(stream.device), torch.cat(group))
-            for i, part in enumerate(gradient.split([len(ids) for ids in group])):
-                append(str(start + i), part)
-            work.progress("head", min(start + per_group, len(batches)), len(batches))
+    numbers = sweep.through(range(last))
+    per_group = max(1, head_tokens(stream.model.config.hidden_size) // max(part.numel() for part in ids))
+    with work.own.writing(record("gradient", last), sizes=sweep.sizes(numbers)) as append:
+        for start in range(0, len(numbers), per_group):
+            group = numbers[start : start + per_group]
+            hidden = [work.own.read(record("states", last), str(number), ahead=True) for number in group]
+            _, gradient = stream.loss_gradient(torch.cat(hidden), torch.cat([ids[number] for number in group]))
+            for number, part in zip(group, gradient.split([len(ids[number]) for number in group]), strict=True):
+                append(str(number), part)
+            work.progress("head", min(start + per_group, len(numbers)), len(numbers))
     work.own.drop(record("states", last))
 
 
-def _run_backward(
-    stream: Stream,
-    batches: Sequence[Tensor],
-    segment: range,
-    own: Scratch,
-    gram: bool,
-    advance: Callable[[str, range], None],
-) -> dict[int, LayerStatistics]:
+def _run_backward(sweep: _Sweep, segment: range) -> dict[int, LayerStatistics]:
     """The statistics of a segment's layers; keeps the gradient at its input."""
-    records, first = _begin(stream, segment, own, gram)
+    stream, own, scored = sweep.stream, sweep.work.own, sweep.batches.scored
+    records, first = _begin(sweep, segment)
     saved = time.monotonic()
     source = record("gradient", segment.stop)
     known = own.has(source)
     assert known or segment.stop == len(stream.layers), f"no gradient behind layer {segment.stop - 1}"
-    keeping = own.writing(record("gradient", segment.start)) if segment.start else nullcontext(_nowhere)
-    with keeping as append, _watch_all(stream, records), fast_layers(stream.model):
-        for number, ids in enumerate(batches):
-            if number < first:
-                advance("saliency", segment)
-                continue
-            hidden = enter(stream, own, segment, number, ids)
-            above = own.read(source, str(number), ahead=True).to(stream.device, non_blocking=True) if known else None
-            append(str(number), _forward_backward(stream, segment, hidden, ids, above))
-            advance("saliency", segment)
-            if segment.start == 0 and time.monotonic() - saved >= SAVE_SECONDS:
+    sizes = sweep.sizes([number for number, flag in enumerate(scored) if flag])
+    keeping = (
+        own.writing(record("gradient", segment.start), sizes=sizes)
+        if segment.start
+        else nullcontext(lambda key, tensor: None)
+    )
+    with keeping as append, _watch_all(stream, records), _passing(sweep, segment, first) as told:
+        for number, ids in enumerate(sweep.batches.ids):
+            if number >= first and (scored[number] or sweep.gram):
+                hidden = enter(stream, own, segment, number, ids)
+                if scored[number]:
+                    above = own.read(source, str(number), ahead=True) if known else None
+                    append(str(number), _forward_backward(stream, segment, hidden, ids, above, told(number)))
+                else:
+                    _forward(stream, segment, hidden, ids, told(number))
+            sweep.advance("saliency", segment)
+            if segment.start == 0 and number >= first and time.monotonic() - saved >= tiers.SAVE_SECONDS:
+                own.save(source)
                 _save(records, own, number + 1)
                 saved = time.monotonic()
     return records
 
 
-def _begin(stream: Stream, segment: range, own: Scratch, gram: bool) -> tuple[dict[int, LayerStatistics], int]:
+@contextmanager
+def _passing(sweep: _Sweep, segment: range, first: int) -> Iterator[Callable[[int], Told]]:
+    """Within the block, layers compute as they do in every sweep; gives who is told what a micro-batch leaves."""
+    heals, own = sweep.batches.heals, sweep.work.own
+    with ExitStack() as stack:
+        stack.enter_context(fast_layers(sweep.stream.model))
+        # A sweep that goes on in the middle of a segment has passed some windows before: their states are gone.
+        appends = {
+            index: stack.enter_context(own.writing(record("dense", index + 1), sizes=sweep.sizes(range(heals))))
+            for index in (segment if sweep.dense and heals and first == 0 else ())
+        }
+
+        def told(number: int) -> Told:
+            wanted = appends and number < heals
+            return lambda index, leaving: appends[index](str(number), leaving.detach()) if wanted else None
+
+        yield told
+
+
+def _begin(sweep: _Sweep, segment: range) -> tuple[dict[int, LayerStatistics], int]:
     """The sums of a segment's layers to go on with, and the micro-batches that are in them already."""
+    stream, own, gram = sweep.stream, sweep.work.own, sweep.gram
     widths = {i: mlp_weights(stream.layers[i], stream.row).up.shape[0] for i in segment}
     facts = {name: own.facts(name) for name in PARTIAL if segment.start == 0 and own.has(name)}
     usable = {name: found["batches"] for name, found in facts.items() if found["layers"] == len(segment)}
@@ -188,7 +257,7 @@ def _begin(stream: Stream, segment: range, own: Scratch, gram: bool) -> tuple[di
     return {i: kept(i) for i in segment}, usable[newest]
 
 
-def _save(records: dict[int, LayerStatistics], own: Scratch, batches: int) -> None:
+def _save(records: dict[int, LayerStatistics], own: Tiers, batches: int) -> None:
     """Keep the sums of so many micro-batches, in place of the older ones of two, where the disk has ample room."""
     size = sum(tensor.nbytes for statistics in records.values() for _, tensor in statistics.tensors())
     if own.free_bytes() < 4 * size:
@@ -200,27 +269,34 @@ def _save(records: dict[int, LayerStatistics], own: Scratch, batches: int) -> No
                 append(f"{index} {key}", tensor)
 
 
-def enter(stream: Stream, own: Scratch, segment: range, number: int, ids: Tensor, *, kind: str = "states") -> Tensor:
+def enter(stream: Stream, own: Tiers, segment: range, number: int, ids: Tensor, *, kind: str = "states") -> Tensor:
     """The hidden state that enters a segment: embedded anew for the first one, kept for the others."""
     if segment.start == 0:
         return stream.embed(ids)
-    return own.read(record(kind, segment.start), str(number), ahead=True).to(stream.device, non_blocking=True)
+    return own.read(record(kind, segment.start), str(number), ahead=True)
 
 
-def _forward_backward(stream: Stream, segment: range, hidden: Tensor, ids: Tensor, gradient: Tensor | None) -> Tensor:
+@torch.no_grad()
+def _forward(stream: Stream, segment: range, hidden: Tensor, ids: Tensor, told: Told) -> None:
+    """Pass a segment whose layers are watched."""
+    for index in segment:
+        hidden = stream.run_layer(index, hidden, stream.calls(ids))
+        told(index, hidden)
+
+
+def _forward_backward(
+    stream: Stream, segment: range, hidden: Tensor, ids: Tensor, gradient: Tensor | None, told: Told
+) -> Tensor:
     """Gradient at the segment's input, given the one at its output (or, for the last segment, the loss)."""
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
         leaving = hidden
         for index in segment:
             leaving = stream.run_layer(index, leaving, stream.calls(ids))
+            told(index, leaving)
     if gradient is None:
         _, gradient = stream.loss_gradient(leaving.detach(), ids)
     return torch.autograd.grad(leaving, hidden, gradient)[0]
-
-
-def _nowhere(key: str, tensor: Tensor) -> None:
-    """Nobody asks for the gradient below the first layer."""
 
 
 def _watch_all(stream: Stream, records: dict[int, LayerStatistics]) -> ExitStack:

@@ -16,6 +16,7 @@ from minisp.ranks import Ranks
 from minisp.reconstruction import Reconstruction
 from minisp.scratch import Memory, Scratch
 from minisp.statistics import LayerStatistics
+from minisp.tiers import Room, Tiers
 
 Progress = Callable[[str, int, int], None]
 """Called with the phase, the steps done and the steps in all."""
@@ -33,7 +34,7 @@ class Workplace:
     """
 
     shared: Scratch
-    own: Scratch
+    own: Tiers
     ranks: Ranks
     progress: Progress
 
@@ -41,13 +42,23 @@ class Workplace:
     def in_memory(cls, progress: Progress = lambda phase, done, total: None) -> "Workplace":
         """One process, whose records wait in memory."""
         memory = Memory()
-        return cls(memory, memory, Ranks(), progress)
+        return cls(memory, Tiers(memory, torch.device("cpu"), Room(device=2**63)), Ranks(), progress)
+
+    def save_if_due(self, *names: str) -> None:
+        """Every few minutes, have this process's records in its folder, from which a run that is killed goes on."""
+        # Together, and nobody drops the older ones before all have the newer ones: one boundary is there everywhere.
+        if self.ranks.most(self.own.due):
+            self.own.save(*names)
+            self.ranks.wait()
+            self.own.forget(*names)
 
     def statistics(self, layer: int, *, gram: bool, device: torch.device | str = "cpu") -> LayerStatistics:
         """The statistics of a layer that the saliency sweep has left; `gram`: with the Gram matrix."""
         name = record("statistics", layer)
         return LayerStatistics.from_tensors(
-            lambda key: self.shared.read(name, key), gram=gram, device=torch.device(device)
+            lambda key: self.shared.read(name, key, ahead=key.startswith("gram")),
+            gram=gram,
+            device=torch.device(device),
         )
 
     def keep_statistics(self, layer: int, statistics: LayerStatistics) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minisp import allocation, fast
 from minisp.allocation import divergences, measure_ratios, ratios, trial_tokens
+from minisp.batches import Batches
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
 from minisp.errors import ConfigError
@@ -86,7 +87,7 @@ def test_no_more_tokens_are_tried_than_planned(count: int, length: int, monkeypa
     model, texts = tiny_model("llama"), windows(count, length)
     stream, work = Stream.from_module(model), Workplace.in_memory()
     with frozen(model):
-        saliency_sweep(stream, list(texts.split(1)), [range(LAYERS)], work, gram=True)
+        saliency_sweep(stream, Batches.scoring(texts.split(1)), [range(LAYERS)], work, gram=True)
         scores = [work.statistics(layer, gram=False).score("fisher") for layer in range(LAYERS)]
         embedded: list[Tensor] = []
         monkeypatch.setattr(stream, "embed", lambda ids, embed=stream.embed: (embedded.append(ids), embed(ids))[1])

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from minisp import fast
 from minisp.architecture import ARCHITECTURES, architecture_of, decoder_layers, known_model_types, mlp_weights
+from minisp.batches import Batches
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
 from minisp.errors import ConfigError
@@ -64,7 +65,7 @@ def sweep(stream: Stream, ids: Tensor, batch: int, segment: int) -> dict[int, La
     segments = [range(i, min(i + segment, LAYERS)) for i in range(0, LAYERS, segment)]
     with frozen(stream.model):
         work = Workplace.in_memory(silent)
-        saliency_sweep(stream, ids.split(batch), segments, work, gram=True)
+        saliency_sweep(stream, Batches.scoring(ids.split(batch)), segments, work, gram=True)
     return {layer: work.statistics(layer, gram=True) for layer in range(LAYERS)}
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from minisp import fast
+from minisp.batches import FEW_TOKENS, heal_count, heal_windows
 from minisp.config import MinifyConfig
-from minisp.heal import FEW_TOKENS, heal_count, heal_windows
 from minisp.reconstruction import Reconstruction, correct
 from minisp.ridge import ridge_fit
 from tests.models import VOCABULARY, save_checkpoint, tiny_model
@@ -61,10 +61,10 @@ def test_more_text_never_means_that_less_is_corrected_on() -> None:
 
 
 def test_what_is_corrected_on_depends_neither_on_processes_nor_on_micro_batches() -> None:
-    ids = torch.arange(40)[:, None].expand(40, 512)
-    found = [heal_windows(ids, MinifyConfig(), ranks)[:, 0].tolist() for ranks in (1, 2, 4)]
+    found = [heal_windows(40, 512, MinifyConfig(), ranks) for ranks in (1, 2, 4)]
     assert found[0] == found[1] == found[2] == list(range(1, 40, 2))
-    assert heal_windows(ids, MinifyConfig(inputs="pruned")) is ids
+    assert heal_windows(40, 512, MinifyConfig(inputs="pruned")) == list(range(40))
+    assert heal_windows(40, 512, MinifyConfig(inputs="dense")) == []
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from minisp import allocation, fast, sweep
+from minisp import allocation, fast, sweep, tiers
 from minisp.cli import app
 from minisp.config import Resources
 from minisp.errors import ConfigError, OutputError
@@ -110,6 +110,7 @@ def test_trial_cuts_go_on_behind_the_last_layer_that_was_finished(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(source, tmp_path / "whole")
+    monkeypatch.setattr(tiers, "SAVE_SECONDS", 0.0)
     interrupted(source, tmp_path / "out", "trial cuts")
     assert [path.name for path in (tmp_path / ".out.scratch").glob("trials*.json")] == ["trials_0002.json"]
     tried: list[int] = []
@@ -160,7 +161,7 @@ def test_a_sweep_over_the_first_segment_goes_on_in_its_middle(
 ) -> None:
     run(source, tmp_path / "whole", segment=segment)
     out, phase = tmp_path / "out", f"saliency, layers 0-{segment - 1}"
-    monkeypatch.setattr(sweep, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(tiers, "SAVE_SECONDS", 0.0)
     passed = 0
     backward = sweep._forward_backward
 
