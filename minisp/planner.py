@@ -273,9 +273,7 @@ def _shape(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: i
 def _heal_tokens(config: MinifyConfig, ranks: int) -> int:
     if not config.heals:
         return 0
-    count = config.num_windows
-    if config.inputs == "both":
-        count = heal_count(count, config.window, ranks)
+    count = heal_count(config.num_windows, config.window, ranks) if config.inputs == "both" else config.num_windows
     return -(-count // ranks) * config.window
 
 

@@ -22,7 +22,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from minisp import tiers
+from minisp import partial, tiers
 from minisp.architecture import activation_kind, mlp_weights
 from minisp.batches import Batches
 from minisp.layers import fast_layers
@@ -36,8 +36,6 @@ from minisp.workplace import Workplace, record
 HEAD_TOKENS = 2048
 Told: TypeAlias = Callable[[int, Tensor], None]
 """Told a layer and the states that leave it."""
-# Written in turn, so that one of them is always whole.
-PARTIAL = (record("partial", 0), record("partial", 1))
 
 
 @dataclass(frozen=True)
@@ -135,8 +133,7 @@ def _finish(segment: range, work: Workplace) -> None:
     if segment.start:
         work.save_if_due(record("gradient", segment.start))
         return
-    for name in PARTIAL:
-        work.own.drop(name)
+    partial.drop(work.own)
 
 
 def _unfinished(segments: Sequence[range], work: Workplace) -> list[range]:
@@ -191,7 +188,8 @@ def _head_gradient(sweep: _Sweep) -> None:
 def _run_backward(sweep: _Sweep, segment: range) -> dict[int, LayerStatistics]:
     """The statistics of a segment's layers; keeps the gradient at its input."""
     stream, own, scored = sweep.stream, sweep.work.own, sweep.batches.scored
-    records, first = _begin(sweep, segment)
+    widths = {i: mlp_weights(stream.layers[i], stream.row).up.shape[0] for i in segment}
+    records, first = partial.begin(own, widths, gram=sweep.gram, device=stream.device)
     saved = time.monotonic()
     source = record("gradient", segment.stop)
     known = own.has(source)
@@ -214,7 +212,7 @@ def _run_backward(sweep: _Sweep, segment: range) -> dict[int, LayerStatistics]:
             sweep.advance("saliency", segment)
             if segment.start == 0 and number >= first and time.monotonic() - saved >= tiers.SAVE_SECONDS:
                 own.save(source)
-                _save(records, own, number + 1)
+                partial.save(own, records, number + 1)
                 saved = time.monotonic()
     return records
 
@@ -236,37 +234,6 @@ def _passing(sweep: _Sweep, segment: range, first: int) -> Iterator[Callable[[in
             return lambda index, leaving: appends[index](str(number), leaving.detach()) if wanted else None
 
         yield told
-
-
-def _begin(sweep: _Sweep, segment: range) -> tuple[dict[int, LayerStatistics], int]:
-    """The sums of a segment's layers to go on with, and the micro-batches that are in them already."""
-    stream, own, gram = sweep.stream, sweep.work.own, sweep.gram
-    widths = {i: mlp_weights(stream.layers[i], stream.row).up.shape[0] for i in segment}
-    facts = {name: own.facts(name) for name in PARTIAL if segment.start == 0 and own.has(name)}
-    usable = {name: found["batches"] for name, found in facts.items() if found["layers"] == len(segment)}
-    if not usable:
-        return {i: LayerStatistics.empty(w, gram=gram, device=stream.device) for i, w in widths.items()}, 0
-    newest = max(usable, key=lambda name: usable[name])
-
-    def kept(index: int) -> LayerStatistics:
-        def read(key: str) -> Tensor:
-            return own.read(newest, f"{index} {key}")
-
-        return LayerStatistics.from_tensors(read, gram=gram, device=stream.device)
-
-    return {i: kept(i) for i in segment}, usable[newest]
-
-
-def _save(records: dict[int, LayerStatistics], own: Tiers, batches: int) -> None:
-    """Keep the sums of so many micro-batches, in place of the older ones of two, where the disk has ample room."""
-    size = sum(tensor.nbytes for statistics in records.values() for _, tensor in statistics.tensors())
-    if own.free_bytes() < 4 * size:
-        return
-    there = {name: own.facts(name)["batches"] if own.has(name) else 0 for name in PARTIAL}
-    with own.writing(min(there, key=lambda name: there[name]), batches=batches, layers=len(records)) as append:
-        for index, statistics in records.items():
-            for key, tensor in statistics.tensors():
-                append(f"{index} {key}", tensor)
 
 
 def enter(stream: Stream, own: Tiers, segment: range, number: int, ids: Tensor, *, kind: str = "states") -> Tensor:

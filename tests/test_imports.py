@@ -27,6 +27,7 @@ LEVELS = (
     ("allocation", "heal"),
     ("passage",),
     ("sweep",),
+    ("partial",),
     ("resume", "workplace"),
     ("tiers",),
     ("demo_model", "layers", "mlp", "scratch", "stream", "writer"),
