@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from minisp import ops, reference
+from minisp import reference
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
@@ -150,7 +150,7 @@ def test_every_part_can_be_rehearsed(script: Any, tmp_path: Path) -> None:
     # What a CPU lacks, and nothing else, has failed.
     assert errors_of(found) <= {"addmm to float32: error"}
     timed = {key for figures in found.values() for row in figures.get("norm", []) for key in row}
-    assert ("minisp" in timed) == hasattr(ops, "rms_norm")
+    assert "minisp" in timed
     assert all(found[part]["seconds"] > 0 for part in script("gpu_end_to_end").PARTS)
     assert (folders["out"] / "capped_8" / "config.json").exists()
 
