@@ -32,6 +32,8 @@ LEVELS = {
     "avx512_bf16": f"{AVX512} -mavx512bf16",
     "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
 }
+# What the compilers' __builtin_cpu_supports calls what a level adds, where it adds anything.
+LEVEL_NAMES = {"avx2": "avx2", "avx512": "avx512f", "avx512_bf16": "avx512bf16", "amx": "amx-bf16"}
 LEVEL_FLAGS = "-ffp-contract=fast -Wno-psabi -Wno-ignored-attributes"
 
 RULES = """\
@@ -65,11 +67,17 @@ def known_archs(nvcc: str) -> list[str]:
 
 
 def known_levels(cxx: str) -> list[str]:
-    """The members of `LEVELS` that this compiler can make for its target, up to the first that it cannot."""
+    """The members of `LEVELS` that this compiler can make for its target, up to the first that it cannot.
+
+    It must be able to ask a processor for a level too: clang knew the flags of tiles before their name. Where flags or
+    names are another processor's, some compilers only warn.
+    """
     known = []
     for level, flags in LEVELS.items():
-        command = [cxx, *flags.split(), "-E", "-x", "c++", os.devnull]
-        if subprocess.run(command, capture_output=True, check=False).returncode:
+        asked = f'__builtin_cpu_supports("{LEVEL_NAMES[level]}")' if level in LEVEL_NAMES else "0"
+        command = [cxx, *flags.split(), "-Werror", "-S", "-x", "c++", "-", "-o", os.devnull]
+        source = f"int main() {{ return {asked}; }}".encode()
+        if subprocess.run(command, input=source, capture_output=True, check=False).returncode:
             break
         known.append(level)
     return known

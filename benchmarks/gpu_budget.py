@@ -33,7 +33,7 @@ RATES = {
     "element-wise": 2.6e12, "activation": 2.35e12, "disk read": 3e9, "disk write": 2e9,
 }  # fmt: skip
 BYTES = ("element-wise", "activation", "disk read", "disk write")
-# How much faster than torch.linalg the ridge solver is with 512-wide inverses, TF32 products and refinement.
+# How much faster than torch.linalg the ridge solver is at least, with its checks: docs/derived-solver.md.
 SOLVER = 1.75
 
 

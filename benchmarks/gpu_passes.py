@@ -151,13 +151,11 @@ def _norm_contenders(bench: Bench, x: Tensor, grad: Tensor) -> Contenders:
 
     module = LlamaRMSNorm(x.shape[-1], eps=1e-5).to(bench.device, bench.half).requires_grad_(False)
     shape = (x.shape[-1],)
-    contenders: Contenders = {
+    return {
         "transformers": lambda: torch.autograd.grad(module(x), x, grad),
         "F.rms_norm": lambda: torch.autograd.grad(functional.rms_norm(x, shape, module.weight, 1e-5), x, grad),
+        "minisp": lambda: torch.autograd.grad(ops.rms_norm(x, module.weight, 1e-5), x, grad),
     }
-    if hasattr(ops, "rms_norm"):
-        contenders["minisp"] = lambda: torch.autograd.grad(ops.rms_norm(x, module.weight, 1e-5), x, grad)
-    return contenders
 
 
 def _rotary_contenders(bench: Bench, query: Tensor, key: Tensor) -> Contenders:
@@ -165,13 +163,9 @@ def _rotary_contenders(bench: Bench, query: Tensor, key: Tensor) -> Contenders:
 
     cosine, sine = (bench.randn(1, query.shape[2], query.shape[3]) for _ in range(2))
     gradients = torch.randn_like(query), torch.randn_like(key)
-    contenders: Contenders = {
+    return {
         "transformers": lambda: torch.autograd.grad(
             apply_rotary_pos_emb(query, key, cosine, sine), (query, key), gradients
-        )
+        ),
+        "minisp": lambda: torch.autograd.grad(ops.rotary(query, key, cosine, sine), (query, key), gradients),
     }
-    if hasattr(ops, "rotary"):
-        contenders["minisp"] = lambda: torch.autograd.grad(
-            ops.rotary(query, key, cosine, sine), (query, key), gradients
-        )
-    return contenders

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # What the engine calls, with its scaling and checks; without them; and torch's.
 CHECKED, BARE, TORCH = "ours with checks", "ours", "torch cholesky"
-# n = 17000 is the first size here beyond the solver's work rows, as 70B models have them.
+# n = 17000 is no multiple of a panel: the last one is not full.
 SIZES = ((1536, 576), (5504, 2048), (11008, 4096), (14336, 4096), (17000, 4096), (28672, 8192))
 
 

@@ -43,8 +43,11 @@ std::vector<std::string> instruction_sets() {
   if (__builtin_cpu_supports("avx2")) found.push_back("avx2");
   if (__builtin_cpu_supports("fma")) found.push_back("fma");
   if (__builtin_cpu_supports("avx512f")) found.push_back("avx512f");
+  // Names that compilers learnt late: setup.py has asked.
+#if defined(MINISP_HAS_avx512_bf16)
   if (__builtin_cpu_supports("avx512bf16")) found.push_back("avx512bf16");
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#endif
+#if defined(MINISP_HAS_amx)
   if (__builtin_cpu_supports("amx-bf16")) found.push_back("amx_bf16");
 #endif
 #elif defined(__aarch64__)

@@ -41,8 +41,10 @@ bool offers(Level level) {
     case Level::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#if defined(MINISP_HAS_amx)
+#if defined(MINISP_HAS_avx512_bf16)
     case Level::avx512_bf16: return __builtin_cpu_supports("avx512bf16");
+#endif
+#if defined(MINISP_HAS_amx)
     case Level::amx: {
       // Linux grants the tile registers' large state on request (Documentation/arch/x86/xstate.rst in the kernel).
       constexpr long kRequestPermission = 0x1023, kTileData = 18;

@@ -17,7 +17,8 @@ def build_program(source: Path, folder: Path, *, levels: Sequence[str], flags: s
 
     The intrinsics of wider levels come from tests/emulated/, so that no level needs its processor.
     """
-    table = [f"-DMINISP_LEVELS(X)={' '.join(f'X({level})' for level in levels)}", "-DMINISP_HAS_amx"]
+    table = [f"-DMINISP_LEVELS(X)={' '.join(f'X({level})' for level in levels)}"]
+    table += [f"-DMINISP_HAS_{level}" for level in LEVELS]
     quiet = ["-Wno-psabi", "-Wno-ignored-attributes"]
     common = [str(COMPILER), "-std=c++17", "-pthread", *flags.split(), f"-I{ROOT / 'csrc'}", *quiet, *table]
     objects, commands = [], []

@@ -45,7 +45,9 @@ def test_solver(dtype: torch.dtype, n: int, pieces: bool) -> None:
     gram, right = system(n, dtype)
     solution = right.cuda()
     solved = cholesky.solve_(gram.cuda(), solution, pieces=pieces)
-    allowed = 10 * n * torch.finfo(dtype).eps
+    # Two products in pieces, good to 2⁻¹⁶ each, show where there is nothing else to round.
+    least = 2**-15 if pieces and dtype == torch.float32 else 0.0
+    allowed = max(10 * n * torch.finfo(dtype).eps, least)
     assert backward_error(gram, right, solution) <= allowed
     assert solved.backward_error <= allowed
 

@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from minisp import ops, reference
+from minisp import reference
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]
@@ -40,6 +41,33 @@ def test_a_race_goes_on_without_the_one_that_falls(script: Any, monkeypatch: pyt
     assert figures["falls: error"] == "OutOfMemoryError: no room"
     # The first timing only says how often to repeat.
     assert figures["runs"] == [1.0, 3.0, 5.0]
+
+
+def test_a_kernel_is_counted_once_and_by_its_kind(script: Any) -> None:
+    layers, bench = script("gpu_layers"), script("gpu_bench").Bench()
+
+    def event(key: str, device: str, *, is_user_annotation: bool = False) -> SimpleNamespace:
+        kind = SimpleNamespace(name=device)
+        return SimpleNamespace(
+            key=key, device_type=kind, is_user_annotation=is_user_annotation, self_device_time_total=2000.0, count=3
+        )
+
+    names = {
+        "rotate_kernel": "minisp",
+        "rms_norm_backward_kernel": "minisp",
+        "cross_entropy_gradient_kernel": "minisp",
+        "void minisp::(anonymous namespace)::invert_block_kernel<float>(minisp::View<float>)": "minisp",
+        "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float>()": "others",
+        "nvjet_tst_256x128_64x4_NNT": "products",
+        "void pytorch_flash::flash_fwd_kernel<>()": "attention",
+        "Memcpy DtoD (Device -> Device)": "copies",
+    }
+    events = [event(name, "CUDA") for name in names]
+    # What launched them, and a range that a user marked.
+    events += [event("aten::mm", "CPU"), event("ProfilerStep#1", "CUDA", is_user_annotation=True)]
+    rows = layers.kernels_of(SimpleNamespace(key_averages=lambda: events), bench)
+    assert {row["name"]: row["kind"] for row in rows} == {name[:80]: kind for name, kind in names.items()}
+    assert all(row["milliseconds"] == 2.0 for row in rows)
 
 
 PARTS_IN_MEMORY = ("gram", "product", "saliency", "cross_entropy", "norms", "linalg", "attention")
@@ -122,7 +150,7 @@ def test_every_part_can_be_rehearsed(script: Any, tmp_path: Path) -> None:
     # What a CPU lacks, and nothing else, has failed.
     assert errors_of(found) <= {"addmm to float32: error"}
     timed = {key for figures in found.values() for row in figures.get("norm", []) for key in row}
-    assert ("minisp" in timed) == hasattr(ops, "rms_norm")
+    assert "minisp" in timed
     assert all(found[part]["seconds"] > 0 for part in script("gpu_end_to_end").PARTS)
     assert (folders["out"] / "capped_8" / "config.json").exists()
 

@@ -17,7 +17,15 @@ void copy_rows(const T* source, int64_t stride, const AttentionShape& shape, Mat
     if constexpr (sizeof(T) == sizeof(Element)) {
       std::memcpy(rows + t * size.columns, source + t * stride, shape.dim * sizeof(T));
     } else {
-      for (int64_t d = 0; d < shape.dim; ++d) rows[t * size.columns + d] = load(source[t * stride + d]);
+      // As vectors or bytes: tiles are made of them as 32-bit words, before which stores of floats need not be done.
+      const T* const from = source + t * stride;
+      Element* const to = rows + t * size.columns;
+      int64_t d = 0;
+      for (; d + kLanes <= shape.dim; d += kLanes) store_vector(load_vector(from + d), to + d);
+      for (; d < shape.dim; ++d) {
+        const Element value = load(from[d]);
+        std::memcpy(to + d, &value, sizeof value);
+      }
     }
   }
 }

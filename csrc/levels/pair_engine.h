@@ -83,6 +83,8 @@ struct PairEngine {
   static void multiply_block(Sums c, Rows<bf16> a, Tiles<bf16> b, int64_t steps, bool add) {
     const int64_t c_bytes = c.stride * sizeof(float), a_bytes = a.stride * sizeof(bf16), b_bytes = 64;
     float* const lower = c.data + kEdge * c.stride;
+    // gcc's tile loads do not say that they read memory: whatever was stored shall be there by now.
+    __asm__ volatile("" ::: "memory");
     if (add) {
       _tile_loadd(0, c.data, c_bytes);
       _tile_loadd(1, c.data + kEdge, c_bytes);
