@@ -121,9 +121,13 @@ class Tiers:
         else:
             self.store.drop(name)
 
-    def reserve(self, size: int) -> bool:
-        """Whether a phase may keep so many bytes on the device itself; they then count until given back."""
-        fits = self._used.device + size <= self.room.device
+    def reserve(self, size: int, *, beside: int = 0) -> bool:
+        """Whether a phase may keep so many bytes on the device itself; they then count until given back.
+
+        Args:
+            beside: bytes of a record that will be written before that, and is to find room too.
+        """
+        fits = self._used.device + size + beside <= self.room.device
         if fits:
             self._take(Room(size))
         return fits
