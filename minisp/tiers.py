@@ -142,12 +142,12 @@ class Tiers:
         return isinstance(self.store, Folder) and time.monotonic() - self._last >= SAVE_SECONDS
 
     def save(self, *names: str) -> None:
-        """Have records in the folder, those in memory as well.
+        """Have records in the folder, those in memory as well; without a folder, nothing outlives the process.
 
         Raises:
             OutputError: the folder cannot be written.
         """
-        for name in names:
+        for name in names if isinstance(self.store, Folder) else ():
             if name in self._held and name not in self._saved:
                 with self.store.writing(name, **self._held[name].facts) as append:
                     for key, (tensor, arrived) in self._held[name].tensors.items():

@@ -68,6 +68,14 @@ def test_a_record_that_fails_takes_no_room() -> None:
     assert own.reserve(80) and not own.has("dense_0001")
 
 
+def test_without_a_folder_nothing_is_saved() -> None:
+    store = Memory()
+    own = Tiers(store, CPU, Room(device=80))
+    keep(own, "gradient_0001", 2)
+    own.save("gradient_0001")
+    assert own.has("gradient_0001") and not store.has("gradient_0001")
+
+
 def test_a_saved_boundary_stays_until_a_newer_one_is_saved(tmp_path: Path) -> None:
     own = Tiers(Folder(tmp_path), CPU, Room(device=1000))
     keep(own, "healed_0001", 1)
