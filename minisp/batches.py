@@ -54,17 +54,22 @@ def heal_windows(count: int, window: int, config: MinifyConfig, ranks: int = 1) 
 
 
 def make_batches(windows: Tensor, config: MinifyConfig, batch: int, ranks: Ranks) -> Batches:
-    """This process's share of calibration windows (N, L), `batch` of them at once."""
+    """This process's share of calibration windows (N, L), `batch` of them at once.
+
+    Which windows share a micro-batch, and their order, do not depend on how units are refitted. Records of an
+    unfinished sweep, one tensor per micro-batch, then serve a run with another method (`reuse`).
+    """
     count, window = windows.shape
-    healed = set(heal_windows(count, window, config, ranks.size))
+    corrected = set(spread(count, heal_count(count, window, ranks.size)))
     scored = set(spread(count, config.saliency_windows or count))
     ids: list[Tensor] = []
     flags: list[bool] = []
-    heals = 0
+    num_corrected = 0
     for kind in ((True, True), (True, False), (False, True), (False, False)):
-        rows = [row for row in range(count) if (row in healed, row in scored) == kind]
+        rows = [row for row in range(count) if (row in corrected, row in scored) == kind]
         found = [part for part in ranks.share(windows[rows]).split(batch) if len(part)]
         ids += found
         flags += [kind[1]] * len(found)
-        heals += kind[0] * len(found)
+        num_corrected += kind[0] * len(found)
+    heals = {"both": num_corrected, "pruned": len(ids)}.get(config.inputs, 0) if config.heals else 0
     return Batches(ids, flags, heals)

@@ -119,11 +119,12 @@ def scratch_room(shape: Shape, layout: Layout, rooms: Rooms, widths: Sequence[in
     """Bytes that what waits in the scratch folder takes at most at once."""
     if not shape.writes:
         return 0
-    # The boundary that is saved and the one that replaces it, beside what has no room in memory.
+    # The boundary that is saved and the one that replaces it. Where states have no room in memory, the one that was
+    # saved last stays beside them.
     saved = {SWEEP: 2 * states(shape), TRIALS: 2 * (shape.num_layers + 1) * trial_states(shape)}
     saved[HEAL] = 4 * heal_states(shape)
     passing = [
-        saved[phase] if spilled(shape, layout, rooms, phase) == 0 else waiting
+        saved[phase] if spilled(shape, layout, rooms, phase) == 0 else waiting + saved[phase] // 2
         for phase, waiting in waiting_bytes(shape, layout).items()
     ]
     dense = dense_bytes(shape) if layout.dense == "disk" else 0

@@ -58,6 +58,12 @@ def _own_gpu() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def free_main_memory() -> int:
+    """Bytes of main memory that are free for this process, beside the others that torchrun has started here."""
+    available: int = psutil.virtual_memory().available
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def compute_dtype(config: MinifyConfig, device: torch.device) -> torch.dtype:
     """The type that the config names, or bfloat16 where the device computes in it, or float32."""
     if config.dtype != "auto":
@@ -136,5 +142,5 @@ def memory_limit(resources: Resources, device: torch.device, base: int) -> tuple
         given = min(parse_size(resources.device_memory), free)
         return "Option device_memory", given, int(GAPS * given) + LIBRARY_BYTES
     if resources.host_memory is None:
-        return "Main memory", int(MEMORY_SHARE["cpu"] * psutil.virtual_memory().available) + base, base
+        return "Main memory", int(MEMORY_SHARE["cpu"] * free_main_memory()) + base, base
     return "Option host_memory", parse_size(resources.host_memory), base

@@ -162,7 +162,9 @@ def _plan(
         source = Source(
             name, skeleton(checkpoint), device, compute_dtype(config, device), checkpoint, streams=writes, writes=writes
         )
-        return make_plan(source, config, resources, ranks=ranks.size)
+        own = make_plan(source, config, resources, ranks=ranks.size)
+        # Processes that held other segments would not meet; each may have found other memory free.
+        return replace(ranks.of_first(own), device=own.device)
     if getattr(model, "get_output_embeddings", lambda: None)() is None:
         raise UnsupportedModelError(
             f"Model: expected a transformers causal language model, got {type(model).__name__} without a language "

@@ -42,18 +42,21 @@ def _compute_alone() -> None:
     torch.set_num_threads(1)
 
 
-# Jobs that may wait to be written while the computation goes on, where nobody plans with more: what they hold is in
-# memory.
+# Jobs that may always wait to be written while the computation goes on: what they hold is in memory.
 WRITES_BEHIND = 2
 
 
 class WriteBehind:
-    """A thread that does jobs in order, beside the computation; as a context, it ends with the block."""
+    """A thread that does jobs in order, beside the computation; as a context, it ends with the block.
+
+    Attributes:
+        room: bytes that waiting jobs may hold where they are more than `WRITES_BEHIND`.
+    """
 
     def __init__(self) -> None:
-        self.behind = WRITES_BEHIND
+        self.room = 0
         self._thread = helper_thread("minisp-writer")
-        self._waiting: deque[Future[Any]] = deque()
+        self._waiting: deque[tuple[Future[Any], int]] = deque()
 
     def __enter__(self) -> "WriteBehind":
         return self
@@ -61,27 +64,30 @@ class WriteBehind:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def submit(self, job: Callable[..., Any], *arguments: Any) -> None:
+    def submit(self, job: Callable[..., Any], *arguments: Any, size: int = 0) -> None:
         """Have a job done, once few enough are waiting.
+
+        Args:
+            size: bytes that it holds until it is done.
 
         Raises:
             Exception: that of an earlier job.
         """
-        while len(self._waiting) >= self.behind:
-            self._waiting.popleft().result()
-        self._waiting.append(self._thread.submit(job, *arguments))
+        while len(self._waiting) >= WRITES_BEHIND and size + sum(held for _, held in self._waiting) >= self.room:
+            self._waiting.popleft()[0].result()
+        self._waiting.append((self._thread.submit(job, *arguments), size))
 
-    def do(self, job: Callable[..., Any], *arguments: Any) -> None:
+    def do(self, job: Callable[..., Any], *arguments: Any, size: int = 0) -> None:
         """Do a job at once where none waits, else after those; raises as `submit`."""
         if self._waiting:
-            self.submit(job, *arguments)
+            self.submit(job, *arguments, size=size)
         else:
             job(*arguments)
 
     def settle(self) -> None:
         """Wait until all is done; raises what a job raised."""
         while self._waiting:
-            self._waiting.popleft().result()
+            self._waiting.popleft()[0].result()
 
     def close(self) -> None:
         """End the thread after what it has still to do; failures no longer matter."""

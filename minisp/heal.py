@@ -166,7 +166,8 @@ class _Drift:
     @classmethod
     def empty(cls, n: int, hidden: int, device: torch.device) -> "_Drift":
         energy = torch.zeros((), dtype=torch.float64, device=device)
-        return cls(torch.zeros(n, n, device=device), torch.zeros(n, hidden, device=device), energy)
+        gram, cross = (torch.zeros(n, size, dtype=torch.float32, device=device) for size in (n, hidden))
+        return cls(gram, cross, energy)
 
     def add_(self, x: Tensor, dense: Tensor, pruned: Tensor) -> None:
         """A micro-batch: x (T, n), and the states (B, L, d) behind the layer in both models.

@@ -196,7 +196,7 @@ def fit_together(checkpoints: list[Checkpoint], device: torch.device, dtype: tor
     """Whether the models have room beside each other in the memory that is free, by the share that a plan may take."""
     elements = sum(math.prod(place.shape) for one in checkpoints for place in one.tensors.values())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return elements * dtype.itemsize <= MEMORY_SHARE[device.type] * free
+    return elements * dtype.itemsize <= MEMORY_SHARE.get(device.type, MEMORY_SHARE["cpu"]) * free
 
 
 def load_any(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:

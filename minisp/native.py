@@ -49,7 +49,7 @@ def serves_gram(x: Tensor) -> bool:
 
 def activation_backward_(gate: Tensor, up: Tensor | None, grad_x: Tensor, kind: str) -> Tensor:
     """In place; the sums (3, m) float32 are returned. See `minisp.ops.activation_backward_`."""
-    sums = torch.zeros(3, gate.shape[1])
+    sums = torch.zeros(3, gate.shape[1], dtype=torch.float32)
     extension().activation_backward(
         gate.data_ptr(),
         _address(up),
@@ -99,7 +99,7 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         out = _empty_heads(query)
-        logsumexp = torch.empty(query.shape[:3])
+        logsumexp = torch.empty(query.shape[:3], dtype=torch.float32)
         shape = (*query.shape[:2], key.shape[1], *query.shape[2:], scale, query.dtype == torch.bfloat16)
         addresses = (_strided(t) for t in (query, key, value, out))
         extension().attention_forward(*addresses, logsumexp.data_ptr(), shape, torch.get_num_threads())

@@ -29,7 +29,7 @@ def serves_rotary(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> b
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """As `portable.rms_norm`, for contiguous rows (T, d)."""
-    out, inverse = torch.empty_like(hidden), torch.empty(len(hidden))
+    out, inverse = torch.empty_like(hidden), torch.empty(len(hidden), dtype=torch.float32)
     addresses = hidden.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), inverse.data_ptr()
     extension().rms_norm(*addresses, _shape(hidden, offset), torch.get_num_threads())
     return out, inverse

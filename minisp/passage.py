@@ -54,6 +54,8 @@ class Passage:
         self._index, self._kind = index, kind
         self._layer = stream.layers[index]
         self._again, self._adds = again, False
+        # What `leaving` yields waits until the next layer: it comes first where room is short.
+        self._waits = sum(map(stream.state_bytes, batches))
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def run(self, keep: Tensor | None = None) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -69,7 +71,7 @@ class Passage:
             yield number, x, passing
             width = x.shape[1] if keep is None else len(keep)
             size = x.shape[0] * width * x.element_size() + passing.nbytes
-            if self._again and self._adds and self._work.own.reserve(size):
+            if self._again and self._adds and self._work.own.reserve(size, beside=self._waits):
                 self._kept[number] = x if keep is None else x.index_select(1, keep), passing
 
     def leaving(self) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from minisp.calibration import check_window
 from minisp.checkpoint import DTYPE_OF, Checkpoint
 from minisp.config import MinifyConfig, Resources, parse_size
 from minisp.costs import disk_traffic, scratch_room, solve_flops, sweep_flops
-from minisp.device import MEMORY_SHARE, memory_limit, product_rate
+from minisp.device import MEMORY_SHARE, free_main_memory, memory_limit, product_rate
 from minisp.errors import ConfigError
 from minisp.layers import autograd_bytes
 from minisp.memory import Layout, choose_layout, staging
@@ -91,7 +91,7 @@ class Plan:
         segments: layers held together, in forward order.
         layout: what is held at once, and the memory that it takes by phase.
         rooms: by phase, bytes of waiting states that stay where it computes, or else in pinned main memory.
-        behind: panels of Gram matrices that may wait for the disk, where a GPU computes.
+        behind: bytes that may wait for the disk in pinned main memory, where a GPU computes.
         streams: whether weights stream from disk.
         device, dtype: where and in what type it computes.
         implementations: who computes each operation of the engine, see `ops.implementations`.
@@ -196,7 +196,7 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
         segments=segments,
         layout=layout,
         rooms=rooms,
-        behind=writes_behind(shape, layout, host),
+        behind=writes_behind(shape, layout, rooms, host),
         streams=source.streams,
         device=str(source.device),
         dtype=str(source.dtype).removeprefix("torch."),
@@ -244,7 +244,7 @@ def _host_room(source: Source, resources: Resources, shape: Shape, layout: Layou
     if source.device.type != "cuda":
         return 0
     if resources.host_memory is None:
-        return max(0, int(MEMORY_SHARE["cpu"] * psutil.virtual_memory().available) - staging(shape, layout))
+        return max(0, int(MEMORY_SHARE["cpu"] * free_main_memory()) - staging(shape, layout))
     return max(0, parse_size(resources.host_memory) - base - staging(shape, layout))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, distributed
 from minisp.errors import DistributedError, one_line
 
 Items = TypeVar("Items", range, Tensor)
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,26 @@ class Ranks:
 
     def everywhere(self, flags: Sequence[bool]) -> list[bool]:
         """Which of the flags are set in every process."""
+        if self.size == 1:
+            return list(flags)
         counts = torch.tensor([int(flag) for flag in flags], device=self._device)
         self._reduce_(counts, distributed.ReduceOp.SUM)
         return [count == self.size for count in counts.tolist()]
+
+    def of_first(self, value: Value) -> Value:
+        """The first process's value of something that can be pickled.
+
+        Raises:
+            DistributedError: another process is gone.
+        """
+        if self.size == 1:
+            return value
+        values = [value]
+        try:
+            distributed.broadcast_object_list(values)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        return values[0]
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -85,10 +103,13 @@ class Ranks:
         try:
             distributed.all_reduce(tensor, op=operation)
         except RuntimeError as error:
-            raise DistributedError(
-                f"Process {self.rank} of {self.size}: expected all processes of the run to take part, but one is gone "
-                f"({one_line(error)[:200]}) Its own message says why; start the run again with --resume."
-            ) from error
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> DistributedError:
+        return DistributedError(
+            f"Process {self.rank} of {self.size}: expected all processes of the run to take part, but one is gone "
+            f"({one_line(error)[:200]}) Its own message says why; start the run again with --resume."
+        )
 
 
 @contextmanager

@@ -24,8 +24,7 @@ def blocks(matrix: Tensor) -> Iterator[slice]:
 
 def rows_at_once(device_type: str, size: int) -> int:
     """How many rows of a matrix (size, size) `blocks` takes."""
-    rows = CPU_ROWS if device_type == "cpu" else max(GPU_BYTES // (8 * size), -(-size // GPU_BLOCKS))
-    return min(rows, size)
+    return min(size, CPU_ROWS if device_type == "cpu" else max(GPU_BYTES // (8 * size), -(-size // GPU_BLOCKS)))
 
 
 def remaining(matrix: Tensor, diagonal: Tensor, solution: Tensor, wanted: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ of a GPU, are there to be used; what a GPU has no room for waits in pinned main 
 from collections.abc import Mapping
 from dataclasses import replace
 
-from minisp.files import WRITES_BEHIND
 from minisp.memory import HELD, Layout
 from minisp.shape import Shape
-from minisp.statistics import PANEL_ROWS
 from minisp.tiers import Room
 
 SWEEP, TRIALS, HEAL = "saliency sweep", "trial cuts", "heal sweep"
+# What waits in one of these phases still waits in what the plan counts apart.
+DURING = {SWEEP: (SWEEP, "head"), TRIALS: (TRIALS, "trial outputs"), HEAL: (HEAL,)}
 Rooms = Mapping[str, Room]
 """Phase → room in memory for what waits."""
 
@@ -55,25 +55,32 @@ def make_rooms(shape: Shape, layout: Layout, limit: int, host: int, *, on_disk: 
     """
     if layout.dense is None and shape.writes and shape.corrects:
         found = make_rooms(shape, replace(layout, dense="memory"), limit, host, on_disk=False)
-        room = found[1][SWEEP]
-        if room.device + room.host // 2 >= waiting_bytes(shape, layout).get(SWEEP, 0) + dense_bytes(shape):
+        if _lasts(found[1], waiting_bytes(shape, layout).get(SWEEP, 0), dense_bytes(shape)):
             return found
         layout = replace(layout, dense="disk" if on_disk else None)
     rooms, peaks = {}, dict(layout.peaks)
     dense = dense_bytes(shape) if layout.dense == "memory" else 0
     waits = waiting_bytes(shape, layout)
-    for phase in (SWEEP, TRIALS, HEAL):
+    for phase, during in DURING.items():
         waiting = waits.get(phase, 0)
         if phase not in peaks or waiting + dense == 0:
             continue
+        counted = [name for name in during if name in peaks]
         # Without a folder it waits in memory whatever happens, and is counted there already.
         planned = 0 if shape.writes else waiting
         wanted = waiting - planned + dense + (passage_bytes(shape) if phase == HEAL else 0)
-        device = min(max(0, limit - sum(peaks[phase].values())), wanted)
+        device = min(max(0, limit - max(sum(peaks[name].values()) for name in counted)), wanted)
         # A pinned block is up to twice as large as what is in it.
         rooms[phase] = Room(device + planned, min(max(0, host), 2 * (waiting + dense)) if device < wanted else 0)
-        peaks[phase] = peaks[phase] | {HELD: peaks[phase].get(HELD, 0) + device}
+        peaks |= {name: peaks[name] | {HELD: peaks[name].get(HELD, 0) + device} for name in counted}
     return replace(layout, peaks=peaks), rooms
+
+
+def _lasts(rooms: Rooms, waiting: int, dense: int) -> bool:
+    """Whether the dense states find room in memory beside what waits in the sweep, and may stay where they are."""
+    room = rooms[SWEEP]
+    stays = min(room.device, dense)
+    return room.device + room.host // 2 >= waiting + dense and all(other.device >= stays for other in rooms.values())
 
 
 def spilled(shape: Shape, layout: Layout, rooms: Rooms, phase: str) -> float:
@@ -82,10 +89,15 @@ def spilled(shape: Shape, layout: Layout, rooms: Rooms, phase: str) -> float:
     return max(0, waiting - room.device - room.host) / waiting if waiting else 0.0
 
 
-def writes_behind(shape: Shape, layout: Layout, host: int) -> int:
-    """Panels of Gram matrices that may wait for the disk in pinned main memory: those of a segment where they fit."""
-    panels = layout.segment * -(-shape.width // PANEL_ROWS)
-    return max(WRITES_BEHIND, min(panels, host // 2 // (4 * PANEL_ROWS * shape.width)))
+def writes_behind(shape: Shape, layout: Layout, rooms: Rooms, host: int) -> int:
+    """Bytes that may wait for the disk in pinned main memory: the Gram matrices of a segment, where there is room.
+
+    Args:
+        host: as for `make_rooms`; what waits there in a phase has it first.
+    """
+    left = host - max((room.host for room in rooms.values()), default=0)
+    # A pinned block is up to twice as large as what is in it.
+    return max(0, min(layout.segment * 4 * shape.width**2, left // 2))
 
 
 def passes(shape: Shape, layout: Layout) -> tuple[int, int]:

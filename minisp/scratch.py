@@ -66,7 +66,7 @@ class Memory:
         """As `Folder.drop`."""
         self._records.pop(name, None)
 
-    def behind(self, count: int) -> None:
+    def behind(self, size: int) -> None:
         """As `Folder.behind`: nothing waits here."""
 
     def settle(self) -> None:
@@ -192,9 +192,9 @@ class Folder:
         found = (path for path in self.path.glob(f"*{INDEX}") if pattern.fullmatch(path.stem))
         return sorted(path.stem for path in found if path.with_suffix(DATA).is_file())
 
-    def behind(self, count: int) -> None:
-        """Let so many tensors of a GPU wait in pinned memory for the disk."""
-        self._writer.behind = count
+    def behind(self, size: int) -> None:
+        """Let so many bytes of a GPU's tensors wait in pinned memory for the disk."""
+        self._writer.room = size
 
     def settle(self) -> None:
         """Wait until everything is written.
@@ -227,12 +227,13 @@ class Folder:
 
     def _append(self, record: "_Unfinished", key: str, tensor: Tensor, arrived: "torch.cuda.Event | None") -> None:
         host, arrived = _leaving(tensor) if arrived is None else (tensor, arrived)
-        self._typed(self._writer.do if arrived is None else self._writer.submit, record.append, key, host, arrived)
+        step = self._writer.do if arrived is None else self._writer.submit
+        self._typed(step, record.append, key, host, arrived, size=host.nbytes)
 
-    def _typed(self, step: Callable[..., None], *arguments: Any) -> None:
+    def _typed(self, step: Callable[..., None], *arguments: Any, **options: int) -> None:
         """A step of the writer, its errors those of the scratch folder."""
         try:
-            step(*arguments)
+            step(*arguments, **options)
         except OSError as error:
             raise no_room(self.path, error) from error
 

@@ -179,7 +179,8 @@ def paired_ratio(first: Sequence[float], second: Sequence[float]) -> Ratio:
 def interval_place(count: int) -> int:
     """k of the interval: the largest with 2 · P(Binomial(count, ½) < k) ≤ `MISS`; 0 where there is none."""
     place, below = 0, 0
-    while 2 * (below := below + comb(count, place)) <= MISS * 2**count:
+    # A quotient of whole numbers: 2ⁿ itself is no float from 1024 pairs on.
+    while 2 * (below := below + comb(count, place)) / 2**count <= MISS:
         place += 1
     return place
 

@@ -81,14 +81,7 @@ def saliency_sweep(
     segments = _unfinished(segments, work)
     if not segments:
         return
-    # A streamed head is read for many windows at once, so that it stands between the passes.
-    head_first = (
-        stream.vocabulary is not None
-        and segments[-1].stop == len(stream.layers)
-        and not work.own.has(record("gradient", len(stream.layers)))
-    )
-    through = segments if head_first else segments[:-1]
-    forward = [segment for segment in through if not work.own.has(record("states", segment.stop))]
+    head_first, forward = _forward_passes(stream, segments, work)
     done = 0
 
     def advance(phase: str, segment: range) -> None:
@@ -143,6 +136,21 @@ def _unfinished(segments: Sequence[range], work: Workplace) -> list[range]:
     known = [all(there[i:]) and (i == 0 or work.own.has(record("gradient", i))) for i in range(count)]
     lowest = work.ranks.everywhere([*known, True]).index(True)
     return [range(s.start, min(s.stop, lowest)) for s in segments if s.start < lowest]
+
+
+def _forward_passes(stream: Stream, segments: Sequence[range], work: Workplace) -> tuple[bool, list[range]]:
+    """Whether the head stands between the passes, and the segments that run forward first.
+
+    What one process lacks, all compute again: a boundary is saved by all together, so they have to meet at each.
+    """
+    own, last = work.own, len(stream.layers)
+    # A streamed head is read for many windows at once.
+    known, *there = work.ranks.everywhere(
+        [own.has(record("gradient", last)), *(own.has(record("states", segment.stop)) for segment in segments)]
+    )
+    head_first = stream.vocabulary is not None and segments[-1].stop == last and not known
+    through = segments if head_first else segments[:-1]
+    return head_first, [segment for segment, has in zip(through, there, strict=False) if not has]
 
 
 def _run_forward(sweep: _Sweep, segment: range) -> None:

@@ -121,9 +121,13 @@ class Tiers:
         else:
             self.store.drop(name)
 
-    def reserve(self, size: int) -> bool:
-        """Whether a phase may keep so many bytes on the device itself; they then count until given back."""
-        fits = self._used.device + size <= self.room.device
+    def reserve(self, size: int, *, beside: int = 0) -> bool:
+        """Whether a phase may keep so many bytes on the device itself; they then count until given back.
+
+        Args:
+            beside: bytes of a record that will be written before that, and is to find room too.
+        """
+        fits = self._used.device + size + beside <= self.room.device
         if fits:
             self._take(Room(size))
         return fits
@@ -138,12 +142,12 @@ class Tiers:
         return isinstance(self.store, Folder) and time.monotonic() - self._last >= SAVE_SECONDS
 
     def save(self, *names: str) -> None:
-        """Have records in the folder, those in memory as well.
+        """Have records in the folder, those in memory as well; without a folder, nothing outlives the process.
 
         Raises:
             OutputError: the folder cannot be written.
         """
-        for name in names:
+        for name in names if isinstance(self.store, Folder) else ():
             if name in self._held and name not in self._saved:
                 with self.store.writing(name, **self._held[name].facts) as append:
                     for key, (tensor, arrived) in self._held[name].tensors.items():

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from minisp import fast
-from minisp.batches import FEW_TOKENS, heal_count, heal_windows
+from minisp.batches import FEW_TOKENS, heal_count, heal_windows, make_batches
 from minisp.config import MinifyConfig
+from minisp.ranks import Ranks
 from minisp.reconstruction import Reconstruction, correct
 from minisp.ridge import ridge_fit
 from tests.models import VOCABULARY, save_checkpoint, tiny_model
@@ -65,6 +66,16 @@ def test_what_is_corrected_on_depends_neither_on_processes_nor_on_micro_batches(
     assert found[0] == found[1] == found[2] == list(range(1, 40, 2))
     assert heal_windows(40, 512, MinifyConfig(inputs="pruned")) == list(range(40))
     assert heal_windows(40, 512, MinifyConfig(inputs="dense")) == []
+
+
+def test_micro_batches_are_the_same_whatever_the_refit() -> None:
+    # What an unfinished sweep has left is numbered by them, and `reuse` takes it.
+    long = torch.arange(40 * 512).reshape(40, 512)
+    configs = [MinifyConfig(inputs=inputs) for inputs in ("both", "pruned", "dense")] + [MinifyConfig(keep=1.0)]
+    found = [make_batches(long, config, 3, Ranks(1, 2)) for config in configs]
+    for batches in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(batches.ids, found[0].ids, strict=True))
+    assert [batches.heals for batches in found] == [4, 8, 0, 0]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])

@@ -1,6 +1,7 @@
 """Running in little memory: layouts that fit a limit, embeddings and head left on disk, reads ahead of their use."""
 
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from minisp.batches import Batches
 from minisp.checkpoint import Checkpoint
 from minisp.config import parse_size
 from minisp.errors import CheckpointError, ConfigError
+from minisp.files import WriteBehind
 from minisp.loader import Loader
 from minisp.memory import choose_layout
 from minisp.model import frozen
+from minisp.rooms import SWEEP, dense_bytes, make_rooms, writes_behind
 from minisp.shape import Shape
 from minisp.stream import Stream
 from minisp.sweep import saliency_sweep
@@ -48,6 +51,33 @@ def test_the_peak_depends_neither_on_layers_nor_on_tokens() -> None:
     for key, factor in (("num_layers", 4), ("tokens", 100)):
         larger = Shape(**{**values, key: values[key] * factor})
         assert choose_layout(larger, int(1.6e9), 1, "Limit").peak == choose_layout(LARGE, int(1.6e9), 1, "Limit").peak
+
+
+@pytest.mark.parametrize("host", [0, 10**9, 10**11])
+def test_what_waits_in_memory_keeps_every_phase_within_its_limits(host: int) -> None:
+    for gb in (1.6, 2.2, 3, 6, 20):
+        limit = int(gb * 1e9)
+        layout, rooms = make_rooms(LARGE, choose_layout(LARGE, limit, None, "Limit"), limit, host, on_disk=False)
+        assert layout.peak <= limit
+        if layout.dense == "memory":
+            # What the sweep leaves on the device stays there.
+            stays = min(rooms[SWEEP].device, dense_bytes(LARGE))
+            for phase, room in rooms.items():
+                assert stays + sum(layout.peaks[phase].values()) - room.device <= limit
+        behind = writes_behind(LARGE, layout, rooms, host)
+        assert 2 * behind + max(room.host for room in rooms.values()) <= host
+
+
+def test_jobs_behind_hold_no_more_than_their_room() -> None:
+    free = threading.Event()
+    with WriteBehind() as behind:
+        behind.room = 100
+        for _ in range(3):
+            behind.submit(free.wait, size=30)
+        threading.Timer(0.05, free.set).start()
+        behind.submit(list, size=10)
+        assert free.is_set()
+        behind.settle()
 
 
 def test_what_never_fits_is_refused_with_what_it_would_take() -> None:

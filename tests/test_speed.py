@@ -71,6 +71,8 @@ def test_the_interval_misses_the_median_in_at_most_one_of_twenty() -> None:
         assert missed[0] <= 0.05 < missed[1]
     assert [interval_place(count) for count in (5, 6, 7, 9, 20)] == [0, 1, 1, 2, 6]
     assert interval_place(MIN_TURNS) > 0
+    # 2¹⁰²⁴ is no float.
+    assert 900 < interval_place(2000) < 1000
 
 
 def test_the_ratio_is_that_of_neighbours_not_of_medians() -> None:
