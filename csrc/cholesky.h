@@ -108,6 +108,7 @@ class Cholesky {
   }
 
   void solve(View<T> right, int64_t count) {
+    if (size_ == 0) return;
     for (int64_t row = 0; row < count; row += work_rows_) substitute(right.at(row, 0), std::min(work_rows_, count - row));
   }
 

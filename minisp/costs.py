@@ -44,9 +44,10 @@ def sweep_flops(model: CausalLM, config: MinifyConfig, layout: Layout, again: fl
     if config.collects_gram:
         # The others run forward only: to the boundaries, and again where the layers are watched.
         total += (tokens - scored) * 2 * inside * (1 + recompute)
-    # A passage through a layer that is cut, and, of its windows, the last product or another passage.
+    # A passage through a layer that is cut, and, of its windows, the last product or another passage; what leaves the
+    # last layer is not wanted.
     cut = 2 * (inside - (1 - config.keep) * (len(row.row_modules) + 1) * down)
-    second = again * cut + (1 - again) * 2 * config.keep * down
+    second = (1 - 1 / len(layers)) * (again * cut + (1 - again) * 2 * config.keep * down)
     if config.heals and config.inputs == "pruned":
         total += tokens * (2 * (inside - down) + sum(m * m for m in widths) + second)
     if config.heals and config.inputs == "both":

@@ -151,10 +151,13 @@ int main() {
     }
   for (const int64_t tokens : {1, 31, 64, 70, 300})
     for (const int64_t width : {1, 16, 33, 100}) check_gram(tokens, width);
-  for (const int64_t tokens : {1, 63, 64, 65, 200})
-    for (const int64_t dim : {1, 31, 40, 512}) {
+  for (const int64_t tokens : {1, 63, 64, 65, 130})
+    for (const int64_t dim : {1, 31, 40}) {
       check_attention<float>(tokens, dim);
       check_attention<minisp::bf16>(tokens, dim);
     }
+  // The widest head, once: without optimisation it takes most of the time.
+  check_attention<float>(3, 512);
+  check_attention<minisp::bf16>(3, 512);
   std::puts("clean");
 }

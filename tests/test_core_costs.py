@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from minisp import fast, portable
+from minisp import fast, native, portable
 from minisp.report import MinifyReport
 from tests.models import tiny_model
 from tests.toys import windows
@@ -31,7 +31,9 @@ SHAPE: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Tiles as wide as the layer would compute all of a Gram matrix where a plan counts one half.
+    # Torch sees no product of the C++ kernels. Tiles as wide as the layer would compute all of a Gram matrix where a
+    # plan counts one half.
+    monkeypatch.setattr(native, "serves_gram", lambda x: False)
     monkeypatch.setattr(portable, "GRAM_TILE", GRAM_TILE)
 
 
@@ -74,7 +76,7 @@ def test_the_sweep_s_forward_backward_and_gram_matrices(segment: int) -> None:
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
-        ({"inputs": "pruned", "allocation": "score"}, 0.05),
+        ({"inputs": "pruned", "allocation": "score"}, 0.1),
         ({"inputs": "both", "allocation": "score"}, 0.1),
         ({"inputs": "dense", "allocation": "measured"}, 0.05),
     ],
@@ -82,7 +84,7 @@ def test_the_sweep_s_forward_backward_and_gram_matrices(segment: int) -> None:
 def test_what_else_runs(options: dict[str, Any], tolerance: float) -> None:
     """The heal sweep's passes, Gram matrices and cross products, and the trial cuts.
 
-    A plan takes a cut layer for `keep` of a layer, attention included, and adds up whole passes only.
+    A plan takes every layer to keep the same share, and adds up whole passes only.
     """
     swept, base = counted(keep=0.5, inputs="dense", allocation="score")
     flops, report = counted(keep=0.5, **options)

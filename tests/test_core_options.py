@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from minisp import fast, portable
 from minisp.allocation import measure_ratios
+from minisp.batches import Batches
 from minisp.config import MinifyConfig
 from minisp.damping import DECADES
 from minisp.model import frozen
@@ -105,7 +106,7 @@ def test_measured_widths_follow_trial_cuts(dense: list[Passed]) -> None:
     model, work = tiny_model("llama"), Workplace.in_memory()
     stream = Stream.from_module(model)
     with frozen(model):
-        saliency_sweep(stream, IDS.split(4), [range(LAYERS)], work, gram=True)
+        saliency_sweep(stream, Batches.scoring(IDS.split(4)), [range(LAYERS)], work, gram=True)
         found = measure_ratios(stream, IDS, [s.clone() for s in scores], MinifyConfig(), work)
     assert found == pytest.approx(wanted, rel=1e-3)
     assert max(wanted) > 1.1 * min(wanted)

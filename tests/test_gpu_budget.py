@@ -37,7 +37,7 @@ def test_the_work_of_the_sweep_is_what_the_planner_counts(budget: Any, case: int
     segments = -(-model.config.num_hidden_layers // found.segment)
     layout = Layout(segment=found.segment, num_slots=2, stream_vocabulary=False, peaks={})
     counted = budget.work(found.size, segments)
-    planned = costs.sweep_flops(model, config, segments, layout)
+    planned = costs.sweep_flops(model, config, layout, 0.0, 1)
     assert counted["products"] + counted["Gram"] == pytest.approx(planned, rel=1e-3)
 
 

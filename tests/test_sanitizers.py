@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 
 def run(program: Path, *arguments: str) -> str:
-    result = subprocess.run([program, *arguments], capture_output=True, text=True)
+    result = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
     assert not result.stderr
     return result.stdout

@@ -56,7 +56,7 @@ def units_of(model: Any, layer: int) -> list[Tensor]:
 def statistics_of(x: Tensor, gradient: Tensor) -> LayerStatistics:
     """The finished sums of activations x and their gradient, both (T, m), in their dtype."""
     p = (x * gradient).double()
-    return LayerStatistics(len(x), torch.stack([p.abs().sum(0), p.square().sum(0), p.sum(0)]), x.T @ x)
+    return LayerStatistics(len(x), torch.stack([p.abs().sum(0), p.square().sum(0), p.sum(0)]), x.T @ x, len(x))
 
 
 def least_squares(x: Tensor, target: Tensor, mu: float, origin: Tensor) -> Tensor:
