@@ -12,7 +12,9 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
-def build_program(source: Path, folder: Path, *, levels: Sequence[str], flags: str) -> Path:
+def build_program(
+    source: Path, folder: Path, *, levels: Sequence[str], flags: str, compiler: str | None = COMPILER
+) -> Path:
     """Compile `source` with csrc/*.cpp, the bindings excepted, and with csrc/levels/*.cpp once for each level.
 
     The intrinsics of wider levels come from tests/emulated/, so that no level needs its processor.
@@ -20,7 +22,7 @@ def build_program(source: Path, folder: Path, *, levels: Sequence[str], flags: s
     table = [f"-DMINISP_LEVELS(X)={' '.join(f'X({level})' for level in levels)}"]
     table += [f"-DMINISP_HAS_{level}" for level in LEVELS]
     quiet = ["-Wno-psabi", "-Wno-ignored-attributes"]
-    common = [str(COMPILER), "-std=c++17", "-pthread", *flags.split(), f"-I{ROOT / 'csrc'}", *quiet, *table]
+    common = [str(compiler), "-std=c++17", "-pthread", *flags.split(), f"-I{ROOT / 'csrc'}", *quiet, *table]
     objects, commands = [], []
 
     def add(path: Path, name: str, *options: str) -> None:

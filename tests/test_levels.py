@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.native_build import COMPILER, LEVELS, ROOT, build_program
 HAS_EXTENSION = native.serves(torch.zeros(1, 1))
 needs_extension = pytest.mark.skipif(not HAS_EXTENSION, reason="the extension is not built")
 X86 = platform.machine() in ("x86_64", "AMD64")
+ARM = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 # The native operations, and the blocked Cholesky, whose diagonal blocks are eliminated by a level's code.
 TESTS = ("tests/test_ops.py", "-k", "native or threads or implementations or not_a_number or ridge_solve_names")
 
@@ -69,6 +71,16 @@ def test_every_level_against_plain_doubles_with_emulated_instructions(tmp_path: 
     assert [line.split()[:2] for line in run.stdout.splitlines()] == [
         [level, dtype] for level in LEVELS for dtype in ("float32", "bfloat16")
     ]
+
+
+@pytest.mark.skipif(None in ARM, reason="no aarch64-linux-gnu-g++, or no qemu-aarch64 to run what it makes")
+def test_the_portable_level_on_arm_against_plain_doubles(tmp_path: Path) -> None:
+    compiler, emulator = ARM
+    source, flags = ROOT / "tests" / "levels.cpp", "-O3 -static"
+    program = build_program(source, tmp_path, levels=("portable",), flags=flags, compiler=compiler)
+    run = subprocess.run([str(emulator), program, "few"], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert [line.split()[:2] for line in run.stdout.splitlines()] == [["portable", "float32"], ["portable", "bfloat16"]]
 
 
 @pytest.mark.skipif(COMPILER is None or not X86, reason="needs a C++ compiler for x86-64")
