@@ -142,7 +142,12 @@ def evaluate(
         bool, typer.Option(help="Measure on Python's documentation and on source code too: domains unlike the text.")
     ] = True,
     questions: Annotated[int, typer.Option(min=0, help="Multiple-choice questions on every text; 0 for none.")] = 100,
-    speed: Annotated[bool, typer.Option(help="Measure tokens per second too.")] = True,
+    speed: Annotated[
+        bool,
+        typer.Option(
+            help="Measure tokens per second too: a prompt of 256 tokens, several turns, half a minute or more."
+        ),
+    ] = True,
     dtype: Annotated[str, typer.Option(help="Compute type: auto, bfloat16, float16, float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     as_json: Json = False,
