@@ -10,8 +10,9 @@ A = 2·L·window·d: the two products of causal attention (half of them masked),
     trial cuts    (2P + A)(1 + (L + 1)/2) + 2H(L + 1)/2
                   per token of the trials: the dense model, and from layer l on the one whose layer l is cut, for every
                   l; outputs compared at every second token
-    correction    2P + A + 2(P − (1 − k)P_m) + A + L(k²m² + 2kmd)
-                  per token of the heal sweep: the dense model, the cut one, X_SᵀX_S (half of it) and X_SᵀE
+    correction    2(P − (1 − k)P_m) + A + L(k²m² + 4kmd)
+                  per token of the heal sweep: the cut model, X_SᵀX_S (half of it), X_SᵀE, and the product with the
+                  corrected weights; the dense model's states are kept from the saliency sweep
 
 and per layer a solve of n units in float32, n³/3 + 2n²d + 2(m − n)nd: once for the recipe, n = km (the opponent solves
 by LU, 2n³/3); for the defaults three times, n = km, 2m/3 and km.
@@ -64,7 +65,7 @@ def work(config: Any, windows: int, window: int, keep: float) -> dict[str, Work]
     gram = num_layers * m * m
     passing = 2 * layers + attention
     trying = passing * (1 + (num_layers + 1) / 2) + head * (num_layers + 1)
-    correcting = 2 * passing - 2 * (1 - keep) * mlps + num_layers * (cut * cut + 2 * cut * d)
+    correcting = passing - 2 * (1 - keep) * mlps + num_layers * (cut * cut + 4 * cut * d)
     recipe = tokens * (shared + gram)
     defaults = recipe + trials * trying + heals * correcting
     naive = solves(cut) + num_layers * cut**3 / 3
