@@ -1,7 +1,6 @@
 """The derived time budgets: up to date with the page, and their work is what the planner counts."""
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +11,10 @@ from minisp import costs
 from minisp.config import MinifyConfig
 from minisp.memory import Layout
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture
-def budget(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("gpu_budget")
+def budget(script: Any) -> Any:
+    return script("gpu_budget")
 
 
 def test_the_committed_page_is_what_the_shapes_give(budget: Any) -> None:

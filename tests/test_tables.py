@@ -1,6 +1,5 @@
 """The page of results: made from the result files alone, and up to date with those that are committed."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,8 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture
-def tables(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("tables")
+def tables(script: Any) -> Any:
+    return script("tables")
 
 
 def test_the_committed_page_says_what_the_result_files_hold(tables: Any) -> None:
