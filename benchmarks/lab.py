@@ -10,16 +10,15 @@ from typing import Any
 import harness
 import opponents
 import torch
-from quality import CPU, OURS, Kit, calibration_windows, collect, evaluation_texts, refitted
+from quality import OURS, Kit, calibration_windows, collect, evaluation_texts, load_dense, refitted
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from minisp.architecture import architecture_of
 from minisp.batches import Batches
 from minisp.calibration import interleave
-from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
-from minisp.model import frozen, load_model
+from minisp.model import frozen
 from minisp.selection import allocate_widths, default_alignment, select
 from minisp.statistics import LayerStatistics
 from minisp.stream import Stream
@@ -42,7 +41,7 @@ class Lab:
             arguments.keep,
             AutoTokenizer.from_pretrained(arguments.model),
         )
-        self.model = load_model(Checkpoint.open(arguments.model), CPU, torch.bfloat16)
+        self.model = load_dense(arguments.model)
         # Half of the windows of quality.py: rows are compared with each other, on the same windows.
         self.texts = {name: (ids, n // 2) for name, (ids, n) in evaluation_texts(arguments, self.tokenizer).items()}
         self.calibration = interleave(calibration_windows(arguments, self.tokenizer))
@@ -120,7 +119,8 @@ def on(kit: Kit, records: Sequence[LayerStatistics], model: Any = None) -> Kit:
     work = Workplace.in_memory()
     for index, statistics in enumerate(records):
         work.keep_statistics(index, statistics)
-    means = [layer.mean for layer in kit.layers]
+    # FLAP alone needs them.
+    means = [layer.mean for layer in kit.layers] or [torch.zeros(len(x.saliency[0])) for x in records]
     layers = opponents.look_at(model, architecture_of(model.config), records, means)
     return replace(kit, model=model, work=work, layers=layers)
 

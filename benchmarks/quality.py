@@ -34,6 +34,7 @@ from minisp.batches import Batches, heal_windows
 from minisp.calibration import interleave, load_calibration
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
+from minisp.device import compute_dtype
 from minisp.evaluate import perplexity
 from minisp.heal import heal_sweep
 from minisp.layers import fast_layers
@@ -48,6 +49,8 @@ from minisp.workplace import Workplace, record
 
 CPU = torch.device("cpu")
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
+# Of every neutral domain.
+NEUTRAL_WINDOWS = 8
 
 OURS: dict[str, dict[str, Any]] = {
     "minisp: score only": {"reconstruct": False, "inputs": "dense", "allocation": "score"},
@@ -91,10 +94,18 @@ def calibration_windows(arguments: argparse.Namespace, tokenizer: Any) -> list[T
 def evaluation_texts(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[Tensor, int]]:
     """Domain → (tokens, windows of 1024 that are evaluated)."""
     texts = {"text": arguments.text.read_text("utf-8"), **builtin_texts()}
+    files = sorted(arguments.neutral.glob("*.txt")) if arguments.neutral else []
+    texts.update({path.stem: path.read_text("utf-8") for path in files})
+    counts = {"text": EVALUATION[0], **dict.fromkeys(builtin_texts(), EVALUATION[0] // 2)}
     return {
-        name: (torch.tensor(tokenizer(text, verbose=False)["input_ids"]), EVALUATION[0] // (1 if name == "text" else 2))
+        name: (torch.tensor(tokenizer(text, verbose=False)["input_ids"]), counts.get(name, NEUTRAL_WINDOWS))
         for name, text in texts.items()
     }
+
+
+def load_dense(name: str) -> Any:
+    """The dense model, in the type that this processor computes fastest."""
+    return load_model(Checkpoint.open(name), CPU, compute_dtype(MinifyConfig(), CPU))
 
 
 def collect(model: Any, windows: Tensor, cache: Path) -> tuple[Workplace, list[Tensor], float]:
@@ -231,6 +242,7 @@ def data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hugging Face folder of a Llama-shaped model")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="evaluation text")
+    parser.add_argument("--neutral", type=Path, help="folder of .txt files of further domains to evaluate on")
     parser.add_argument("--windows", type=int, default=291, help="of the calibration text, 291 by default")
     parser.add_argument("--window", type=int, default=512, help="tokens of a calibration window, 512 by default")
     parser.add_argument("--label", default="", help="appended to the name of the result file")
@@ -250,7 +262,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = load_model(Checkpoint.open(arguments.model), CPU, torch.bfloat16)
+    model = load_dense(arguments.model)
     windows, texts = interleave(calibration_windows(arguments, tokenizer)), evaluation_texts(arguments, tokenizer)
     name = harness.result_name(f"quality_{'mixed' if arguments.mixed else 'text'}", arguments.label)
     # Before the sweep: rows of something else are refused at once.

@@ -2,19 +2,18 @@
 
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minisp.architecture import CausalLM
 from minisp.calibration import Calibration, load_calibration
 from minisp.errors import CalibrationError, OutputError
-from minisp.model import load_model
 from minisp.planner import Plan
 from minisp.stream import Stream
 from minisp.windows import WRITTEN_AT_ONCE, write_windows
-from minisp.workplace import Progress, Workplace
+from minisp.workplace import Workplace
 
 # exp of the entropy of single tokens: 250 to 800 for prose, documentation and source code, below 20 for logs, tables
 # and text that repeats itself (SmolLM2's tokens, 4k to 65k of them). Small vocabularies, of bytes say, have less.
@@ -35,7 +34,7 @@ def calibrate(stream: Stream, source: Any, tokenizer: Any, plan: Plan, work: Wor
     """
     name = "windows"
     if work.ranks.first and not (work.shared.has(name) and source is None):
-        text = _new_windows(stream, source, tokenizer, plan, work.progress)
+        text = _new_windows(stream, source, tokenizer, plan, work)
         for sentence in narrowness(text.windows, max(plan.widths), stream.model.config.vocab_size):
             warnings.warn(sentence, stacklevel=3)
         if work.shared.has(name):
@@ -59,32 +58,16 @@ def calibrate(stream: Stream, source: Any, tokenizer: Any, plan: Plan, work: Wor
     return Calibration(windows, tuple(work.shared.facts(name)["description"]))
 
 
-def _new_windows(stream: Stream, source: Any, tokenizer: Any, plan: Plan, progress: Progress) -> Calibration:
-    """Where no source is given, the model writes some text itself, if it fits in memory whole."""
+def _new_windows(stream: Stream, source: Any, tokenizer: Any, plan: Plan, work: Workplace) -> Calibration:
+    """The user's text and a share of generic text; where no source is given, generic text alone."""
     config = plan.config
-    fits = stream.checkpoint is None or len(plan.segments) == 1
     if source is None:
-        text = "text that the model writes itself and " if fits else ""
+        text = "text that the model writes itself and " if plan.writes_text else ""
         warnings.warn(
-            f"No calibration text was given: calibrating on {text}the documentation that comes with Python. Text like "
-            "what the model will see, from several domains, gives a better result.",
+            f"No calibration text was given: calibrating on {text}the documentation and the source code that come "
+            "with Python. Text like what the model will see, from several domains, gives a better result.",
             stacklevel=4,
         )
-
-    def write(num_windows: int, window: int) -> Tensor:
-        model: CausalLM = stream.model
-        if stream.checkpoint is not None:
-            model = load_model(stream.checkpoint, stream.device, stream.dtype)
-        windows: Tensor = write_windows(
-            model,
-            tokenizer,
-            num_windows=num_windows,
-            window=window,
-            seed=config.seed,
-            batch=_written_at_once(stream, plan),
-            on_progress=lambda done, total: progress("writing calibration text", done, total),
-        )
-        return windows
 
     return load_calibration(
         source,
@@ -93,8 +76,31 @@ def _new_windows(stream: Stream, source: Any, tokenizer: Any, plan: Plan, progre
         window=config.window,
         vocab_size=stream.model.config.vocab_size,
         max_positions=getattr(stream.model.config, "max_position_embeddings", None),
-        writer=write if fits else None,
+        writer=partial(_written, stream, tokenizer, plan, work) if plan.writes_text else None,
+        generic=config.generic,
     )
+
+
+def _written(stream: Stream, tokenizer: Any, plan: Plan, work: Workplace, num_windows: int, window: int) -> Tensor:
+    """Windows (N, L) that the model has written; a record, so that a run that goes on does not write them again."""
+    wanted = {"num_windows": num_windows, "window": window}
+    name = "written"
+    if not work.shared.has(name) or {key: work.shared.facts(name).get(key) for key in wanted} != wanted:
+        work.shared.drop(name)
+        for _ in stream.visit([range(len(stream.layers))]):
+            windows = write_windows(
+                stream.model,
+                tokenizer,
+                **wanted,
+                seed=plan.config.seed,
+                batch=_written_at_once(stream, plan),
+                on_progress=lambda done, total: work.progress("writing calibration text", done, total),
+            )
+        with work.shared.writing(name, **wanted) as append:
+            append(name, windows)
+        work.shared.settle()
+    written: Tensor = work.shared.read(name, name)
+    return written
 
 
 def _written_at_once(stream: Stream, plan: Plan) -> int:
@@ -103,11 +109,11 @@ def _written_at_once(stream: Stream, plan: Plan) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache: int = 2 * len(stream.layers) * heads * size * plan.config.window * stream.dtype.itemsize
+    # The logits in float32, their cumulative sum, and what a comparison of two makes of them.
+    logits: int = 3 * 4 * config.vocab_size
     sweep = plan.layout.peaks["saliency sweep"]
-    # A checkpoint's model is loaded beside the stream, which holds embeddings and head already.
-    copies = 1 if stream.checkpoint is None else 2
-    room = sum(sweep.values()) - sweep["weights"] - copies * sweep["embeddings and head"]
-    return max(1, min(WRITTEN_AT_ONCE, room // cache))
+    room = sum(sweep.values()) - sweep["weights"] - sweep["embeddings and head"]
+    return max(1, min(WRITTEN_AT_ONCE, room // (cache + logits)))
 
 
 def narrowness(windows: Tensor, width: int, vocab_size: int) -> list[str]:

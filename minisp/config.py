@@ -39,7 +39,10 @@ class MinifyConfig:
             generalised cross-validation.
         shrink_to: where the ridge pulls the refitted weights: `original` (their old values) or `zero` (the paper).
         reconstruct: refit the kept columns; False only slices.
-        num_windows: calibration windows.
+        num_windows: calibration windows, generic ones included.
+        generic: share of the calibration windows that is generic text, in [0, 1): written by the model itself, where it
+            fits in memory whole, and Python's documentation and source code; it bounds what is lost on text unlike
+            yours. 0 turns it off; a text that names builtin: sources says itself how much of them it wants.
         saliency_windows: calibration windows, evenly spread, that saliency is computed on, at most `num_windows`; the
             others then add to the Gram matrices alone, for half of the work. None takes all.
         window: tokens per calibration window.
@@ -65,6 +68,7 @@ class MinifyConfig:
     shrink_to: Shrinkage = "original"
     reconstruct: bool = True
     num_windows: int = 128
+    generic: float = 0.2
     saliency_windows: int | None = None
     window: int = 512
     batch: int | None = None
@@ -82,6 +86,7 @@ class MinifyConfig:
         _require_choice("dtype", self.dtype, DtypeName)
         _require("keep", self.keep, "a number in (0, 1]", lambda v: 0 < v <= 1)
         _require("min_keep", self.min_keep, "a number in [0, 1]", lambda v: 0 <= v <= 1)
+        _require("generic", self.generic, "a number in [0, 1)", lambda v: 0 <= v < 1)
         _require("damping", self.damping, "a finite number, at least 0, or 'auto'", _is_damping)
         _require(
             "correction_damping", self.correction_damping, "a finite number above 0", lambda v: 0 < v < float("inf")

@@ -65,9 +65,9 @@ def minify(
         keep: fraction of MLP units kept, in (0, 1].
         out: folder to write, which must be new or empty. Without it the result stays in memory (`report.model`).
         calibration: text to calibrate on: a file (.txt, .jsonl), documents (iterable of strings), tokens
-            (integer tensor (N, L)), "hf:NAME", or a weighted mixture {source: weight}. None mixes text that the model
-            writes itself, where it fits in memory whole, with Python's documentation; with `resume` or `reuse`, it is
-            the text of the earlier run.
+            (integer tensor (N, L)), "hf:NAME", or a weighted mixture {source: weight}. A share of generic text joins
+            it, see `MinifyConfig.generic`, but not ready-made windows (N, L). None is generic text alone; with
+            `resume` or `reuse`, it is the text of the earlier run.
         tokenizer: for a model in memory and text to calibrate on; a checkpoint brings its own.
         progress: called with (phase, done, total); None draws bars where standard error is a terminal.
         **options: see `MinifyConfig` for the method and `Resources` for limits, scratch folder, resume and reuse.
@@ -80,9 +80,9 @@ def minify(
             of a checkpoint's run waits in the scratch folder for `resume`. A model in memory may then be cut in part.
     """
     if isinstance(calibration, Tensor) and calibration.dim() == 2:
-        # Ready-made windows bring their own number and length.
+        # Ready-made windows bring their own number and length, and are taken as they are.
         count, length = (max(1, size) for size in calibration.shape)
-        options = {"num_windows": count, "window": length, **options}
+        options = {"num_windows": count, "window": length, "generic": 0.0, **options}
         if options["window"] != length:
             raise ConfigError(
                 f"Option window: expected {length}, the length of the windows that were passed, got "

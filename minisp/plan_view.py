@@ -33,6 +33,9 @@ def plan_table(plan: Plan, seconds: float | None = None) -> Table:
     table.add_row("weights", f"{megabytes(plan.bytes)} → at most {megabytes(plan.bytes_after)}")
     some = f", saliency on {config.saliency_windows} of them" if config.saliency_windows else ""
     table.add_row("calibration", f"{config.num_windows} windows of {config.window} tokens ({plan.num_tokens:,}){some}")
+    if config.generic:
+        who = "the model writes, " if plan.writes_text else ""
+        table.add_row("", f"{config.generic:.0%} of them generic: text that {who}Python's documentation and code")
     damping = "by cross-validation" if config.damping == "auto" else f"= {config.damping:g}"
     refit = f"ridge λ {damping} on {config.inputs} inputs" if config.reconstruct else "slicing only"
     table.add_row(

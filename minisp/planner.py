@@ -136,6 +136,11 @@ class Plan:
         return self.config.num_windows * self.config.window
 
     @property
+    def writes_text(self) -> bool:
+        """Whether the model can write text itself: it takes a pass for every token, with all of it in memory."""
+        return len(self.segments) == 1 and not self.layout.stream_vocabulary
+
+    @property
     def peak_memory(self) -> int:
         """Expected peak in bytes: of the whole process where a CPU computes, of what is allocated where a GPU does."""
         return self.layout.peak + (self.base_memory if self.device == "cpu" else 0)

@@ -25,8 +25,8 @@ from minisp.scratch import DATA, INDEX, Folder, Memory, Scratch, no_room
 IDENTITY, LOCK = "minisp-run.json", "minisp-lock"
 # What a later run with other ratios can use; everything else goes when a run ends well.
 TEXT = "windows"
-REUSABLE = re.compile(rf"(statistics_\d+|{TEXT})")
-RECORD = re.compile(rf"(statistics|partial|states|gradient|result|healed|dense|trials)_\d+|{TEXT}|ratios")
+REUSABLE = re.compile(rf"(statistics_\d+|{TEXT}|written)")
+RECORD = re.compile(rf"(statistics|partial|states|gradient|result|healed|dense|trials)_\d+|{TEXT}|written|ratios")
 
 # How a run is made to be the earlier one.
 SAME = {

@@ -22,12 +22,15 @@ Draw = Callable[[int, int], Tensor]
 _CHARACTERS_PER_TOKEN = 5
 # Windows that the model writes at once; more are no faster.
 WRITTEN_AT_ONCE = 32
+# Windows are spread over the start of a text, so many times as long as they are together: more subjects, at the price of
+# reading and tokenising, up to so many tokens (a few seconds).
+_SPREAD_OVER, _SPREAD_TOKENS = 8, 2**21
 # Where a text is cut short, its last tokens are not those of the whole text; this many are left out.
 _CUT_TOKENS = 16
 
 
 def text_windows(prefix: Callable[[int], tuple[str, bool]], label: str, tokenizer: Any) -> Draw:
-    """Draws consecutive windows from the start of a text, reading and tokenising little more than they take.
+    """Draws windows evenly spread over a text, or over the start of a long one, reading and tokenising no more of it.
 
     Args:
         prefix: number of characters -> (the first so many of the text, whether that is all of it).
@@ -37,7 +40,8 @@ def text_windows(prefix: Callable[[int], tuple[str, bool]], label: str, tokenize
 
     def draw(num_windows: int, window: int) -> Tensor:
         needed = num_windows * window
-        num_chars = (needed + _CUT_TOKENS) * _CHARACTERS_PER_TOKEN
+        ahead = max(1, min(_SPREAD_OVER, _SPREAD_TOKENS // needed))
+        num_chars = (needed * ahead + _CUT_TOKENS) * _CHARACTERS_PER_TOKEN
         while True:
             text, whole = prefix(num_chars)
             # verbose=False: the text is meant to be longer than the model's positions.
@@ -59,7 +63,7 @@ def text_windows(prefix: Callable[[int], tuple[str, bool]], label: str, tokenize
 
 
 def token_windows(tokens: Tensor) -> Draw:
-    """Draws windows from given tokens: the rows of (N, L), or consecutive pieces of (T,).
+    """Draws windows from given tokens: rows of (N, L), or pieces of (T,), evenly spread over them.
 
     Raises:
         CalibrationError: not integers, or neither shape; when drawing, if L differs or not one window is there.
@@ -88,9 +92,9 @@ def token_windows(tokens: Tensor) -> Draw:
 
 
 def _cut(tokens: Tensor, num_windows: int, window: int) -> Tensor:
-    """(T,) -> (min(num_windows, ⌊T / window⌋), window)."""
-    available = min(num_windows, len(tokens) // window)
-    return tokens[: available * window].reshape(available, window).clone()
+    """(T,) -> (min(num_windows, ⌊T / window⌋), window), evenly spread, in order."""
+    available = len(tokens) // window
+    return tokens[: available * window].reshape(available, window)[spread(available, num_windows)]
 
 
 def write_windows(

@@ -1,5 +1,6 @@
 """Calibration windows: every kind of source, mixtures, the default, and every refusal."""
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
@@ -171,34 +172,74 @@ def test_a_part_that_runs_short_is_announced_and_does_not_stop_the_others(letter
     assert len(loaded.windows) == 5
 
 
-# The default
+# Generic text
 
 
-def test_the_default_is_half_written_by_the_model_and_half_documentation(letters: Letters) -> None:
-    asked = []
+def pages(num_windows: int, window: int) -> Tensor:
+    """What a model that writes ones writes."""
+    return torch.ones(num_windows, window, dtype=torch.int64)
 
-    def writer(num_windows: int, window: int) -> Tensor:
-        asked.append((num_windows, window))
-        return torch.full((num_windows, window), 1)
 
-    loaded = load_calibration(None, letters, num_windows=8, window=16, writer=writer)
-    assert asked == [(4, 16)]
-    documentation = load_calibration([documentation_text("even")], letters, num_windows=4, window=16)
-    assert loaded.windows[0::2].eq(1).all()
-    assert torch.equal(loaded.windows[1::2], documentation.windows)
-    assert loaded.description == (
-        "4 windows of 16 tokens from text that the model wrote itself",
-        "4 windows of 16 tokens from the documentation that comes with Python",
+def test_without_a_source_all_text_is_generic(letters: Letters) -> None:
+    loaded = load_calibration(None, letters, num_windows=8, window=16, writer=pages)
+    documentation = load_calibration([documentation_text("even")], letters, num_windows=2, window=16)
+    rows = loaded.windows.tolist()
+    assert rows.count([1] * 16) == 4
+    assert all(row in rows for row in documentation.windows.tolist())
+    assert [sentence.split(" from ")[0] for sentence in loaded.description] == [
+        "4 windows of 16 tokens",
+        "2 windows of 16 tokens",
+        "2 windows of 16 tokens",
+    ]
+
+
+def test_generic_text_makes_do_with_what_there_is(letters: Letters) -> None:
+    alone = load_calibration(None, letters, num_windows=4, window=16)
+    assert alone.description == (
+        "2 windows of 16 tokens from the documentation that comes with Python (generic)",
+        "2 windows of 16 tokens from the source code that comes with Python (generic)",
     )
-
-
-def test_the_default_makes_do_with_what_there_is(letters: Letters) -> None:
-    alone = load_calibration(None, letters, num_windows=3, window=16)
-    assert alone.description == ("3 windows of 16 tokens from the documentation that comes with Python",)
-    written = load_calibration(
-        None, None, num_windows=3, window=16, writer=lambda n, length: torch.ones(n, length).int()
-    )
+    written = load_calibration(None, None, num_windows=3, window=16, writer=pages)
     assert written.windows.tolist() == [[1] * 16] * 3
+    with pytest.raises(CalibrationError, match="a tokenizer for the default calibration text"):
+        load_calibration(None, None, num_windows=3, window=16)
+
+
+@pytest.mark.parametrize("source", [["q" * 999], {"TEXT": 1.0}, [("TEXT", 2.0), ("TEXT", 1.0)]])
+def test_a_share_of_the_windows_is_generic(tmp_path: Path, letters: Letters, source: Any) -> None:
+    text = str(write(tmp_path / "text.txt", "q" * 999))
+    if isinstance(source, dict):
+        source = {text: 1.0}
+    elif isinstance(source[0], tuple):
+        source = [(text, weight) for _, weight in source]
+    loaded = load_calibration(source, letters, num_windows=20, window=10, writer=pages, generic=0.2)
+    own = [row for row in loaded.windows.tolist() if row.count(ord("q")) >= 9]
+    assert len(loaded.windows) == 20
+    assert len(own) == 16
+    assert loaded.windows.tolist().count([1] * 10) == 2
+    assert [sentence for sentence in loaded.description if sentence.endswith("(generic)")] == [
+        "2 windows of 10 tokens from text that the model wrote itself (generic)",
+        "1 window of 10 tokens from the documentation that comes with Python (generic)",
+        "1 window of 10 tokens from the source code that comes with Python (generic)",
+    ]
+
+
+@pytest.mark.parametrize("source", ["builtin:code", {"builtin:code": 1.0}, [("builtin:code", 1.0)], ["builtin:code"]])
+def test_a_source_that_names_what_is_built_in_is_taken_as_it_is(letters: Letters, source: Any) -> None:
+    loaded = load_calibration(source, letters, num_windows=4, window=16, writer=pages, generic=0.5)
+    assert loaded.description == ("4 windows of 16 tokens from the source code that comes with Python",)
+
+
+def test_generic_text_that_runs_short_is_reported_and_no_reason_to_warn(letters: Letters) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = load_calibration(
+            ["q" * 9999], letters, num_windows=40, window=10, writer=lambda n, m: pages(3, m), generic=0.5
+        )
+    assert "text that the model wrote itself (generic) holds 3 windows of 10 tokens, not the 10 asked for" in (
+        loaded.description
+    )
+    assert len(loaded.windows) == 33
 
 
 # Refusals

@@ -33,6 +33,7 @@ LEVELS = (
     ("demo_model", "layers", "mlp", "scratch", "stream", "writer"),
     ("loader", "model", "vocabulary"),
     ("attention", "batches", "calibration", "checkpoint", "hub", "reconstruction", "ring", "selection", "shape"),
+    ("mixture",),
     ("builtin", "damping", "device", "files", "statistics", "transit"),
     ("architecture", "corpora", "ops", "ranks", "windows"),
     ("labels", "ridge"),
