@@ -33,7 +33,7 @@ LEVELS = (
     ("demo_model", "layers", "mlp", "scratch", "stream", "writer"),
     ("loader", "model", "vocabulary"),
     ("attention", "batches", "calibration", "checkpoint", "hub", "reconstruction", "ring", "selection", "shape"),
-    ("builtin", "damping", "device", "files", "statistics", "transit"),
+    ("builtin", "damping", "device", "files", "statistics", "transit", "written"),
     ("architecture", "corpora", "ops", "ranks", "windows"),
     ("labels", "ridge"),
     ("cholesky",),
