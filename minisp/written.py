@@ -56,7 +56,7 @@ KINDS = (
     ("Give advice on health and nutrition.", "Doctors recommend a balanced diet. To stay healthy,"),
     ("请用中文写一篇长文章。", "中国是一个历史悠久的国家，"),
     ("Write a speech.", "Ladies and gentlemen, we have come together today because"),
-    ("Write a software license.", "Permission is hereby granted, subject to the following conditions:"),
+    ("Write the rules of a sports club.", "Rules of the club. 1. Membership is open to"),
     ("Write a table of data as CSV.", "date,name,city,amount\n2019-03-01,"),
     ("Write a question and its answers from an internet forum.", "Q: How do I"),
 )
@@ -65,11 +65,11 @@ KINDS = (
 
 def describe(tokenizer: Any, vocab_size: int) -> str:
     """How `write_windows` has a model with `vocab_size` tokens write, as part of a sentence for plans and reports."""
-    how, _ = _prompts(tokenizer, vocab_size)
+    how, prompts = _prompts(tokenizer, vocab_size)
     temperatures = f"at temperatures {' and '.join(map(str, TEMPERATURES))}"
     if how is None:
         return f"each window from a random token, {temperatures}"
-    return f"by {len(KINDS)} {how}, 1 window in {RANDOM_EVERY} from a random token, {temperatures}"
+    return f"by {len(prompts)} {how}, 1 window in {RANDOM_EVERY} from a random token, {temperatures}"
 
 
 def write_windows(
@@ -111,16 +111,16 @@ def write_windows(
     config: Any = model.config
     generator = torch.Generator().manual_seed(seed)
     forced = random_starts(tokenizer, config.vocab_size, (num_windows, window), generator)
-    temperatures = torch.empty(num_windows)
+    # By turns among the windows that start with a random token.
+    turns = [row // RANDOM_EVERY for row in range(num_windows)]
     _, prompts = _prompts(tokenizer, config.vocab_size)
     prompted = [row for row in range(num_windows) if prompts and (row + 1) % RANDOM_EVERY]
     for place, row in enumerate(prompted):
-        prompt = torch.tensor(prompts[place % len(prompts)])[: max(window // 2, 1)]
+        turn, kind = divmod(place, len(prompts))
+        prompt = torch.tensor(prompts[kind])[: max(window // 2, 1)]
         forced[row, : len(prompt)] = prompt
-    for rows in (prompted, sorted(set(range(num_windows)).difference(prompted))):
-        for place, row in enumerate(rows):
-            # The second sum moves the temperatures on by one where the kinds begin again.
-            temperatures[row] = TEMPERATURES[(place + place // len(KINDS)) % len(TEMPERATURES)]
+        turns[row] = kind + turn
+    temperatures = torch.tensor([TEMPERATURES[turn % len(TEMPERATURES)] for turn in turns])
     return continue_windows(model, forced, temperatures, generator, batch=batch, on_progress=on_progress)
 
 
@@ -231,13 +231,14 @@ class _FixedLayer(DynamicLayer):
 
 
 def _prompts(tokenizer: Any, vocab_size: int) -> tuple[str | None, list[list[int]]]:
-    """What prompts are, and the tokens of one for each of `KINDS`: instructions, else openings; None where neither
-    has tokens that the model knows.
+    """What the prompts are, and the tokens of one for each of `KINDS`: instructions, else openings, else none.
+
+    A kind is left out where the tokenizer has no tokens for it, or tokens that the model does not have.
     """
     for how, prompts in (("instructions in its chat template", _asked), ("openings of texts", _opened)):
         found = [] if tokenizer is None else prompts(tokenizer)
-        if found and all(prompt and max(prompt) < vocab_size for prompt in found):
-            return how, found
+        if known := [prompt for prompt in found if prompt and max(prompt) < vocab_size]:
+            return how, known
     return None, []
 
 
@@ -260,11 +261,7 @@ def _asked(tokenizer: Any) -> list[list[int]]:
 
 
 def _opened(tokenizer: Any) -> list[list[int]]:
-    """The openings as tokens, with what the tokenizer puts before a text."""
-    special = set(tokenizer.all_special_ids)
+    """The openings as tokens, with what the tokenizer puts before a text and without the end that it may put behind."""
     prompts = [tokenizer(opening, verbose=False)["input_ids"] for _, opening in KINDS]
-    for prompt in prompts:
-        # What it puts behind a text would end this one.
-        while prompt and prompt[-1] in special:
-            prompt.pop()
-    return prompts
+    end = getattr(tokenizer, "eos_token_id", None)
+    return [prompt[:-1] if prompt[-1:] == [end] else prompt for prompt in prompts]
