@@ -23,8 +23,8 @@ from minisp.selection import allocate_widths, default_alignment, select
 from minisp.statistics import LayerStatistics
 from minisp.stream import Stream
 from minisp.sweep import saliency_sweep
-from minisp.windows import write_windows
 from minisp.workplace import Workplace
+from minisp.written import continue_windows, random_starts
 
 PLAIN = OURS["minisp: + refit"]
 # Windows of what needs a sweep of its own.
@@ -87,16 +87,13 @@ class Lab:
         return found
 
     def written(self, temperature: float) -> Tensor:
-        """Text that the model writes itself, (SUBSET, L)."""
+        """Text that the model writes itself from random first tokens, (SUBSET, L)."""
         model, length = self.model, self.windows.shape[1]
         name = self.cache / f"{harness.digest(model.parameters())}_written_{length}_{temperature}.pt"
         if not name.exists():
-            torch.save(
-                write_windows(
-                    model, self.tokenizer, num_windows=SUBSET, window=length, seed=0, temperature=temperature
-                ),
-                name,
-            )
+            generator = torch.Generator().manual_seed(0)
+            starts = random_starts(self.tokenizer, model.config.vocab_size, (SUBSET, length), generator)
+            torch.save(continue_windows(model, starts, torch.full((SUBSET,), temperature), generator), name)
         windows: Tensor = torch.load(name, weights_only=True)
         return windows
 

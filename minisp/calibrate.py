@@ -12,8 +12,8 @@ from minisp.calibration import Calibration, load_calibration
 from minisp.errors import CalibrationError, OutputError
 from minisp.planner import Plan
 from minisp.stream import Stream
-from minisp.windows import WRITTEN_AT_ONCE, write_windows
 from minisp.workplace import Workplace
+from minisp.written import WRITTEN_AT_ONCE, write_windows
 
 # exp of the entropy of single tokens: 250 to 800 for prose, documentation and source code, below 20 for logs, tables
 # and text that repeats itself (SmolLM2's tokens, 4k to 65k of them). Small vocabularies, of bytes say, have less.

@@ -34,7 +34,7 @@ LEVELS = (
     ("loader", "model", "vocabulary"),
     ("attention", "batches", "calibration", "checkpoint", "hub", "reconstruction", "ring", "selection", "shape"),
     ("mixture",),
-    ("builtin", "damping", "device", "files", "statistics", "transit"),
+    ("builtin", "damping", "device", "files", "statistics", "transit", "written"),
     ("architecture", "corpora", "ops", "ranks", "windows"),
     ("labels", "ridge"),
     ("cholesky",),

@@ -1,0 +1,267 @@
+"""Text that the model writes itself, of many kinds: prose, code, law, mathematics, several languages.
+
+A model whose tokenizer has a chat template is asked for each kind of text; another one continues an opening of that
+kind. Every fourth window starts with a random token instead and reaches what no instruction reaches.
+
+Shapes: N windows, L tokens per window, B windows written at once, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from minisp.errors import ConfigError
+from minisp.labels import draw_tokens
+from minisp.windows import evaluating
+
+# Windows that the model writes at once; more are no faster.
+WRITTEN_AT_ONCE = 32
+# Windows take these by turns: the lower one keeps small models coherent, at 1 they write what they have learnt.
+TEMPERATURES = (0.7, 1.0)
+# Of so many windows one starts with a random token.
+RANDOM_EVERY = 4
+# In `forced`: a token that the model draws.
+FREE = -1
+
+KINDS = (
+    ("Write a short story.", "Once upon a time there was"),
+    ("Write an encyclopedia article about a town.", "The town lies in the north of the province. Its history begins"),
+    ("Write a program in C.", "#include <stdio.h>\n#include <stdlib.h>\n\n"),
+    ("Schreibe einen langen Aufsatz auf Deutsch.", "In diesem Aufsatz geht es um die Frage, ob"),
+    ("Write the minutes of a meeting.", "Minutes of the meeting\n\nPresent:"),
+    ("Write a contract between two companies.", "THIS AGREEMENT is made between the parties below. 1. Definitions"),
+    ("State a theorem and prove it.", "Theorem 1. Let"),
+    ("Write a news report.", "The government said on Tuesday that"),
+    ("Write a Python module with several functions.", 'import os\nimport sys\n\n\ndef main():\n    """'),
+    ("Écris un long article en français.", "Depuis plusieurs années, la question de"),
+    ("Write a chapter of a novel.", "Chapter 1\n\nIt was late in the evening when"),
+    ("Explain how an engine works.", "An engine converts fuel into motion. The main parts are"),
+    ("Write a letter to a friend.", "Dear friend,\n\nThank you for your letter."),
+    ("Write a scientific paper with abstract and introduction.", "Abstract. In this paper we study"),
+    ("Write a recipe.", "Ingredients:\n\n- 2 cups of flour\n-"),
+    ("Write a web page in HTML.", "<!DOCTYPE html>\n<html>\n<head>\n<title>"),
+    ("Write a dialogue between two people.", "— Where have you been?\n— I was"),
+    ("Write the biography of a scientist.", "She was born in 1871, the daughter of a teacher, and"),
+    ("Escribe un ensayo largo en español.", "La historia de este país comienza con"),
+    ("Write the documentation of a programming library.", "Usage\n=====\n\nInstall the library and import it:\n\n"),
+    ("Write an essay about history.", "The causes of the war have been discussed ever since. First,"),
+    ("Write a school exercise in mathematics with its solution.", "Exercise 1. Solve the equation"),
+    ("Write a poem.", "O wind that comes across the sea,\n"),
+    ("Write a review of a film.", "The film begins slowly, but"),
+    ("Write a law.", "Section 1. Short title. This Act may be cited as"),
+    ("Write SQL statements for a database.", "CREATE TABLE customers (\n    id INTEGER PRIMARY KEY,\n"),
+    ("Give advice on health and nutrition.", "Doctors recommend a balanced diet. To stay healthy,"),
+    ("请用中文写一篇长文章。", "中国是一个历史悠久的国家，"),
+    ("Write a speech.", "Ladies and gentlemen, we have come together today because"),
+    ("Write the rules of a sports club.", "Rules of the club. 1. Membership is open to"),
+    ("Write a table of data as CSV.", "date,name,city,amount\n2019-03-01,"),
+    ("Write a question and its answers from an internet forum.", "Q: How do I"),
+)
+"""What the model is asked for, and how such a text opens. Every run of a few differs in subject, form and language."""
+
+
+def describe(tokenizer: Any, vocab_size: int) -> str:
+    """How `write_windows` has a model with `vocab_size` tokens write, as part of a sentence for plans and reports."""
+    how, prompts = _prompts(tokenizer, vocab_size)
+    temperatures = f"at temperatures {' and '.join(map(str, TEMPERATURES))}"
+    if how is None:
+        return f"each window from a random token, {temperatures}"
+    return f"by {len(prompts)} {how}, 1 window in {RANDOM_EVERY} from a random token, {temperatures}"
+
+
+def write_windows(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    num_windows: int,
+    window: int,
+    seed: int,
+    batch: int = WRITTEN_AT_ONCE,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Text of all `KINDS` by turns, each kind at all `TEMPERATURES` by turns.
+
+    A window starts with the tokens of its kind's prompt, at most half of its tokens. Every `RANDOM_EVERY`-th window
+    starts with a random token instead, and all do where there is no tokenizer or its tokens do not fit the model. The
+    result depends on the arguments alone, `batch` excepted, and torch's global generator is left as it was.
+
+    Args:
+        model: a transformers causal language model, on the device it runs on.
+        tokenizer: its tokenizer, or None.
+        num_windows, window: N and L.
+        seed: seeds random first tokens and sampling.
+        batch: windows written at once; memory grows with it by one KV cache of `window` tokens each.
+        on_progress: called after every step with (steps done, steps in all).
+
+    Returns:
+        (N, L) int64 on the CPU.
+
+    Raises:
+        ConfigError: a count below 1.
+        NumericalError: the model's logits are not finite.
+    """
+    if min(num_windows, window, batch) < 1:
+        raise ConfigError(
+            f"Expected num_windows, window and batch of at least 1, got {num_windows}, {window} and {batch}. Ask for "
+            "one or more of each."
+        )
+    config: Any = model.config
+    generator = torch.Generator().manual_seed(seed)
+    forced = random_starts(tokenizer, config.vocab_size, (num_windows, window), generator)
+    # By turns among the windows that start with a random token.
+    turns = [row // RANDOM_EVERY for row in range(num_windows)]
+    _, prompts = _prompts(tokenizer, config.vocab_size)
+    prompted = [row for row in range(num_windows) if prompts and (row + 1) % RANDOM_EVERY]
+    for place, row in enumerate(prompted):
+        turn, kind = divmod(place, len(prompts))
+        prompt = torch.tensor(prompts[kind])[: max(window // 2, 1)]
+        forced[row, : len(prompt)] = prompt
+        turns[row] = kind + turn
+    temperatures = torch.tensor([TEMPERATURES[turn % len(TEMPERATURES)] for turn in turns])
+    return continue_windows(model, forced, temperatures, generator, batch=batch, on_progress=on_progress)
+
+
+def random_starts(tokenizer: Any, vocab_size: int, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Windows (N, L) int64 of which only the first token is forced, to a random ordinary one.
+
+    Uniform over the vocabulary without its padding rows and special tokens; over all of it without a tokenizer.
+    """
+    ordinary = list(range(vocab_size))
+    if tokenizer is not None:
+        special = set(tokenizer.all_special_ids)
+        ordinary = [token for token in range(min(vocab_size, len(tokenizer))) if token not in special] or ordinary
+    forced = torch.full(shape, FREE, dtype=torch.int64)
+    forced[:, 0] = torch.tensor(ordinary)[torch.randint(len(ordinary), shape[:1], generator=generator)]
+    return forced
+
+
+def continue_windows(
+    model: nn.Module,
+    forced: Tensor,
+    temperatures: Tensor,
+    generator: torch.Generator,
+    *,
+    batch: int = WRITTEN_AT_ONCE,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Windows (N, L) int64 on the CPU: forced tokens where there are such, elsewhere the model's own.
+
+    They are drawn from the model's full distribution, and an end-of-text token ends nothing.
+
+    Args:
+        model, batch, on_progress: as for `write_windows`.
+        forced: (N, L) int64, `FREE` where the model draws; the first column holds tokens.
+        temperatures: (N,) float32 above 0, which divide the logits.
+        generator: of the CPU; what it draws does not depend on `batch`.
+
+    Raises:
+        NumericalError: the model's logits are not finite.
+    """
+    num_windows, window = forced.shape
+    # Drawn at once and per window, so that the batch size does not decide them.
+    uniform = torch.rand(num_windows, window - 1, generator=generator)
+    parts = list(zip(forced.split(batch), temperatures.split(batch), uniform.split(batch), strict=True))
+    device = next(model.parameters()).device
+    written = []
+    with evaluating(model), torch.no_grad():
+        for index, part in enumerate(parts):
+            tokens, temperature, numbers = (tensor.to(device, copy=True) for tensor in part)
+            steps = enumerate(_sample(model, tokens, temperature, numbers), start=index * (window - 1) + 1)
+            for done, _ in steps:
+                if on_progress is not None:
+                    on_progress(done, len(parts) * (window - 1))
+            written.append(tokens.cpu())
+    return torch.cat(written)
+
+
+def _sample(model: nn.Module, tokens: Tensor, temperature: Tensor, uniform: Tensor) -> Iterator[None]:
+    """Fill the free ones of tokens (B, L) one column after the other, yielding after each.
+
+    Prompts have no forward of their own: as long as one row draws, all have to go step by step, and a row that starts
+    with a random token draws from its second token on.
+
+    Args:
+        temperature: (B,).
+        uniform: (B, L − 1) in [0, 1).
+    """
+    cache = _fixed_cache(model, uniform.shape[1])
+    for step in range(uniform.shape[1]):
+        output = model(input_ids=tokens[:, step : step + 1], past_key_values=cache, use_cache=True)
+        drawn = draw_tokens(output.logits[:, -1].float().div_(temperature[:, None]), uniform[:, step])
+        following = tokens[:, step + 1]
+        following.copy_(torch.where(following == FREE, drawn, following))
+        yield
+
+
+def _fixed_cache(model: nn.Module, num_tokens: int) -> DynamicCache:
+    """The model's own kind of KV cache, whose full-attention layers are allocated once, for `num_tokens`."""
+    config: Any = model.config
+    cache = DynamicCache(config=config)
+    cache.layers = [_FixedLayer(num_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class _FixedLayer(DynamicLayer):
+    """Keys and values (B, heads, tokens so far, head size) as views of tensors with room for all tokens.
+
+    The ordinary layer concatenates, which copies and reallocates the whole cache for every token: at 256 tokens a third
+    of the time of a step on a CPU.
+    """
+
+    def __init__(self, num_tokens: int):
+        super().__init__()
+        self.num_tokens = num_tokens
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.all_keys, self.all_values = (
+                states.new_empty(*states.shape[:2], self.num_tokens, states.shape[3])
+                for states in (key_states, value_states)
+            )
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        self.all_keys[:, :, start:end] = key_states
+        self.all_values[:, :, start:end] = value_states
+        self.keys, self.values = self.all_keys[:, :, :end], self.all_values[:, :, :end]
+        return self.keys, self.values
+
+
+def _prompts(tokenizer: Any, vocab_size: int) -> tuple[str | None, list[list[int]]]:
+    """What the prompts are, and the tokens of one for each of `KINDS`: instructions, else openings, else none.
+
+    A kind is left out where the tokenizer has no tokens for it, or tokens that the model does not have.
+    """
+    for how, prompts in (("instructions in its chat template", _asked), ("openings of texts", _opened)):
+        found = [] if tokenizer is None else prompts(tokenizer)
+        if known := [prompt for prompt in found if prompt and max(prompt) < vocab_size]:
+            return how, known
+    return None, []
+
+
+def _asked(tokenizer: Any) -> list[list[int]]:
+    """The instructions as the tokens of chats; none where there is no template, or none that holds an instruction."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    prompts = []
+    for instruction, _ in KINDS:
+        chat = [{"role": "user", "content": instruction}]
+        try:
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        # A template is a program that comes with the model: it may raise anything.
+        except Exception:
+            return []
+        if instruction not in text:
+            return []
+        prompts.append(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return prompts
+
+
+def _opened(tokenizer: Any) -> list[list[int]]:
+    """The openings as tokens, with what the tokenizer puts before a text and without the end that it may put behind."""
+    prompts = [tokenizer(opening, verbose=False)["input_ids"] for _, opening in KINDS]
+    end = getattr(tokenizer, "eos_token_id", None)
+    return [prompt[:-1] if prompt[-1:] == [end] else prompt for prompt in prompts]

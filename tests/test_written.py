@@ -1,0 +1,258 @@
+"""What the model writes itself: how windows start, and how they go on."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import processors
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from minisp import written
+from minisp.errors import ConfigError, NumericalError
+from minisp.written import FREE, KINDS, RANDOM_EVERY, TEMPERATURES, continue_windows, describe, write_windows
+from tests.models import VOCABULARY, char_tokenizer, tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEMPLATE = "{% for message in messages %}[{{ message.content }}]{% endfor %}{% if add_generation_prompt %}={% endif %}"
+SPECIAL = 3
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    return char_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model("llama")
+
+
+def starts(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, num_windows: int, window: int) -> tuple[Tensor, Tensor]:
+    """The forced tokens (N, L) and the temperatures (N,) of what would be written."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def keep(model: Any, forced: Tensor, temperatures: Tensor, *args: Any, **options: Any) -> Tensor:
+        seen.append((forced, temperatures))
+        return forced
+
+    with monkeypatch.context() as patched:
+        patched.setattr(written, "continue_windows", keep)
+        write_windows(tiny_model("llama"), tokenizer, num_windows=num_windows, window=window, seed=0)
+    return seen[0]
+
+
+def drawn_after(forced: Tensor) -> list[list[int]]:
+    """The forced tokens of each row, which have to come first."""
+    rows = []
+    for row in forced.tolist():
+        count = row.index(FREE)
+        assert set(row[count:]) == {FREE}
+        rows.append(row[:count])
+    return rows
+
+
+def tokens(tokenizer: Any, text: str) -> list[int]:
+    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return found
+
+
+def test_the_result_depends_on_the_seed_alone(model: Any, tokenizer: Any) -> None:
+    def result(seed: int, **options: Any) -> Tensor:
+        return write_windows(model, tokenizer, num_windows=5, window=12, seed=seed, **options)
+
+    torch.manual_seed(1)
+    first = result(3)
+    untouched = torch.rand(4)
+    torch.manual_seed(1)
+    assert torch.equal(untouched, torch.rand(4))
+    assert first.shape == (5, 12) and first.dtype == torch.int64
+    assert not first.requires_grad and not first.is_inference()
+    assert torch.equal(first, result(3))
+    assert not torch.equal(first, result(4))
+    assert torch.equal(first, result(3, batch=2))
+
+
+def test_instructions_go_through_the_chat_template_by_turns(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATE
+    count = RANDOM_EVERY * len(KINDS)
+    forced, _ = starts(monkeypatch, tokenizer, count, 256)
+    rows = [row for i, row in enumerate(drawn_after(forced)) if (i + 1) % RANDOM_EVERY]
+    expected = [tokens(tokenizer, f"[{instruction}]=") for instruction, _ in KINDS]
+    assert rows == (expected * RANDOM_EVERY)[: len(rows)]
+    shares = Counter(map(tuple, rows))
+    assert len(shares) == len(KINDS) and max(shares.values()) - min(shares.values()) <= 1
+
+
+def test_every_fourth_window_starts_with_a_random_ordinary_token(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    forced, _ = starts(monkeypatch, tokenizer, 4 * 400, 8)
+    first = drawn_after(forced)[RANDOM_EVERY - 1 :: RANDOM_EVERY]
+    assert len(first) == 400 and set(map(len, first)) == {1}
+    found = {row[0] for row in first}
+    assert found <= set(range(SPECIAL, len(tokenizer))) and len(found) > 50
+
+
+def test_kinds_and_random_starts_are_written_at_every_temperature(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    tokenizer.chat_template = TEMPLATE
+    forced, temperatures = starts(monkeypatch, tokenizer, 2 * RANDOM_EVERY * len(KINDS), 256)
+    seen: dict[tuple[int, ...], set[float]] = {}
+    for row, temperature in zip(drawn_after(forced), temperatures.tolist(), strict=True):
+        seen.setdefault(tuple(row) if len(row) > 1 else (), set()).add(round(temperature, 6))
+    assert len(seen) == len(KINDS) + 1
+    assert all(found == set(TEMPERATURES) for found in seen.values())
+    shares = Counter(temperatures.tolist())
+    assert max(shares.values()) - min(shares.values()) <= 2
+
+
+def test_a_prompt_takes_at_most_half_a_window(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    tokenizer.chat_template = TEMPLATE
+    forced, _ = starts(monkeypatch, tokenizer, 3, 16)
+    assert drawn_after(forced) == [tokens(tokenizer, f"[{instruction}")[:8] for instruction, _ in KINDS[:3]]
+    single, _ = starts(monkeypatch, tokenizer, 2, 1)
+    assert single.shape == (2, 1) and FREE not in single
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "",
+        "{{ raise_exception('user turns are not for me') }}",
+        "{% if %}",
+        "{{ 1 // 0 }}",
+        "{{ messages[7].content.upper() }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}{{ messages[0].content }}",
+        "the same for everyone",
+        {"tools": TEMPLATE},
+    ],
+)
+def test_without_a_template_that_works_texts_are_opened(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any, template: Any
+) -> None:
+    tokenizer.chat_template = template
+    forced, _ = starts(monkeypatch, tokenizer, 3, 512)
+    assert drawn_after(forced) == [tokens(tokenizer, opening) for _, opening in KINDS[:3]]
+    assert "openings" in describe(tokenizer, VOCABULARY)
+
+
+def test_openings_keep_what_the_tokenizer_puts_before_a_text_and_not_its_end(
+    monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    forced, _ = starts(monkeypatch, tokenizer, 3, 512)
+    assert drawn_after(forced) == [[1, *tokens(tokenizer, opening)] for _, opening in KINDS[:3]]
+
+
+def test_prompts_with_tokens_that_the_model_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    """Chat tokens that a tokenizer got and the model's embedding did not."""
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<chat{i}>" for i in range(VOCABULARY)]})
+    tokenizer.chat_template = f"<chat{VOCABULARY - 1}>{TEMPLATE}"
+    forced, _ = starts(monkeypatch, tokenizer, 3, 512)
+    assert drawn_after(forced) == [tokens(tokenizer, opening) for _, opening in KINDS[:3]]
+
+
+def test_without_a_tokenizer_all_windows_start_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    forced, temperatures = starts(monkeypatch, None, 600, 4)
+    assert set(map(len, drawn_after(forced))) == {1}
+    assert len(set(forced[:, 0].tolist())) == VOCABULARY
+    assert Counter(temperatures.tolist()) == Counter(torch.tensor(TEMPERATURES * 300).tolist())
+
+
+def test_the_description_says_how_the_text_was_written(tokenizer: Any) -> None:
+    assert describe(None, VOCABULARY) == "each window from a random token, at temperatures 0.7 and 1.0"
+    opened = "by 32 openings of texts, 1 window in 4 from a random token, at temperatures 0.7 and 1.0"
+    assert describe(tokenizer, VOCABULARY) == opened
+    tokenizer.chat_template = TEMPLATE
+    assert describe(tokenizer, VOCABULARY) == opened.replace("openings of texts", "instructions in its chat template")
+
+
+def test_prompts_stand_at_the_start_of_what_is_written(model: Any, tokenizer: Any) -> None:
+    result = write_windows(model, tokenizer, num_windows=3, window=40, seed=0)
+    for row, (_, opening) in zip(result.tolist(), KINDS, strict=False):
+        prompt = tokens(tokenizer, opening)[:20]
+        assert row[: len(prompt)] == prompt
+    assert result.min() >= 0
+
+
+def test_sampling_follows_the_model_s_distribution(model: Any) -> None:
+    """Second tokens after one common first token: every frequency within five standard deviations of its due."""
+    count, temperature = 4000, torch.tensor([1.5, 0.5]).repeat_interleave(4000)
+    forced = torch.full((2 * count, 2), FREE)
+    forced[:, 0] = 41
+    result = continue_windows(model, forced, temperature, torch.Generator().manual_seed(0), batch=2 * count)
+    with torch.no_grad():
+        logits = model(torch.tensor([[41]])).logits[0, -1].double()
+    for part, divisor in zip(result.split(count), (1.5, 0.5), strict=True):
+        assert part[:, 0].eq(41).all()
+        expected = torch.softmax(logits / divisor, dim=0)
+        observed = torch.bincount(part[:, 1], minlength=VOCABULARY) / count
+        assert ((observed - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-3).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt2"])
+def test_every_step_sees_all_that_stands_before(family: str) -> None:
+    """Positions, sliding windows and the cache: the logits of the steps are those of one forward over the result."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    extra: dict[str, dict[str, Any]] = {
+        "gemma2": {"intermediate_size": 16, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4},
+        "opt": {"ffn_dim": 16, "word_embed_proj_dim": 16},
+    }
+    other = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape, **extra.get(family, {}))).eval()
+    for parameter in other.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(10)
+    steps: list[Tensor] = []
+    handle = other.register_forward_hook(lambda module, args, output: steps.append(output.logits[:, -1].clone()))
+    forced = torch.full((3, 14), FREE)
+    forced[0, :7], forced[1, :2], forced[2, 0] = torch.arange(7), 5, 9
+    result = continue_windows(other, forced, torch.tensor([1.0, 0.7, 1.0]), torch.Generator().manual_seed(0))
+    handle.remove()
+    with torch.no_grad():
+        logits = other(result, use_cache=False).logits[:, :-1]
+    torch.testing.assert_close(torch.stack(steps, dim=1), logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(result[forced != FREE], forced[forced != FREE])
+    assert len(set(result[:, 7:].flatten().tolist())) > 8
+
+
+def test_an_end_of_text_token_ends_nothing(model: Any) -> None:
+    free = write_windows(model, None, num_windows=4, window=12, seed=2)
+    before = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = list(range(VOCABULARY))
+    try:
+        assert torch.equal(free, write_windows(model, None, num_windows=4, window=12, seed=2))
+    finally:
+        model.generation_config.eos_token_id = before
+
+
+def test_progress_counts_steps_and_modes_are_restored() -> None:
+    model = tiny_model("llama")
+    seen: list[tuple[int, int]] = []
+    model.train()
+    model.lm_head.eval()
+    options = {"num_windows": 5, "window": 4, "seed": 0, "batch": 2}
+    write_windows(model, None, **options, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 9) for done in range(1, 10)]
+    assert model.training and model.model.training and not model.lm_head.training
+
+
+@pytest.mark.parametrize("options", [{"num_windows": 0}, {"window": 0}, {"batch": 0}])
+def test_writing_refuses_bad_options(model: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        write_windows(model, None, **{"num_windows": 1, "window": 4, "seed": 0, **options})
+
+
+def test_writing_refuses_a_model_that_is_not_finite() -> None:
+    model = tiny_model("llama")
+    model.lm_head.weight.data[3] = float("nan")
+    with pytest.raises(NumericalError, match="finite logits"):
+        write_windows(model, None, num_windows=1, window=4, seed=0)
