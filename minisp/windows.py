@@ -17,8 +17,8 @@ Draw = Callable[[int, int], Tensor]
 
 # First guess of the text needed. English has 4 to 5 characters per token; a wrong guess costs one more reading.
 _CHARACTERS_PER_TOKEN = 5
-# Windows are spread over the start of a text, so many times as long as they are together: more subjects, at the price of
-# reading and tokenising, up to so many tokens (a few seconds).
+# Windows are spread over the start of a text, so many times as long as they are together: more subjects, at the price
+# of reading and tokenising, up to so many tokens (a few seconds).
 _SPREAD_OVER, _SPREAD_TOKENS = 8, 2**21
 # Where a text is cut short, its last tokens are not those of the whole text; this many are left out.
 _CUT_TOKENS = 16
