@@ -190,7 +190,6 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.8, help="share of the units, 0.8 by default")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), help="of rows, all by default")
     arguments = parser.parse_args()
-    arguments.mixed = 0
 
     lab = Lab(arguments)
     name = harness.result_name("ablation", arguments.label)

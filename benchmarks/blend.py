@@ -21,7 +21,6 @@ from lab import PLAIN, Lab, added, on, ranked
 from quality import Kit, data_arguments, measured_on, ours
 from torch import Tensor
 
-from minisp.calibration import load_calibration
 from minisp.config import MinifyConfig
 from minisp.statistics import LayerStatistics
 from minisp.windows import spread
@@ -60,8 +59,7 @@ class Pieces:
         lab, length = self.lab, self.lab.windows.shape[1]
         texts = {"text": lab.calibration}
         for name in ("documentation", "code"):
-            count = GENERIC * PIECES[name]
-            texts[name] = load_calibration(f"builtin:{name}", lab.tokenizer, num_windows=count, window=length).windows
+            texts[name] = lab.read(f"builtin:{name}", GENERIC * PIECES[name])
         count = GENERIC * PIECES["written"]
         path = lab.cache / f"{harness.digest(lab.model.parameters())}_written_{count}.pt"
         if not path.exists():
@@ -152,7 +150,6 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.8, help="share of the units, 0.8 by default")
     parser.add_argument("--choose", nargs="+", default=("german", "licences"), help="texts of --neutral to measure on")
     arguments = parser.parse_args()
-    arguments.mixed = 0
 
     lab = Lab(arguments)
     lab.texts = {name: lab.texts[name] for name in ("text", *arguments.choose)}

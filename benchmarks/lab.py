@@ -10,13 +10,13 @@ from typing import Any
 import harness
 import opponents
 import torch
-from quality import OURS, Kit, calibration_windows, collect, evaluation_texts, load_dense, refitted
+from quality import OURS, Kit, collect, evaluation_texts, load_dense, refitted
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from minisp.architecture import architecture_of
 from minisp.batches import Batches
-from minisp.calibration import interleave
+from minisp.calibration import interleave, load_calibration
 from minisp.config import MinifyConfig
 from minisp.model import frozen
 from minisp.selection import allocate_widths, default_alignment, select
@@ -44,11 +44,16 @@ class Lab:
         self.model = load_dense(arguments.model)
         # Half of the windows of quality.py: rows are compared with each other, on the same windows.
         self.texts = {name: (ids, n // 2) for name, (ids, n) in evaluation_texts(arguments, self.tokenizer).items()}
-        self.calibration = interleave(calibration_windows(arguments, self.tokenizer))
+        self.calibration = self.read(arguments.calibration, arguments.windows)
         self.arguments = arguments
         # Subsets are nested, so that a larger one costs only what is new in it.
         order = torch.randperm(len(self.calibration), generator=torch.Generator().manual_seed(0))
         self.windows = self.calibration[order]
+
+    def read(self, source: Any, count: int) -> Tensor:
+        """(at most `count`, L) windows of one source."""
+        length = self.arguments.window
+        return load_calibration(source, self.tokenizer, num_windows=count, window=length).windows
 
     @cached_property
     def text(self) -> Kit:
@@ -63,8 +68,8 @@ class Lab:
 
     def mixed(self) -> tuple[Kit, list[Tensor]]:
         """Calibrated on three domains; and the windows (N, L) of each."""
-        arguments = argparse.Namespace(**{**vars(self.arguments), "mixed": SUBSET // 2})
-        parts = calibration_windows(arguments, self.tokenizer)
+        others = [self.read(f"builtin:{name}", SUBSET // 2) for name in ("documentation", "code")]
+        parts = [self.calibration, *others]
         return self._kit(interleave(parts)), parts
 
     def sweep(

@@ -1,12 +1,13 @@
-"""What every method leaves of a model, on three domains: `python benchmarks/quality.py MODEL --calibration a --text b`.
+"""What every method leaves of a model, by domain: `python benchmarks/quality.py MODEL --calibration a --text b`.
 
 All rows share one set of statistics (kept under --cache) and are evaluated alike: perplexity over that of the dense
-model, windows of 1024 tokens, on the text given, on Python's documentation, and on source code. With --mixed 64, so
-many windows of documentation and as many of code are added to the calibration text; what is evaluated on is not among
-them. Every finished row is in the result file at once, and a run that is repeated goes on from there; rows of minisp
-whose options have changed since are measured anew. All 50 rows took 88 minutes on 2 cores for a model of 135M; the file
-is benchmarks/results/quality_text_MACHINE.json, or quality_mixed_. Seconds do not count the statistics, and trial cuts
-only in the first row that needs them; memory is what comes on top of the dense model, the copy that is cut included.
+model, windows of 1024 tokens, on the text given, on Python's documentation, on source code, and on the texts of a
+folder (--neutral). With --generic 0.2 a fifth of the calibration windows is generic text, as in `minify`; what is
+evaluated on is not among them. Every finished row is in the result file at once, and a run that is repeated goes on
+from there; rows of minisp whose options have changed since are measured anew. All 50 rows took 88 minutes on 2 cores
+for a model of 135M; the file is benchmarks/results/quality_text_MACHINE.json, or quality_generic_. Seconds do not count
+the statistics, and trial cuts only in the first row that needs them; memory is what comes on top of the dense model,
+the copy that is cut included.
 
 Not in the table: SliceGPT (Ashkboos et al., 2024), which cuts the hidden size instead of units and needs a rotation in
 every residual connection that stock classes do not have; no equal budget could be drawn up that is fair to both.
@@ -23,7 +24,7 @@ from typing import Any
 
 import harness
 import torch
-from naive import EVALUATION, read_windows
+from naive import EVALUATION
 from opponents import OPPONENTS, Layer, apply_, look_at
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -31,7 +32,7 @@ from transformers import AutoTokenizer
 from minisp.allocation import layer_ratios
 from minisp.architecture import architecture_of, cut_, decoder_layers
 from minisp.batches import Batches, heal_windows
-from minisp.calibration import interleave, load_calibration
+from minisp.calibration import load_calibration
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
 from minisp.device import compute_dtype
@@ -46,6 +47,7 @@ from minisp.statistics import LayerStatistics
 from minisp.stream import Stream
 from minisp.sweep import saliency_sweep
 from minisp.workplace import Workplace, record
+from minisp.written import write_windows
 
 CPU = torch.device("cpu")
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -83,12 +85,16 @@ class Kit:
             }
 
 
-def calibration_windows(arguments: argparse.Namespace, tokenizer: Any) -> list[Tensor]:
-    """(N, L) of every domain that is calibrated on: of the text alone, or of three."""
-    count, window, added = arguments.windows, arguments.window, arguments.mixed
-    windows = read_windows(arguments.model, arguments.calibration, count, window)
-    others = ("builtin:documentation", "builtin:code") if added else ()
-    return [windows, *(load_calibration(name, tokenizer, num_windows=added, window=window).windows for name in others)]
+def calibration_windows(arguments: argparse.Namespace, tokenizer: Any, model: Any) -> Tensor:
+    """(N, L): what `minify` calibrates on, the text given and the share of generic text that is asked for."""
+
+    def write(num_windows: int, window: int) -> Tensor:
+        return write_windows(model, tokenizer, num_windows=num_windows, window=window, seed=0)
+
+    count, window = arguments.windows, arguments.window
+    return load_calibration(
+        arguments.calibration, tokenizer, num_windows=count, window=window, writer=write, generic=arguments.generic
+    ).windows
 
 
 def evaluation_texts(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[Tensor, int]]:
@@ -254,7 +260,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data_arguments(parser)
-    parser.add_argument("--mixed", type=int, default=0, help="windows of documentation, and of code, to add")
+    parser.add_argument("--generic", type=float, default=0.0, help="share of generic text in the windows, as minify's")
     parser.add_argument(
         "--keep", type=float, nargs="+", default=KEEPS, help="shares of the units, 0.9 to 0.5 by default"
     )
@@ -263,8 +269,10 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = load_dense(arguments.model)
-    windows, texts = interleave(calibration_windows(arguments, tokenizer)), evaluation_texts(arguments, tokenizer)
-    name = harness.result_name(f"quality_{'mixed' if arguments.mixed else 'text'}", arguments.label)
+    texts = evaluation_texts(arguments, tokenizer)
+    windows = calibration_windows(arguments, tokenizer, model)
+    kind = "generic" if arguments.generic else "text"
+    name = harness.result_name(f"quality_{kind}", arguments.label)
     # Before the sweep: rows of something else are refused at once.
     identity = measured_on(model, windows, texts)
     result = harness.resume_json(name, identity)

@@ -41,8 +41,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on sta
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
 CALIBRATION_HELP = (
     "Text to calibrate on: FILE.txt, FILE.jsonl, hf:NAME, or what is at hand: builtin:code, builtin:documentation, "
-    "builtin:model (written by the model itself); with a weight as FILE:0.3. Repeat it to mix sources. Default: "
-    "builtin:model and builtin:documentation."
+    "builtin:model (written by the model itself); with a weight as FILE:0.3. Repeat it to mix sources. A share of "
+    "generic text (--generic) joins it, unless it names builtin: sources. Default: generic text alone."
 )
 
 

@@ -52,13 +52,14 @@ def text_windows(prefix: Callable[[int], tuple[str, bool]], label: str, tokenize
                 f"Expected at least one window of {window} tokens from {label}, got {got}. Pass more text, or a "
                 f"shorter window."
             )
-        return _cut(torch.tensor(tokens[:usable], dtype=torch.int64), num_windows, window)
+        found = _cut(torch.tensor(tokens[:usable], dtype=torch.int64), usable // window, window)
+        return found[spread(len(found), num_windows)]
 
     return draw
 
 
 def token_windows(tokens: Tensor) -> Draw:
-    """Draws windows from given tokens: rows of (N, L), or pieces of (T,), evenly spread over them.
+    """Draws windows from given tokens: the rows of (N, L), or consecutive pieces of (T,).
 
     Raises:
         CalibrationError: not integers, or neither shape; when drawing, if L differs or not one window is there.
@@ -87,9 +88,9 @@ def token_windows(tokens: Tensor) -> Draw:
 
 
 def _cut(tokens: Tensor, num_windows: int, window: int) -> Tensor:
-    """(T,) -> (min(num_windows, ⌊T / window⌋), window), evenly spread, in order."""
-    available = len(tokens) // window
-    return tokens[: available * window].reshape(available, window)[spread(available, num_windows)]
+    """(T,) -> (min(num_windows, ⌊T / window⌋), window)."""
+    available = min(num_windows, len(tokens) // window)
+    return tokens[: available * window].reshape(available, window).clone()
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def source_of(calibration: Calibration, letter: str) -> list[bool]:
 # One source
 
 
-def test_a_text_file_is_read_from_its_start_in_consecutive_windows(tmp_path: Path, letters: Letters) -> None:
+def test_a_text_file_is_cut_into_consecutive_windows(tmp_path: Path, letters: Letters) -> None:
     text = "the quick brown fox jumps over it"
     loaded = load_calibration(write(tmp_path / "wiki.txt", text), letters, num_windows=3, window=10)
     assert loaded.windows.dtype == torch.int64
@@ -75,9 +75,10 @@ def test_documents_are_joined_and_a_generator_is_read_no_further_than_needed(let
             yield "abcde"
 
     loaded = load_calibration(documents(), letters, num_windows=2, window=8)
-    assert loaded.windows.flatten().tolist() == [BOS, *ids("abcde\n\nabcde\n\nabcde")][:16]
-    assert 3 <= pulled < 100
-    as_list = load_calibration(["abcde"] * 20, letters, num_windows=2, window=8)
+    text = [BOS, *ids("abcde\n\n" * 200)]
+    assert all(row in [text[start : start + 8] for start in range(0, 1000, 8)] for row in loaded.windows.tolist())
+    assert 3 <= pulled < 200
+    as_list = load_calibration(["abcde"] * 200, letters, num_windows=2, window=8)
     assert torch.equal(as_list.windows, loaded.windows)
 
 
@@ -341,9 +342,11 @@ def test_builtin_sources_leave_out_what_evaluation_uses(letters: Letters) -> Non
     drawn = load_calibration({"builtin:documentation": 0.5, "builtin:code": 0.5}, letters, num_windows=4, window=16)
     assert drawn.description[0] == "2 windows of 16 tokens from the documentation that comes with Python"
     assert drawn.description[1] == "2 windows of 16 tokens from the source code that comes with Python"
-    held_out = ids(code_text(CODE_HELD_OUT + 40))[CODE_HELD_OUT:]
-    code = drawn.windows[1::2].flatten().tolist()
-    assert code == [BOS, *held_out[:31]]
+    evaluated = "".join(map(chr, ids(code_text(CODE_HELD_OUT))))
+    calibrated = "".join(map(chr, ids(code_text(CODE_HELD_OUT + 4000)[CODE_HELD_OUT:])))
+    for row in drawn.windows[1::2].tolist():
+        passage = "".join(map(chr, row))
+        assert passage in calibrated and passage not in evaluated
     with pytest.raises(CalibrationError, match="builtin:model, got 'builtin:jokes'"):
         load_calibration("builtin:jokes", letters, num_windows=1, window=16)
 
