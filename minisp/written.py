@@ -1,8 +1,7 @@
 """Text that the model writes itself, of many kinds: prose, code, law, mathematics, several languages.
 
-A model whose tokenizer has a chat template is asked for each kind of text; another one continues an opening of that
-kind. Every fourth text starts with a random token instead and reaches what no instruction reaches. A window holds two
-texts.
+A model continues an opening of each kind of text; one whose tokenizer has a chat template is asked for the text first.
+Every fourth text starts with a random token instead and reaches what no instruction reaches. A window holds two texts.
 
 Shapes: N windows, L tokens per window; M texts of K tokens, B of them written at once.
 """
@@ -18,8 +17,7 @@ from minisp.errors import ConfigError
 from minisp.labels import draw_tokens
 from minisp.windows import evaluating
 
-# A step reads all weights for one token per text, so more and shorter texts are cheaper, and they attend to less. Many
-# small models have said what they have to say on an instruction by then.
+# A step reads all weights for one token per text, so more and shorter texts are cheaper, and they attend to less.
 TEXTS_PER_WINDOW = 2
 # Windows that are written at once. Matrix products of twice as many rows are at full speed on a CPU.
 WRITTEN_AT_ONCE = 64
@@ -252,7 +250,10 @@ def _prompts(tokenizer: Any, vocab_size: int) -> tuple[str | None, list[list[int
 
     A kind is left out where the tokenizer has no tokens for it, or tokens that the model does not have.
     """
-    for how, prompts in (("instructions in its chat template", _asked), ("openings of texts", _opened)):
+    for how, prompts in (
+        ("instructions in its chat template, each with the opening of its answer", _asked),
+        ("openings of texts", _opened),
+    ):
         found = [] if tokenizer is None else prompts(tokenizer)
         if known := [prompt for prompt in found if prompt and max(prompt) < vocab_size]:
             return how, known
@@ -260,11 +261,13 @@ def _prompts(tokenizer: Any, vocab_size: int) -> tuple[str | None, list[list[int
 
 
 def _asked(tokenizer: Any) -> list[list[int]]:
-    """The instructions as the tokens of chats; none where there is no template, or none that holds an instruction."""
+    """Chats as tokens: each kind's instruction, and its opening as the start of the answer, which keeps small models
+    from answering in English, or about the instruction. None without a template, or where it leaves instructions out.
+    """
     if not getattr(tokenizer, "chat_template", None):
         return []
-    prompts = []
-    for instruction, _ in KINDS:
+    texts = []
+    for instruction, opening in KINDS:
         chat = [{"role": "user", "content": instruction}]
         try:
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -273,8 +276,8 @@ def _asked(tokenizer: Any) -> list[list[int]]:
             return []
         if instruction not in text:
             return []
-        prompts.append(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return prompts
+        texts.append(text + opening)
+    return [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
 
 
 def _opened(tokenizer: Any) -> list[list[int]]:

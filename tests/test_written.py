@@ -72,7 +72,7 @@ def test_instructions_go_through_the_chat_template_by_turns(tokenizer: Any) -> N
     count = RANDOM_EVERY * len(KINDS)
     forced, _ = starts(tokenizer, count, 256)
     rows = [row for i, row in enumerate(forced_tokens(forced)) if (i + 1) % RANDOM_EVERY]
-    expected = [tokens(tokenizer, f"[{instruction}]=") for instruction, _ in KINDS]
+    expected = [tokens(tokenizer, f"[{instruction}]={opening}") for instruction, opening in KINDS]
     assert rows == (expected * RANDOM_EVERY)[: len(rows)]
     shares = Counter(map(tuple, rows))
     assert len(shares) == len(KINDS) and max(shares.values()) - min(shares.values()) <= 1
@@ -155,7 +155,8 @@ def test_the_description_says_how_the_text_was_written(tokenizer: Any) -> None:
     opened = "by 32 openings of texts, 1 text in 4 from a random token, at temperatures 0.7 and 1.0"
     assert describe(tokenizer, VOCABULARY) == opened
     tokenizer.chat_template = TEMPLATE
-    assert describe(tokenizer, VOCABULARY) == opened.replace("openings of texts", "instructions in its chat template")
+    asked = "instructions in its chat template, each with the opening of its answer,"
+    assert describe(tokenizer, VOCABULARY) == opened.replace("openings of texts,", asked)
 
 
 @pytest.mark.parametrize("window", [40, 41])
