@@ -86,9 +86,10 @@ def write_windows(
 ) -> Tensor:
     """Text of all `KINDS` by turns, each kind at all `TEMPERATURES` by turns, `TEXTS_PER_WINDOW` texts in a window.
 
-    A text starts with its kind's prompt, which takes at most half of it. Every `RANDOM_EVERY`-th text starts with a
-    random token instead, and all do where there is no tokenizer or its tokens do not fit the model. The result depends
-    on the arguments alone, but for roundings not on `batch`, and torch's global generator is left as it was.
+    A text starts with its kind's prompt, of a long one with its last tokens, which fill half of the text. Every
+    `RANDOM_EVERY`-th text starts with a random token instead, and all do where there is no tokenizer or its tokens do
+    not fit the model. The result depends on the arguments alone, but for roundings not on `batch`, and torch's global
+    generator is left as it was.
 
     Args:
         model: a transformers causal language model, on the device it runs on.
@@ -132,7 +133,8 @@ def _starts(
     prompted = [text for text in range(num_texts) if prompts and (text + 1) % RANDOM_EVERY]
     for place, text in enumerate(prompted):
         turn, kind = divmod(place, len(prompts))
-        prompt = torch.tensor(prompts[kind])[: max(length // 2, 1)]
+        # The end of a prompt says most: the instruction and the opening, not the template's preamble.
+        prompt = torch.tensor(prompts[kind])[-max(length // 2, 1) :]
         forced[text, : len(prompt)] = prompt
         turns[text] = kind + turn
     return forced, torch.tensor([TEMPERATURES[turn % len(TEMPERATURES)] for turn in turns])

@@ -101,7 +101,7 @@ def test_kinds_and_random_starts_are_written_at_every_temperature(tokenizer: Any
 def test_a_prompt_takes_at_most_half_of_a_text(tokenizer: Any) -> None:
     tokenizer.chat_template = TEMPLATE
     forced, _ = starts(tokenizer, 3, 16)
-    assert forced_tokens(forced) == [tokens(tokenizer, f"[{instruction}")[:8] for instruction, _ in KINDS[:3]]
+    assert forced_tokens(forced) == [tokens(tokenizer, opening)[-8:] for _, opening in KINDS[:3]]
     single, _ = starts(tokenizer, 2, 1)
     assert single.shape == (2, 1) and FREE not in single
 
@@ -163,7 +163,7 @@ def test_the_description_says_how_the_text_was_written(tokenizer: Any) -> None:
 def test_a_window_holds_two_texts_that_start_with_their_prompts(model: Any, tokenizer: Any, window: int) -> None:
     result = write_windows(model, tokenizer, num_windows=3, window=window, seed=0)
     assert result.shape == (3, window) and result.min() >= 0
-    prompts = [tokens(tokenizer, opening)[: window // 4] for _, opening in KINDS[:5]]
+    prompts = [tokens(tokenizer, opening)[-((window + 1) // 4) :] for _, opening in KINDS[:5]]
     for text, prompt in zip((0, 1, 2, 4, 5), prompts, strict=True):
         row, second = divmod(text, 2)
         start = second * ((window + 1) // 2)
