@@ -24,7 +24,7 @@ from minisp.statistics import LayerStatistics
 from minisp.stream import Stream
 from minisp.sweep import saliency_sweep
 from minisp.workplace import Workplace
-from minisp.written import continue_windows, random_starts
+from minisp.written import continue_texts, random_starts
 
 PLAIN = OURS["minisp: + refit"]
 # Windows of what needs a sweep of its own.
@@ -98,7 +98,7 @@ class Lab:
         if not name.exists():
             generator = torch.Generator().manual_seed(0)
             starts = random_starts(self.tokenizer, model.config.vocab_size, (SUBSET, length), generator)
-            torch.save(continue_windows(model, starts, torch.full((SUBSET,), temperature), generator), name)
+            torch.save(continue_texts(model, starts, torch.full((SUBSET,), temperature), generator), name)
         windows: Tensor = torch.load(name, weights_only=True)
         return windows
 

@@ -1,9 +1,9 @@
 """Text that the model writes itself, of many kinds: prose, code, law, mathematics, several languages.
 
-A model whose tokenizer has a chat template is asked for each kind of text; another one continues an opening of that
-kind. Every fourth window starts with a random token instead and reaches what no instruction reaches.
+A model continues an opening of each kind of text; one whose tokenizer has a chat template is asked for the text first.
+Every fourth text starts with a random token instead and reaches what no instruction reaches. A window holds two texts.
 
-Shapes: N windows, L tokens per window, B windows written at once, V vocabulary.
+Shapes: N windows, L tokens per window; M texts of K tokens, B of them written at once.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,11 +17,13 @@ from minisp.errors import ConfigError
 from minisp.labels import draw_tokens
 from minisp.windows import evaluating
 
-# Windows that the model writes at once; more are no faster.
-WRITTEN_AT_ONCE = 32
-# Windows take these by turns: the lower one keeps small models coherent, at 1 they write what they have learnt.
+# A step reads all weights for one token per text, so more and shorter texts are cheaper, and they attend to less.
+TEXTS_PER_WINDOW = 2
+# Windows that are written at once. Matrix products of twice as many rows are at full speed on a CPU.
+WRITTEN_AT_ONCE = 64
+# Texts take these by turns: the lower one keeps small models coherent, at 1 they write what they have learnt.
 TEMPERATURES = (0.7, 1.0)
-# Of so many windows one starts with a random token.
+# Of so many texts one starts with a random token.
 RANDOM_EVERY = 4
 # In `forced`: a token that the model draws.
 FREE = -1
@@ -68,8 +70,8 @@ def describe(tokenizer: Any, vocab_size: int) -> str:
     how, prompts = _prompts(tokenizer, vocab_size)
     temperatures = f"at temperatures {' and '.join(map(str, TEMPERATURES))}"
     if how is None:
-        return f"each window from a random token, {temperatures}"
-    return f"by {len(prompts)} {how}, 1 window in {RANDOM_EVERY} from a random token, {temperatures}"
+        return f"each text from a random token, {temperatures}"
+    return f"by {len(prompts)} {how}, 1 text in {RANDOM_EVERY} from a random token, {temperatures}"
 
 
 def write_windows(
@@ -82,11 +84,12 @@ def write_windows(
     batch: int = WRITTEN_AT_ONCE,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Text of all `KINDS` by turns, each kind at all `TEMPERATURES` by turns.
+    """Text of all `KINDS` by turns, each kind at all `TEMPERATURES` by turns, `TEXTS_PER_WINDOW` texts in a window.
 
-    A window starts with the tokens of its kind's prompt, at most half of its tokens. Every `RANDOM_EVERY`-th window
-    starts with a random token instead, and all do where there is no tokenizer or its tokens do not fit the model. The
-    result depends on the arguments alone, `batch` excepted, and torch's global generator is left as it was.
+    A text starts with its kind's prompt, of a long one with its last tokens, which fill half of the text. Every
+    `RANDOM_EVERY`-th text starts with a random token instead, and all do where there is no tokenizer or its tokens do
+    not fit the model. The result depends on the arguments alone, but for roundings not on `batch`, and torch's global
+    generator is left as it was.
 
     Args:
         model: a transformers causal language model, on the device it runs on.
@@ -108,24 +111,37 @@ def write_windows(
             f"Expected num_windows, window and batch of at least 1, got {num_windows}, {window} and {batch}. Ask for "
             "one or more of each."
         )
-    config: Any = model.config
     generator = torch.Generator().manual_seed(seed)
-    forced = random_starts(tokenizer, config.vocab_size, (num_windows, window), generator)
-    # By turns among the windows that start with a random token.
-    turns = [row // RANDOM_EVERY for row in range(num_windows)]
-    _, prompts = _prompts(tokenizer, config.vocab_size)
-    prompted = [row for row in range(num_windows) if prompts and (row + 1) % RANDOM_EVERY]
-    for place, row in enumerate(prompted):
+    # Rounded up: what is too much of the last text of a window is cut off.
+    shape = (num_windows * TEXTS_PER_WINDOW, -(-window // TEXTS_PER_WINDOW))
+    config: Any = model.config
+    forced, temperatures = _starts(tokenizer, config.vocab_size, shape, generator)
+    rows = batch * TEXTS_PER_WINDOW
+    texts = continue_texts(model, forced, temperatures, generator, batch=rows, on_progress=on_progress)
+    return texts.view(num_windows, -1)[:, :window].contiguous()
+
+
+def _starts(
+    tokenizer: Any, vocab_size: int, shape: tuple[int, int], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The forced tokens (M, K) of all texts and their temperatures (M,)."""
+    forced = random_starts(tokenizer, vocab_size, shape, generator)
+    num_texts, length = shape
+    # By turns among the texts that start with a random token.
+    turns = [text // RANDOM_EVERY for text in range(num_texts)]
+    _, prompts = _prompts(tokenizer, vocab_size)
+    prompted = [text for text in range(num_texts) if prompts and (text + 1) % RANDOM_EVERY]
+    for place, text in enumerate(prompted):
         turn, kind = divmod(place, len(prompts))
-        prompt = torch.tensor(prompts[kind])[: max(window // 2, 1)]
-        forced[row, : len(prompt)] = prompt
-        turns[row] = kind + turn
-    temperatures = torch.tensor([TEMPERATURES[turn % len(TEMPERATURES)] for turn in turns])
-    return continue_windows(model, forced, temperatures, generator, batch=batch, on_progress=on_progress)
+        # The end of a prompt says most: the instruction and the opening, not the template's preamble.
+        prompt = torch.tensor(prompts[kind])[-max(length // 2, 1) :]
+        forced[text, : len(prompt)] = prompt
+        turns[text] = kind + turn
+    return forced, torch.tensor([TEMPERATURES[turn % len(TEMPERATURES)] for turn in turns])
 
 
 def random_starts(tokenizer: Any, vocab_size: int, shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Windows (N, L) int64 of which only the first token is forced, to a random ordinary one.
+    """Texts (M, K) int64 of which only the first token is forced, to a random ordinary one.
 
     Uniform over the vocabulary without its padding rows and special tokens; over all of it without a tokenizer.
     """
@@ -138,7 +154,7 @@ def random_starts(tokenizer: Any, vocab_size: int, shape: tuple[int, int], gener
     return forced
 
 
-def continue_windows(
+def continue_texts(
     model: nn.Module,
     forced: Tensor,
     temperatures: Tensor,
@@ -147,45 +163,46 @@ def continue_windows(
     batch: int = WRITTEN_AT_ONCE,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Windows (N, L) int64 on the CPU: forced tokens where there are such, elsewhere the model's own.
+    """Texts (M, K) int64 on the CPU: forced tokens where there are such, elsewhere the model's own.
 
     They are drawn from the model's full distribution, and an end-of-text token ends nothing.
 
     Args:
-        model, batch, on_progress: as for `write_windows`.
-        forced: (N, L) int64, `FREE` where the model draws; the first column holds tokens.
-        temperatures: (N,) float32 above 0, which divide the logits.
+        model, on_progress: as for `write_windows`.
+        forced: (M, K) int64, `FREE` where the model draws; the first column holds tokens.
+        temperatures: (M,) float32 above 0, which divide the logits.
         generator: of the CPU; what it draws does not depend on `batch`.
+        batch: texts written at once.
 
     Raises:
         NumericalError: the model's logits are not finite.
     """
-    num_windows, window = forced.shape
-    # Drawn at once and per window, so that the batch size does not decide them.
-    uniform = torch.rand(num_windows, window - 1, generator=generator)
+    num_texts, length = forced.shape
+    # Drawn at once and per text, so that the batch size does not decide them.
+    uniform = torch.rand(num_texts, length - 1, generator=generator)
     parts = list(zip(forced.split(batch), temperatures.split(batch), uniform.split(batch), strict=True))
     device = next(model.parameters()).device
     written = []
     with evaluating(model), torch.no_grad():
         for index, part in enumerate(parts):
             tokens, temperature, numbers = (tensor.to(device, copy=True) for tensor in part)
-            steps = enumerate(_sample(model, tokens, temperature, numbers), start=index * (window - 1) + 1)
+            steps = enumerate(_sample(model, tokens, temperature, numbers), start=index * (length - 1) + 1)
             for done, _ in steps:
                 if on_progress is not None:
-                    on_progress(done, len(parts) * (window - 1))
+                    on_progress(done, len(parts) * (length - 1))
             written.append(tokens.cpu())
     return torch.cat(written)
 
 
 def _sample(model: nn.Module, tokens: Tensor, temperature: Tensor, uniform: Tensor) -> Iterator[None]:
-    """Fill the free ones of tokens (B, L) one column after the other, yielding after each.
+    """Fill the free ones of tokens (B, K) one column after the other, yielding after each.
 
     Prompts have no forward of their own: as long as one row draws, all have to go step by step, and a row that starts
     with a random token draws from its second token on.
 
     Args:
         temperature: (B,).
-        uniform: (B, L − 1) in [0, 1).
+        uniform: (B, K − 1) in [0, 1).
     """
     cache = _fixed_cache(model, uniform.shape[1])
     for step in range(uniform.shape[1]):
@@ -235,7 +252,10 @@ def _prompts(tokenizer: Any, vocab_size: int) -> tuple[str | None, list[list[int
 
     A kind is left out where the tokenizer has no tokens for it, or tokens that the model does not have.
     """
-    for how, prompts in (("instructions in its chat template", _asked), ("openings of texts", _opened)):
+    for how, prompts in (
+        ("instructions in its chat template, each with the opening of its answer", _asked),
+        ("openings of texts", _opened),
+    ):
         found = [] if tokenizer is None else prompts(tokenizer)
         if known := [prompt for prompt in found if prompt and max(prompt) < vocab_size]:
             return how, known
@@ -243,11 +263,13 @@ def _prompts(tokenizer: Any, vocab_size: int) -> tuple[str | None, list[list[int
 
 
 def _asked(tokenizer: Any) -> list[list[int]]:
-    """The instructions as the tokens of chats; none where there is no template, or none that holds an instruction."""
+    """Chats as tokens: each kind's instruction, and its opening as the start of the answer, which keeps small models
+    from answering in English, or about the instruction. None without a template, or where it leaves instructions out.
+    """
     if not getattr(tokenizer, "chat_template", None):
         return []
-    prompts = []
-    for instruction, _ in KINDS:
+    texts = []
+    for instruction, opening in KINDS:
         chat = [{"role": "user", "content": instruction}]
         try:
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -256,8 +278,8 @@ def _asked(tokenizer: Any) -> list[list[int]]:
             return []
         if instruction not in text:
             return []
-        prompts.append(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return prompts
+        texts.append(text + opening)
+    return [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
 
 
 def _opened(tokenizer: Any) -> list[list[int]]:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from minisp import written
 from minisp.errors import ConfigError, NumericalError
-from minisp.written import FREE, KINDS, RANDOM_EVERY, TEMPERATURES, continue_windows, describe, write_windows
+from minisp.written import FREE, KINDS, RANDOM_EVERY, TEMPERATURES, continue_texts, describe, write_windows
 from tests.models import VOCABULARY, char_tokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,22 +30,14 @@ def model() -> Any:
     return tiny_model("llama")
 
 
-def starts(monkeypatch: pytest.MonkeyPatch, tokenizer: Any, num_windows: int, window: int) -> tuple[Tensor, Tensor]:
-    """The forced tokens (N, L) and the temperatures (N,) of what would be written."""
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def keep(model: Any, forced: Tensor, temperatures: Tensor, *args: Any, **options: Any) -> Tensor:
-        seen.append((forced, temperatures))
-        return forced
-
-    with monkeypatch.context() as patched:
-        patched.setattr(written, "continue_windows", keep)
-        write_windows(tiny_model("llama"), tokenizer, num_windows=num_windows, window=window, seed=0)
-    return seen[0]
+def starts(tokenizer: Any, num_texts: int, length: int) -> tuple[Tensor, Tensor]:
+    """The forced tokens (M, K) and the temperatures (M,) of texts."""
+    generator = torch.Generator().manual_seed(0)
+    return written._starts(tokenizer, VOCABULARY, (num_texts, length), generator)
 
 
-def drawn_after(forced: Tensor) -> list[list[int]]:
-    """The forced tokens of each row, which have to come first."""
+def forced_tokens(forced: Tensor) -> list[list[int]]:
+    """Those of each row, which have to come first."""
     rows = []
     for row in forced.tolist():
         count = row.index(FREE)
@@ -75,34 +67,30 @@ def test_the_result_depends_on_the_seed_alone(model: Any, tokenizer: Any) -> Non
     assert torch.equal(first, result(3, batch=2))
 
 
-def test_instructions_go_through_the_chat_template_by_turns(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+def test_instructions_go_through_the_chat_template_by_turns(tokenizer: Any) -> None:
     tokenizer.chat_template = TEMPLATE
     count = RANDOM_EVERY * len(KINDS)
-    forced, _ = starts(monkeypatch, tokenizer, count, 256)
-    rows = [row for i, row in enumerate(drawn_after(forced)) if (i + 1) % RANDOM_EVERY]
-    expected = [tokens(tokenizer, f"[{instruction}]=") for instruction, _ in KINDS]
+    forced, _ = starts(tokenizer, count, 256)
+    rows = [row for i, row in enumerate(forced_tokens(forced)) if (i + 1) % RANDOM_EVERY]
+    expected = [tokens(tokenizer, f"[{instruction}]={opening}") for instruction, opening in KINDS]
     assert rows == (expected * RANDOM_EVERY)[: len(rows)]
     shares = Counter(map(tuple, rows))
     assert len(shares) == len(KINDS) and max(shares.values()) - min(shares.values()) <= 1
 
 
-def test_every_fourth_window_starts_with_a_random_ordinary_token(
-    monkeypatch: pytest.MonkeyPatch, tokenizer: Any
-) -> None:
-    forced, _ = starts(monkeypatch, tokenizer, 4 * 400, 8)
-    first = drawn_after(forced)[RANDOM_EVERY - 1 :: RANDOM_EVERY]
+def test_every_fourth_text_starts_with_a_random_ordinary_token(tokenizer: Any) -> None:
+    forced, _ = starts(tokenizer, 4 * 400, 8)
+    first = forced_tokens(forced)[RANDOM_EVERY - 1 :: RANDOM_EVERY]
     assert len(first) == 400 and set(map(len, first)) == {1}
     found = {row[0] for row in first}
     assert found <= set(range(SPECIAL, len(tokenizer))) and len(found) > 50
 
 
-def test_kinds_and_random_starts_are_written_at_every_temperature(
-    monkeypatch: pytest.MonkeyPatch, tokenizer: Any
-) -> None:
+def test_kinds_and_random_starts_are_written_at_every_temperature(tokenizer: Any) -> None:
     tokenizer.chat_template = TEMPLATE
-    forced, temperatures = starts(monkeypatch, tokenizer, 2 * RANDOM_EVERY * len(KINDS), 256)
+    forced, temperatures = starts(tokenizer, 2 * RANDOM_EVERY * len(KINDS), 256)
     seen: dict[tuple[int, ...], set[float]] = {}
-    for row, temperature in zip(drawn_after(forced), temperatures.tolist(), strict=True):
+    for row, temperature in zip(forced_tokens(forced), temperatures.tolist(), strict=True):
         seen.setdefault(tuple(row) if len(row) > 1 else (), set()).add(round(temperature, 6))
     assert len(seen) == len(KINDS) + 1
     assert all(found == set(TEMPERATURES) for found in seen.values())
@@ -110,11 +98,11 @@ def test_kinds_and_random_starts_are_written_at_every_temperature(
     assert max(shares.values()) - min(shares.values()) <= 2
 
 
-def test_a_prompt_takes_at_most_half_a_window(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+def test_a_prompt_takes_at_most_half_of_a_text(tokenizer: Any) -> None:
     tokenizer.chat_template = TEMPLATE
-    forced, _ = starts(monkeypatch, tokenizer, 3, 16)
-    assert drawn_after(forced) == [tokens(tokenizer, f"[{instruction}")[:8] for instruction, _ in KINDS[:3]]
-    single, _ = starts(monkeypatch, tokenizer, 2, 1)
+    forced, _ = starts(tokenizer, 3, 16)
+    assert forced_tokens(forced) == [tokens(tokenizer, opening)[-8:] for _, opening in KINDS[:3]]
+    single, _ = starts(tokenizer, 2, 1)
     assert single.shape == (2, 1) and FREE not in single
 
 
@@ -132,54 +120,54 @@ def test_a_prompt_takes_at_most_half_a_window(monkeypatch: pytest.MonkeyPatch, t
         {"tools": TEMPLATE},
     ],
 )
-def test_without_a_template_that_works_texts_are_opened(
-    monkeypatch: pytest.MonkeyPatch, tokenizer: Any, template: Any
-) -> None:
+def test_without_a_template_that_works_texts_are_opened(tokenizer: Any, template: Any) -> None:
     tokenizer.chat_template = template
-    forced, _ = starts(monkeypatch, tokenizer, 3, 512)
-    assert drawn_after(forced) == [tokens(tokenizer, opening) for _, opening in KINDS[:3]]
+    forced, _ = starts(tokenizer, 3, 512)
+    assert forced_tokens(forced) == [tokens(tokenizer, opening) for _, opening in KINDS[:3]]
     assert "openings" in describe(tokenizer, VOCABULARY)
 
 
-def test_openings_keep_what_the_tokenizer_puts_before_a_text_and_not_its_end(
-    monkeypatch: pytest.MonkeyPatch, tokenizer: Any
-) -> None:
+def test_openings_keep_what_the_tokenizer_puts_before_a_text_and_not_its_end(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    forced, _ = starts(monkeypatch, tokenizer, 3, 512)
-    assert drawn_after(forced) == [[1, *tokens(tokenizer, opening)] for _, opening in KINDS[:3]]
+    forced, _ = starts(tokenizer, 3, 512)
+    assert forced_tokens(forced) == [[1, *tokens(tokenizer, opening)] for _, opening in KINDS[:3]]
 
 
-def test_prompts_with_tokens_that_the_model_lacks_are_left_out(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+def test_prompts_with_tokens_that_the_model_lacks_are_left_out(tokenizer: Any) -> None:
     """Chat tokens that a tokenizer got and the model's embedding did not."""
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<chat{i}>" for i in range(VOCABULARY)]})
     tokenizer.chat_template = f"<chat{VOCABULARY - 1}>{TEMPLATE}"
-    forced, _ = starts(monkeypatch, tokenizer, 3, 512)
-    assert drawn_after(forced) == [tokens(tokenizer, opening) for _, opening in KINDS[:3]]
+    forced, _ = starts(tokenizer, 3, 512)
+    assert forced_tokens(forced) == [tokens(tokenizer, opening) for _, opening in KINDS[:3]]
 
 
-def test_without_a_tokenizer_all_windows_start_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
-    forced, temperatures = starts(monkeypatch, None, 600, 4)
-    assert set(map(len, drawn_after(forced))) == {1}
+def test_without_a_tokenizer_all_texts_start_at_random() -> None:
+    forced, temperatures = starts(None, 600, 4)
+    assert set(map(len, forced_tokens(forced))) == {1}
     assert len(set(forced[:, 0].tolist())) == VOCABULARY
     assert Counter(temperatures.tolist()) == Counter(torch.tensor(TEMPERATURES * 300).tolist())
 
 
 def test_the_description_says_how_the_text_was_written(tokenizer: Any) -> None:
-    assert describe(None, VOCABULARY) == "each window from a random token, at temperatures 0.7 and 1.0"
-    opened = "by 32 openings of texts, 1 window in 4 from a random token, at temperatures 0.7 and 1.0"
+    assert describe(None, VOCABULARY) == "each text from a random token, at temperatures 0.7 and 1.0"
+    opened = "by 32 openings of texts, 1 text in 4 from a random token, at temperatures 0.7 and 1.0"
     assert describe(tokenizer, VOCABULARY) == opened
     tokenizer.chat_template = TEMPLATE
-    assert describe(tokenizer, VOCABULARY) == opened.replace("openings of texts", "instructions in its chat template")
+    asked = "instructions in its chat template, each with the opening of its answer,"
+    assert describe(tokenizer, VOCABULARY) == opened.replace("openings of texts,", asked)
 
 
-def test_prompts_stand_at_the_start_of_what_is_written(model: Any, tokenizer: Any) -> None:
-    result = write_windows(model, tokenizer, num_windows=3, window=40, seed=0)
-    for row, (_, opening) in zip(result.tolist(), KINDS, strict=False):
-        prompt = tokens(tokenizer, opening)[:20]
-        assert row[: len(prompt)] == prompt
-    assert result.min() >= 0
+@pytest.mark.parametrize("window", [40, 41])
+def test_a_window_holds_two_texts_that_start_with_their_prompts(model: Any, tokenizer: Any, window: int) -> None:
+    result = write_windows(model, tokenizer, num_windows=3, window=window, seed=0)
+    assert result.shape == (3, window) and result.min() >= 0
+    prompts = [tokens(tokenizer, opening)[-((window + 1) // 4) :] for _, opening in KINDS[:5]]
+    for text, prompt in zip((0, 1, 2, 4, 5), prompts, strict=True):
+        row, second = divmod(text, 2)
+        start = second * ((window + 1) // 2)
+        assert result[row, start : start + len(prompt)].tolist() == prompt
 
 
 def test_sampling_follows_the_model_s_distribution(model: Any) -> None:
@@ -187,7 +175,7 @@ def test_sampling_follows_the_model_s_distribution(model: Any) -> None:
     count, temperature = 4000, torch.tensor([1.5, 0.5]).repeat_interleave(4000)
     forced = torch.full((2 * count, 2), FREE)
     forced[:, 0] = 41
-    result = continue_windows(model, forced, temperature, torch.Generator().manual_seed(0), batch=2 * count)
+    result = continue_texts(model, forced, temperature, torch.Generator().manual_seed(0), batch=2 * count)
     with torch.no_grad():
         logits = model(torch.tensor([[41]])).logits[0, -1].double()
     for part, divisor in zip(result.split(count), (1.5, 0.5), strict=True):
@@ -215,7 +203,7 @@ def test_every_step_sees_all_that_stands_before(family: str) -> None:
     handle = other.register_forward_hook(lambda module, args, output: steps.append(output.logits[:, -1].clone()))
     forced = torch.full((3, 14), FREE)
     forced[0, :7], forced[1, :2], forced[2, 0] = torch.arange(7), 5, 9
-    result = continue_windows(other, forced, torch.tensor([1.0, 0.7, 1.0]), torch.Generator().manual_seed(0))
+    result = continue_texts(other, forced, torch.tensor([1.0, 0.7, 1.0]), torch.Generator().manual_seed(0))
     handle.remove()
     with torch.no_grad():
         logits = other(result, use_cache=False).logits[:, :-1]
@@ -239,8 +227,9 @@ def test_progress_counts_steps_and_modes_are_restored() -> None:
     seen: list[tuple[int, int]] = []
     model.train()
     model.lm_head.eval()
-    options = {"num_windows": 5, "window": 4, "seed": 0, "batch": 2}
+    options = {"num_windows": 5, "window": 8, "seed": 0, "batch": 2}
     write_windows(model, None, **options, on_progress=lambda done, total: seen.append((done, total)))
+    # Three batches; each text's first token takes no step.
     assert seen == [(done, 9) for done in range(1, 10)]
     assert model.training and model.model.training and not model.lm_head.training
 
