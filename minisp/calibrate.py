@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,10 @@ from minisp.errors import CalibrationError, OutputError
 from minisp.planner import Plan
 from minisp.stream import Stream
 from minisp.workplace import Workplace
-from minisp.written import WRITTEN_AT_ONCE, write_windows
+from minisp.written import WRITTEN_AT_ONCE, describe, write_windows
+
+# The record of what the model wrote.
+WRITTEN = "written"
 
 # exp of the entropy of single tokens: 250 to 800 for prose, documentation and source code, below 20 for logs, tables
 # and text that repeats itself (SmolLM2's tokens, 4k to 65k of them). Small vocabularies, of bytes say, have less.
@@ -69,7 +73,7 @@ def _new_windows(stream: Stream, source: Any, tokenizer: Any, plan: Plan, work: 
             stacklevel=4,
         )
 
-    return load_calibration(
+    text = load_calibration(
         source,
         tokenizer,
         num_windows=config.num_windows,
@@ -79,12 +83,16 @@ def _new_windows(stream: Stream, source: Any, tokenizer: Any, plan: Plan, work: 
         writer=partial(_written, stream, tokenizer, plan, work) if plan.writes_text else None,
         generic=config.generic,
     )
+    if not work.shared.has(WRITTEN):
+        return text
+    how = f"the model wrote {describe(tokenizer, stream.model.config.vocab_size)}"
+    return replace(text, description=(*text.description, how))
 
 
 def _written(stream: Stream, tokenizer: Any, plan: Plan, work: Workplace, num_windows: int, window: int) -> Tensor:
     """Windows (N, L) that the model has written; a record, so that a run that goes on does not write them again."""
     wanted = {"num_windows": num_windows, "window": window}
-    name = "written"
+    name = WRITTEN
     if not work.shared.has(name) or {key: work.shared.facts(name).get(key) for key in wanted} != wanted:
         work.shared.drop(name)
         for _ in stream.visit([range(len(stream.layers))]):

@@ -36,7 +36,7 @@ LEVELS = (
     ("mixture",),
     ("builtin", "damping", "device", "files", "statistics", "transit", "written"),
     ("architecture", "corpora", "ops", "ranks", "windows"),
-    ("labels", "ridge"),
+    ("labels", "prompts", "ridge"),
     ("cholesky",),
     ("native_cholesky", "native_norms", "norms", "portable", "residual"),
     ("backend", "native"),

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import processors
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from minisp import written
 from minisp.errors import ConfigError, NumericalError
-from minisp.written import FREE, KINDS, RANDOM_EVERY, TEMPERATURES, continue_texts, describe, write_windows
+from minisp.prompts import KINDS
+from minisp.written import FREE, RANDOM_EVERY, TEMPERATURES, continue_texts, describe, write_windows
 from tests.models import VOCABULARY, char_tokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -210,6 +211,21 @@ def test_every_step_sees_all_that_stands_before(family: str) -> None:
     torch.testing.assert_close(torch.stack(steps, dim=1), logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(result[forced != FREE], forced[forced != FREE])
     assert len(set(result[:, 7:].flatten().tolist())) > 8
+
+
+def test_products_are_transposed_while_writing_and_only_then(model: Any) -> None:
+    ids = torch.arange(12).view(3, 4)
+    biased = nn.Linear(8, 3)
+    model.extra = nn.Sequential(biased, nn.Linear(3, 2, dtype=torch.bfloat16))
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        expected, expected_biased = model(input_ids=ids).logits, biased(x)
+        with written._transposed_products(model):
+            assert "forward" in vars(biased) and "forward" not in vars(model.extra[1])
+            torch.testing.assert_close(model(input_ids=ids).logits, expected)
+            torch.testing.assert_close(biased(x), expected_biased)
+    assert not any("forward" in vars(module) for module in model.modules())
+    del model.extra
 
 
 def test_an_end_of_text_token_ends_nothing(model: Any) -> None:
