@@ -14,7 +14,7 @@ from minisp.errors import CalibrationError, OutputError
 from minisp.planner import Plan
 from minisp.stream import Stream
 from minisp.workplace import Workplace
-from minisp.written import WRITTEN_AT_ONCE, describe, write_windows
+from minisp.written import TEXTS_PER_WINDOW, WRITTEN_AT_ONCE, describe, write_windows
 
 # The record of what the model wrote.
 WRITTEN = "written"
@@ -66,9 +66,9 @@ def _new_windows(stream: Stream, source: Any, tokenizer: Any, plan: Plan, work: 
     """The user's text and a share of generic text; where no source is given, generic text alone."""
     config = plan.config
     if source is None:
-        text = "text that the model writes itself and " if plan.writes_text else ""
+        own = "text that the model writes itself and " if plan.writes_text else ""
         warnings.warn(
-            f"No calibration text was given: calibrating on {text}the documentation and the source code that come "
+            f"No calibration text was given: calibrating on {own}the documentation and the source code that come "
             "with Python. Text like what the model will see, from several domains, gives a better result.",
             stacklevel=4,
         )
@@ -118,7 +118,7 @@ def _written_at_once(stream: Stream, plan: Plan) -> int:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache: int = 2 * len(stream.layers) * heads * size * plan.config.window * stream.dtype.itemsize
     # The logits in float32, their cumulative sum, and what a comparison of two makes of them.
-    logits: int = 3 * 4 * config.vocab_size
+    logits: int = TEXTS_PER_WINDOW * 3 * 4 * config.vocab_size
     sweep = plan.layout.peaks["saliency sweep"]
     room = sum(sweep.values()) - sweep["weights"] - sweep["embeddings and head"]
     return max(1, min(WRITTEN_AT_ONCE, room // (cache + logits)))

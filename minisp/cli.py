@@ -120,11 +120,10 @@ def minify(
 def plan(model: Model, as_json: Json = False, quiet: Quiet = False, **options: Any) -> None:
     """Say what minify would do: sizes, work, memory, time. Reads no weights, takes seconds."""
     from minisp import fast, plan_view
-    from minisp.planner import expected_seconds
 
     with _errors():
         planned = fast.plan(model, **options)
-        seconds = expected_seconds(planned)
+        seconds = plan_view.expected_seconds(planned)
     values = {**plan_view.plan_dict(planned), "expected_seconds": seconds}
     _show(values, as_json, quiet, plan_view.plan_table(planned, seconds), [])
 

@@ -20,6 +20,7 @@ from minisp.windows import Draw, text_windows, token_windows
 WRITTEN = f"{BUILTIN_PREFIX}model"
 # Weights within the generic text, chosen on German prose and licences, which none of the three covers.
 GENERIC = {WRITTEN: 2.0, f"{BUILTIN_PREFIX}documentation": 1.0, f"{BUILTIN_PREFIX}code": 1.0}
+WRITTEN_SHARE = GENERIC[WRITTEN] / sum(GENERIC.values())
 
 
 @dataclass(frozen=True)

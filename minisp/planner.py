@@ -12,7 +12,7 @@ from minisp.calibration import check_window
 from minisp.checkpoint import DTYPE_OF, Checkpoint
 from minisp.config import MinifyConfig, Resources, parse_size
 from minisp.costs import disk_traffic, scratch_room, solve_flops, sweep_flops
-from minisp.device import MEMORY_SHARE, free_main_memory, memory_limit, product_rate
+from minisp.device import MEMORY_SHARE, free_main_memory, memory_limit
 from minisp.errors import ConfigError
 from minisp.layers import autograd_bytes
 from minisp.memory import Layout, choose_layout, staging
@@ -23,8 +23,6 @@ from minisp.shape import Shape, shape_of
 from minisp.stream import LOGIT_BYTES
 from minisp.tiers import Room
 
-# Share of the rate of large matrix products that sweeps and solves reach: between 0.4 and 0.6 where it was measured.
-REACHED = 0.5
 # Tokens of a micro-batch, the fastest first; the next one is tried where memory is so tight that layers are held in
 # more than a few segments.
 TOKENS_PER_BATCH = {"cpu": (512,), "cuda": (8192, 4096, 2048)}
@@ -280,13 +278,6 @@ def _heal_tokens(config: MinifyConfig, ranks: int) -> int:
         return 0
     count = heal_count(config.num_windows, config.window, ranks) if config.inputs == "both" else config.num_windows
     return -(-count // ranks) * config.window
-
-
-def expected_seconds(plan: Plan) -> float:
-    """About how long the sweeps and solves take, from the rates of matrix products measured here and now."""
-    device = torch.device(plan.device)
-    sweeps = plan.flops / product_rate(device, getattr(torch, plan.dtype))
-    return (sweeps + plan.solve_flops / product_rate(device, torch.float32)) / REACHED
 
 
 def _kept_units(widths: list[int], config: MinifyConfig, alignment: int) -> int:
