@@ -102,7 +102,7 @@ def evaluation_texts(arguments: argparse.Namespace, tokenizer: Any) -> dict[str,
     texts = {"text": arguments.text.read_text("utf-8"), **builtin_texts()}
     files = sorted(arguments.neutral.glob("*.txt")) if arguments.neutral else []
     texts.update({path.stem: path.read_text("utf-8") for path in files})
-    counts = {"text": EVALUATION[0], **dict.fromkeys(builtin_texts(), EVALUATION[0] // 2)}
+    counts = {"text": EVALUATION[0], **dict.fromkeys(builtin_texts(), EVALUATION[0] // 4)}
     return {
         name: (torch.tensor(tokenizer(text, verbose=False)["input_ids"]), counts.get(name, NEUTRAL_WINDOWS))
         for name, text in texts.items()
