@@ -83,9 +83,12 @@ class Pieces:
         kit = on(self.kit, self.statistics(pieces))
         return ranked(kit, scores, keep) if scores is not None else ours(kit, keep, {**PLAIN, **options})
 
-    def scores(self, pieces: Mixture) -> list[Tensor]:
-        """Saliency (m,) of every layer, summed over the tokens of some pieces."""
-        return [layer.score("fisher") * max(layer.num_scored, 1) for layer in self.statistics(pieces)]
+    def scores(self, pieces: Mixture, *, sampled: bool = False) -> list[Tensor]:
+        """Saliency (m,) of every layer, summed over the tokens of some pieces; `sampled`: labels drawn by the model."""
+        if not sampled:
+            return [layer.score("fisher") * max(layer.num_scored, 1) for layer in self.statistics(pieces)]
+        windows = torch.cat([self.windows[name][number] for name, numbers in pieces.items() for number in numbers])
+        return [layer.score("fisher") for layer in self.lab.sweep(windows, gram=False, sampled=True)]
 
 
 Row = tuple[str, Mixture, Callable[[Pieces], Any]]
@@ -125,9 +128,13 @@ def rows(keep: float) -> Iterator[Row]:
         yield plain(f"widths at least {bound:.0%}", default, min_keep=bound)
     for damping in (0.01, 0.2):
         yield plain(f"damping {damping}", default, damping=damping)
+    for own, *generic in ((1, 1, 0, 0), (2, 1, 0, 0), (4, 2, 0, 0)):
+        yield plain("fewer windows", mixture(own, *generic))
     spread_out = {**default, "text": spread(PIECES["text"], 8)}
     yield plain("text spread over all of it", {"text": spread_out["text"]})
     yield plain("text spread over all of it", spread_out)
+    yield plain("all of the text", {**default, "text": range(PIECES["text"])})
+    yield scored("labels drawn by the model", default, lambda p: p.scores(default, sampled=True))
 
 
 def combined(pieces: Pieces, wanted: Mixture, how: str) -> list[Tensor]:
@@ -154,7 +161,10 @@ def main() -> None:
     lab = Lab(arguments)
     lab.texts = {name: lab.texts[name] for name in ("text", *arguments.choose)}
     name = harness.result_name("blend", arguments.label)
-    identity = {**measured_on(lab.model, lab.calibration, lab.texts), "plain": MinifyConfig(**PLAIN).as_dict()}
+    identity = {
+        **measured_on(lab.model, lab.calibration, lab.texts),
+        "plain": MinifyConfig(**PLAIN, generic=0.0).as_dict(),
+    }
     result = harness.resume_json(name, identity)
     pieces = Pieces(lab)
     if not result:

@@ -68,7 +68,7 @@ class MinifyConfig:
     shrink_to: Shrinkage = "original"
     reconstruct: bool = True
     num_windows: int = 128
-    generic: float = 0.2
+    generic: float = 0.25
     saliency_windows: int | None = None
     window: int = 512
     batch: int | None = None

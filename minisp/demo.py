@@ -1,7 +1,7 @@
 """`minisp demo`: the main job on a real model, from the package registry to a before-and-after table.
 
-SmolLM2-135M-Instruct is calibrated on text that it writes itself and on half of Python's documentation, and measured
-on the other half and, as a foreign domain, on the standard library's sources: nothing but the model is downloaded.
+SmolLM2-135M-Instruct is calibrated on generic text alone, which it writes itself or Python carries, and measured on the
+half of Python's documentation and the part of its sources that did not calibrate: nothing but the model is downloaded.
 """
 
 from dataclasses import asdict, dataclass
