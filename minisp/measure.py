@@ -210,7 +210,11 @@ def _measure(
 
 def check_texts(checkpoint: Checkpoint, tokens: Mapping[str, Tensor], protocol: Protocol) -> None:
     """Raise before any weight is loaded what is wrong with a text (T,), named, or with the protocol."""
-    windows = {"window": protocol.window, "stride": protocol.stride, "max_windows": protocol.max_windows}
+    windows: dict[str, Any] = {
+        "window": protocol.window,
+        "stride": protocol.stride,
+        "max_windows": protocol.max_windows,
+    }
     for name, ids in tokens.items():
         try:
             check_windows(checkpoint.config, ids, **windows)
