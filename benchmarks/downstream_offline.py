@@ -1,0 +1,231 @@
+"""Downstream tasks that need no download, several models side by side; the first is what the others are compared to.
+
+    python benchmarks/downstream_offline.py dense=path/to/llama ours=llama-80 --text evaluation.txt --neutral folder
+
+DOC
+"""
+
+import argparse
+import gc
+import json
+import math
+import random
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import offline_tasks as make
+import torch
+from offline_programs import Program, passes, programs
+from offline_scoring import choose, write
+from offline_tasks import Question
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minisp.config import MinifyConfig
+from minisp.corpora import load_text, load_texts
+from minisp.device import compute_device
+
+RESAMPLES = 10_000
+# Of the standard normal distribution, for an interval of 95 %.
+QUANTILE = 1.959964
+Answers = dict[str, list[bool]]
+"""Task → whether each of its items was answered rightly."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Items of one kind. `chance`: share that a guess gets right, of programs 0."""
+
+    name: str
+    items: Sequence[Question] | Sequence[Program]
+
+    @property
+    def chance(self) -> float:
+        first = self.items[0]
+        return 1 / len(first.candidates) if isinstance(first, Question) else 0.0
+
+
+def make_tasks(text: str, neutral: dict[str, str], count: int, seed: int) -> list[Task]:
+    """All tasks, about `count` items each."""
+
+    def rng(name: str) -> random.Random:
+        # A task's items do not depend on which other tasks there are.
+        return random.Random(zlib.crc32(f"{seed} {name}".encode()))
+
+    makers: dict[str, Callable[[random.Random], list[Question]]] = {
+        "continuation": lambda r: make.continuations(text, count, r),
+        "last word": lambda r: make.last_words(text, count, r),
+        "addition, one digit": lambda r: make.sums(count, r, sign="+", largest=9),
+        "addition, two digits": lambda r: make.sums(count, r, sign="+", largest=99),
+        "subtraction, one digit": lambda r: make.sums(count, r, sign="-", largest=9),
+        "subtraction, two digits": lambda r: make.sums(count, r, sign="-", largest=99),
+        "comparison": lambda r: make.comparisons(count, r),
+        "lookup": lambda r: make.lookups(count, r),
+        "repetition": lambda r: make.repetitions(count, r),
+        "agreement": lambda r: make.agreements(count, r),
+        "reflexive": lambda r: make.reflexives(count, r),
+        "participle": lambda r: make.participles(count, r),
+    }
+    for name, foreign in neutral.items():
+        makers[f"continuation, {name}"] = lambda r, foreign=foreign: make.continuations(foreign, count // 2, r)
+    made = [Task(name, maker(rng(name))) for name, maker in makers.items()]
+    return [*made, Task("programs", programs(count, seed))]
+
+
+def answers(model: Any, tokenizer: Any, task: Task) -> list[bool]:
+    """Whether each item is answered rightly. A tie of two candidates is no answer."""
+    if isinstance(task.items[0], Program):
+        found = write(model, tokenizer, [program.prompt for program in task.items])
+        return [passes(program, text) for program, text in zip(task.items, found, strict=True)]
+    scores = choose(model, tokenizer, task.items)
+    return [
+        all(own[item.answer] > score for place, score in enumerate(own) if place != item.answer)
+        for item, own in zip(task.items, scores, strict=True)
+    ]
+
+
+def examine(folder: Path, tasks: Sequence[Task], device: torch.device) -> tuple[Answers, float]:
+    """What a checkpoint answers, in float32, and the seconds that it took without loading it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # The folders are results of the user's own: a modelling file in them is minisp's, or a peer's.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True)
+    model = model.to(device).eval()
+    began = time.perf_counter()
+    found = {task.name: answers(model, tokenizer, task) for task in tasks}
+    return found, time.perf_counter() - began
+
+
+# Intervals
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share by Wilson's score: the shares p with |right/count − p| ≤ z√(p(1 − p)/count)."""
+    share, z2 = right / count, QUANTILE**2 / count
+    middle, half = share + z2 / 2, math.sqrt(z2 * (share * (1 - share) + z2 / 4))
+    return max((middle - half) / (1 + z2), 0.0), min((middle + half) / (1 + z2), 1.0)
+
+
+def paired(differences: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float, float]:
+    """The mean over tasks of the mean difference per item, and its 95 % interval by the bootstrap.
+
+    Args:
+        differences: per task, per item, the second model's answer less the first's, each 1 where right, else 0. Items
+            are drawn anew within their tasks; the tasks stay.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.zeros(RESAMPLES, dtype=torch.float64)
+    for own in differences:
+        values = torch.tensor(own, dtype=torch.float64)
+        drawn = torch.randint(len(own), (RESAMPLES, len(own)), generator=generator)
+        means += values[drawn].mean(1) / len(differences)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return sum(sum(own) / len(own) for own in differences) / len(differences), low, high
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Two-sided p of McNemar's exact test: of the items that one model alone answered, is half the first's?"""
+    only = [sum(a and not b for a, b in zip(*pair, strict=True)) for pair in ((first, second), (second, first))]
+    count = sum(only)
+    return min(1.0, 2 * sum(math.comb(count, k) for k in range(min(only) + 1)) / 2**count)
+
+
+def summary(tasks: Sequence[Task], found: Mapping[str, Answers]) -> dict[str, Any]:
+    """Per task, and for the mean over the tasks, what each model answers, and its difference to the first model."""
+    labels = list(found)
+    rows: dict[str, Any] = {}
+    for task in tasks:
+        rows[task.name] = {"items": len(task.items), "chance": task.chance, "models": {}}
+        first = found[labels[0]][task.name]
+        for label in labels:
+            own = found[label][task.name]
+            cell = {"accuracy": sum(own) / len(own), "interval": wilson(sum(own), len(own))}
+            # One digit per item, so that other models can be compared with these later.
+            rows[task.name]["models"][label] = {**cell, "right": "".join(str(int(one)) for one in own)}
+            if label != labels[0]:
+                rows[task.name]["models"][label] |= _difference([first], [own]) | {"p": mcnemar(first, own)}
+    means: dict[str, Any] = {}
+    for label in labels:
+        own_all, first_all = list(found[label].values()), list(found[labels[0]].values())
+        means[label] = {"accuracy": sum(sum(own) / len(own) for own in own_all) / len(own_all)}
+        if label != labels[0]:
+            means[label] |= _difference(first_all, own_all)
+    return {"tasks": rows, "mean": means}
+
+
+def _difference(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> dict[str, Any]:
+    differences = [[int(b) - int(a) for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)]
+    mean, low, high = paired(differences)
+    return {"difference": mean, "difference_interval": (low, high)}
+
+
+def rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """One row per task, a column per model: right answers with their interval, or with the difference to the first."""
+    table = []
+    for name, task in result["tasks"].items():
+        cells = [_cell(model) for model in task["models"].values()]
+        table.append([name, str(task["items"]), f"{task['chance']:.0%}", *cells])
+    table.append(["mean of the tasks", "", "", *map(_cell, result["mean"].values())])
+    return table
+
+
+def _cell(model: Mapping[str, Any]) -> str:
+    """Right answers in per cent; then the difference, its interval, and a star where 0 lies outside."""
+    shown = f"{100 * model['accuracy']:.1f}"
+    if "difference" not in model:
+        low, high = model.get("interval", (math.nan, math.nan))
+        return shown if math.isnan(low) else f"{shown} ({100 * low:.0f}–{100 * high:.0f})"
+    low, high = model["difference_interval"]
+    star = "" if low <= 0 <= high else " *"
+    return f"{shown}, {100 * model['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}){star}"
+
+
+def named(models: Sequence[str]) -> dict[str, Path]:
+    """NAME=FOLDER, or a folder, which is called by its own name."""
+    found: dict[str, Path] = {}
+    for model in models:
+        name, equals, folder = model.partition("=")
+        path = Path(folder if equals else model)
+        label = name if equals else path.name
+        if label in found:
+            raise SystemExit(f"Models: expected different names, got {label} twice. Name them as NAME=FOLDER.")
+        if not path.is_dir():
+            raise SystemExit(f"Models: expected a checkpoint folder, got {path}. Check the path.")
+        found[label] = path
+    return found
+
+
+def main() -> None:
+    """Examine, print, write benchmarks/results/downstream_offline_<machine>.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="folder or NAME=FOLDER; the first is what the others compare to")
+    parser.add_argument("--text", type=Path, required=True, help="text that nothing was calibrated on")
+    parser.add_argument("--neutral", type=Path, help="folder of texts of other domains")
+    parser.add_argument("--items", type=int, default=100, help="per task, 100 by default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--label", default="", help="appended to the name of the result file")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, and no table")
+    arguments = parser.parse_args()
+    models = named(arguments.models)
+    neutral = load_texts([arguments.neutral]) if arguments.neutral else {}
+    tasks = make_tasks(load_text(arguments.text), neutral, arguments.items, arguments.seed)
+    device = compute_device(MinifyConfig())
+    found, seconds = {}, {}
+    for label, folder in models.items():
+        found[label], seconds[label] = examine(folder, tasks, device)
+        gc.collect()
+    content = {"seed": arguments.seed, "seconds": seconds, **summary(tasks, found)}
+    path = harness.write_json(harness.result_name("downstream_offline", arguments.label), content)
+    if arguments.json:
+        print(json.dumps(content))
+        return
+    title = "Right answers in %, 95 % interval; for the others difference to the first, * where its interval excludes 0"
+    harness.print_table(title, ["task", "items", "chance", *models], rows(content))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
