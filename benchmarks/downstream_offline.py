@@ -9,20 +9,16 @@ import argparse
 import gc
 import json
 import math
-import random
 import time
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import harness
-import offline_tasks as make
 import torch
-from offline_programs import Program, passes, programs
+from offline_programs import Program, passes
 from offline_scoring import choose, write
-from offline_tasks import Question
+from offline_tasks import Task, make_tasks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minisp.config import MinifyConfig
@@ -34,46 +30,6 @@ RESAMPLES = 10_000
 QUANTILE = 1.959964
 Answers = dict[str, list[bool]]
 """Task → whether each of its items was answered rightly."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """Items of one kind. `chance`: share that a guess gets right, of programs 0."""
-
-    name: str
-    items: Sequence[Question] | Sequence[Program]
-
-    @property
-    def chance(self) -> float:
-        first = self.items[0]
-        return 1 / len(first.candidates) if isinstance(first, Question) else 0.0
-
-
-def make_tasks(text: str, neutral: dict[str, str], count: int, seed: int) -> list[Task]:
-    """All tasks, about `count` items each."""
-
-    def rng(name: str) -> random.Random:
-        # A task's items do not depend on which other tasks there are.
-        return random.Random(zlib.crc32(f"{seed} {name}".encode()))
-
-    makers: dict[str, Callable[[random.Random], list[Question]]] = {
-        "continuation": lambda r: make.continuations(text, count, r),
-        "last word": lambda r: make.last_words(text, count, r),
-        "addition, one digit": lambda r: make.sums(count, r, sign="+", largest=9),
-        "addition, two digits": lambda r: make.sums(count, r, sign="+", largest=99),
-        "subtraction, one digit": lambda r: make.sums(count, r, sign="-", largest=9),
-        "subtraction, two digits": lambda r: make.sums(count, r, sign="-", largest=99),
-        "comparison": lambda r: make.comparisons(count, r),
-        "lookup": lambda r: make.lookups(count, r),
-        "repetition": lambda r: make.repetitions(count, r),
-        "agreement": lambda r: make.agreements(count, r),
-        "reflexive": lambda r: make.reflexives(count, r),
-        "participle": lambda r: make.participles(count, r),
-    }
-    for name, foreign in neutral.items():
-        makers[f"continuation, {name}"] = lambda r, foreign=foreign: make.continuations(foreign, count // 2, r)
-    made = [Task(name, maker(rng(name))) for name, maker in makers.items()]
-    return [*made, Task("programs", programs(count, seed))]
 
 
 def answers(model: Any, tokenizer: Any, task: Task) -> list[bool]:

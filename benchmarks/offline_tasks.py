@@ -6,9 +6,12 @@ function here is deterministic for its arguments.
 
 import random
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from offline_programs import Program, programs
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -43,6 +46,19 @@ class Question:
     question: str
     candidates: tuple[str, ...]
     answer: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """Items of one kind. `chance`: share that a guess gets right, of programs 0."""
+
+    name: str
+    items: Sequence[Question] | Sequence[Program]
+
+    @property
+    def chance(self) -> float:
+        first = self.items[0]
+        return 1 / len(first.candidates) if isinstance(first, Question) else 0.0
 
 
 def _question(rng: random.Random, prefix: str, question: str, right: str, wrong: Sequence[str]) -> Question:
@@ -220,3 +236,30 @@ def participles(count: int, rng: random.Random) -> list[Question]:
         question = f"The {person} {have}"
         questions.append(_question(rng, "", question, f" {right} the {thing}.", [f" {wrong} the {thing}."]))
     return questions
+
+
+def make_tasks(text: str, neutral: dict[str, str], count: int, seed: int) -> list[Task]:
+    """All tasks, about `count` items each."""
+
+    def rng(name: str) -> random.Random:
+        # A task's items do not depend on which other tasks there are.
+        return random.Random(zlib.crc32(f"{seed} {name}".encode()))
+
+    makers: dict[str, Callable[[random.Random], list[Question]]] = {
+        "continuation": lambda r: continuations(text, count, r),
+        "last word": lambda r: last_words(text, count, r),
+        "addition, one digit": lambda r: sums(count, r, sign="+", largest=9),
+        "addition, two digits": lambda r: sums(count, r, sign="+", largest=99),
+        "subtraction, one digit": lambda r: sums(count, r, sign="-", largest=9),
+        "subtraction, two digits": lambda r: sums(count, r, sign="-", largest=99),
+        "comparison": lambda r: comparisons(count, r),
+        "lookup": lambda r: lookups(count, r),
+        "repetition": lambda r: repetitions(count, r),
+        "agreement": lambda r: agreements(count, r),
+        "reflexive": lambda r: reflexives(count, r),
+        "participle": lambda r: participles(count, r),
+    }
+    for name, foreign in neutral.items():
+        makers[f"continuation, {name}"] = lambda r, foreign=foreign: continuations(foreign, count // 2, r)
+    made = [Task(name, maker(rng(name))) for name, maker in makers.items()]
+    return [*made, Task("programs", programs(count, seed))]
