@@ -1,5 +1,6 @@
 """Downstream tasks made from a text and a seed: their items, what scores them, and the statistics of the table."""
 
+import itertools
 import json
 import random
 import re
@@ -16,10 +17,12 @@ from tests.models import char_tokenizer, save_checkpoint, tiny_model
 def made_text() -> str:
     """Paragraphs of 80 words and a full stop after every tenth, each with twelve words of its own."""
     rng = random.Random(0)
-    words = [f"{a}{b}{c}" for a in ("bar", "den", "fol", "gim", "hus") for b in "aeiou" for c in ("lor", "men", "nax")]
+    starts = ["bar", "den", "fol", "gim", "hus", "jas", "kel", "nor", "pim", "tur"]
+    parts = (starts, "aeiou", ["lor", "men", "nax"], ["s", "es", "ing", "al", "er"])
+    words = ["".join(letters) for letters in itertools.product(*parts)]
     paragraphs = []
     for _ in range(30):
-        own = rng.sample([word + end for word in words for end in ("", "es", "ing")], 12)
+        own = rng.sample(words, 12)
         sentences = [" ".join(rng.choices(own, k=10)) for _ in range(8)]
         paragraphs.append(f" {' . '.join(sentences)} . \n")
     return "".join(paragraphs)
