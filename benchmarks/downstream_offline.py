@@ -7,6 +7,7 @@ DOC
 
 import argparse
 import gc
+import hashlib
 import json
 import math
 import time
@@ -16,9 +17,10 @@ from typing import Any
 
 import harness
 import torch
-from offline_programs import Program, passes
+from offline_programs import Program, check_runner, ended, passes
 from offline_scoring import choose, write
 from offline_tasks import Task, make_tasks
+from tables import downstream_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minisp.config import MinifyConfig
@@ -35,7 +37,7 @@ Answers = dict[str, list[bool]]
 def answers(model: Any, tokenizer: Any, task: Task) -> list[bool]:
     """Whether each item is answered rightly. A tie of two candidates is no answer."""
     if isinstance(task.items[0], Program):
-        found = write(model, tokenizer, [program.prompt for program in task.items])
+        found = write(model, tokenizer, [program.prompt for program in task.items], ended)
         return [passes(program, text) for program, text in zip(task.items, found, strict=True)]
     scores = choose(model, tokenizer, task.items)
     return [
@@ -92,51 +94,30 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
 def summary(tasks: Sequence[Task], found: Mapping[str, Answers]) -> dict[str, Any]:
     """Per task, and for the mean over the tasks, what each model answers, and its difference to the first model."""
     labels = list(found)
-    rows: dict[str, Any] = {}
+    compared: dict[str, Any] = {}
     for task in tasks:
-        rows[task.name] = {"items": len(task.items), "chance": task.chance, "models": {}}
+        compared[task.name] = {"items": len(task.items), "chance": task.chance, "models": {}}
         first = found[labels[0]][task.name]
         for label in labels:
             own = found[label][task.name]
             cell = {"accuracy": sum(own) / len(own), "interval": wilson(sum(own), len(own))}
             # One digit per item, so that other models can be compared with these later.
-            rows[task.name]["models"][label] = {**cell, "right": "".join(str(int(one)) for one in own)}
+            compared[task.name]["models"][label] = {**cell, "right": "".join(str(int(one)) for one in own)}
             if label != labels[0]:
-                rows[task.name]["models"][label] |= _difference([first], [own]) | {"p": mcnemar(first, own)}
+                compared[task.name]["models"][label] |= _difference([first], [own]) | {"p": mcnemar(first, own)}
     means: dict[str, Any] = {}
-    for label in labels:
-        own_all, first_all = list(found[label].values()), list(found[labels[0]].values())
-        means[label] = {"accuracy": sum(sum(own) / len(own) for own in own_all) / len(own_all)}
+    for label, own in found.items():
+        mean, *interval = paired(list(own.values()))
+        means[label] = {"accuracy": mean, "interval": interval}
         if label != labels[0]:
-            means[label] |= _difference(first_all, own_all)
-    return {"tasks": rows, "mean": means}
+            means[label] |= _difference(list(found[labels[0]].values()), list(own.values()))
+    return {"tasks": compared, "mean": means}
 
 
 def _difference(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> dict[str, Any]:
     differences = [[int(b) - int(a) for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)]
     mean, low, high = paired(differences)
     return {"difference": mean, "difference_interval": (low, high)}
-
-
-def rows(result: Mapping[str, Any]) -> list[list[str]]:
-    """One row per task, a column per model: right answers with their interval, or with the difference to the first."""
-    table = []
-    for name, task in result["tasks"].items():
-        cells = [_cell(model) for model in task["models"].values()]
-        table.append([name, str(task["items"]), f"{task['chance']:.0%}", *cells])
-    table.append(["mean of the tasks", "", "", *map(_cell, result["mean"].values())])
-    return table
-
-
-def _cell(model: Mapping[str, Any]) -> str:
-    """Right answers in per cent; then the difference, its interval, and a star where 0 lies outside."""
-    shown = f"{100 * model['accuracy']:.1f}"
-    if "difference" not in model:
-        low, high = model.get("interval", (math.nan, math.nan))
-        return shown if math.isnan(low) else f"{shown} ({100 * low:.0f}–{100 * high:.0f})"
-    low, high = model["difference_interval"]
-    star = "" if low <= 0 <= high else " *"
-    return f"{shown}, {100 * model['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}){star}"
 
 
 def named(models: Sequence[str]) -> dict[str, Path]:
@@ -166,6 +147,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON, and no table")
     arguments = parser.parse_args()
     models = named(arguments.models)
+    check_runner()
     neutral = load_texts([arguments.neutral]) if arguments.neutral else {}
     tasks = make_tasks(load_text(arguments.text), neutral, arguments.items, arguments.seed)
     device = compute_device(MinifyConfig())
@@ -173,13 +155,14 @@ def main() -> None:
     for label, folder in models.items():
         found[label], seconds[label] = examine(folder, tasks, device)
         gc.collect()
-    content = {"seed": arguments.seed, "seconds": seconds, **summary(tasks, found)}
+    items = hashlib.sha256(repr(tasks).encode()).hexdigest()[:16]
+    content = {"seed": arguments.seed, "items": items, "seconds": seconds, **summary(tasks, found)}
     path = harness.write_json(harness.result_name("downstream_offline", arguments.label), content)
     if arguments.json:
         print(json.dumps(content))
         return
     title = "Right answers in %, 95 % interval; for the others difference to the first, * where its interval excludes 0"
-    harness.print_table(title, ["task", "items", "chance", *models], rows(content))
+    harness.print_table(title, ["task", "items", "chance", *models], downstream_rows(content))
     print(path)
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 SECONDS = 5.0
@@ -118,10 +119,21 @@ def programs(count: int, seed: int) -> list[Program]:
 
 
 def body(completion: str) -> str:
-    """What of a completion, which begins behind the docstring, belongs to the function."""
-    lines = completion.removeprefix("\n").split("\n")
-    inside = next((i for i, line in enumerate(lines) if not line.startswith(" ") or not line.strip()), len(lines))
-    return "\n" + "\n".join(lines[:inside])
+    """What of a completion, which begins behind the docstring, belongs to the function: up to the first line that is
+    empty or not indented."""
+    first, *lines = completion.split("\n")
+    return "\n".join([first, *takewhile(_inside, lines)])
+
+
+def ended(completion: str) -> bool:
+    """Whether more text behind it would leave the body as it is."""
+    # The last line may go on.
+    *lines, last = completion.split("\n")
+    return not all(map(_inside, lines[1:])) or (bool(lines) and last[:1].strip() != "")
+
+
+def _inside(line: str) -> bool:
+    return line.startswith(" ") and line.strip() != ""
 
 
 def passes(program: Program, completion: str, seconds: float = SECONDS) -> bool:
@@ -142,3 +154,9 @@ def passes(program: Program, completion: str, seconds: float = SECONDS) -> bool:
         except subprocess.TimeoutExpired:
             return False
     return done.returncode == 0 and done.stdout.decode(errors="replace").strip() == word
+
+
+def check_runner() -> None:
+    """SystemExit where this machine does not run a right program: all programs would count as wrong."""
+    if not passes(Program("def f(x):", "assert f(1) == 1"), "\n    return x"):
+        raise SystemExit(f"Programs: expected {sys.executable} -I -S to run a program, got a failure. Run it by hand.")

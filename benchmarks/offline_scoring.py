@@ -4,7 +4,7 @@ Shapes: B rows of L tokens, V vocabulary. Models are transformers' own, or any w
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -84,23 +84,20 @@ def _score(model: Any, cache: Any, cut: int, rows: list[list[int]], firsts: list
     ]
 
 
-class _Written(StoppingCriteria):
-    """Whether every row has come to the end of a function: an empty line, or a line that is not indented."""
+class _Ended(StoppingCriteria):
+    """Which rows need no more tokens, by what stands behind their prompts, which end at `begin`."""
 
-    def __init__(self, tokenizer: Any, begin: int):
-        self.tokenizer, self.begin = tokenizer, begin
+    def __init__(self, tokenizer: Any, begin: int, ended: Callable[[str], bool]):
+        self.tokenizer, self.begin, self.ended = tokenizer, begin, ended
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        written = self.tokenizer.batch_decode(input_ids[:, self.begin :])
-        done = [
-            any(not line.startswith(" ") for line in text.split("\n")[1:]) and text.count("\n") > 1 for text in written
-        ]
+        done = [self.ended(text) for text in self.tokenizer.batch_decode(input_ids[:, self.begin :])]
         return torch.tensor(done, device=input_ids.device)
 
 
 @torch.no_grad()
-def write(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    """The greedy completion of every prompt, up to NEW_TOKENS tokens."""
+def write(model: Any, tokenizer: Any, prompts: Sequence[str], ended: Callable[[str], bool]) -> list[str]:
+    """The greedy completion of every prompt, up to NEW_TOKENS tokens, or until `ended` says that it needs no more."""
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     completions: list[str] = []
@@ -115,7 +112,7 @@ def write(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-            stopping_criteria=StoppingCriteriaList([_Written(tokenizer, begin)]),
+            stopping_criteria=StoppingCriteriaList([_Ended(tokenizer, begin, ended)]),
         )
         completions += tokenizer.batch_decode(ids[:, begin:], skip_special_tokens=True)
     return completions

@@ -79,10 +79,11 @@ def continuations(text: str, count: int, rng: random.Random) -> list[Question]:
     starts = [i * (len(words) // max(count, 1)) for i in range(count)]
     edges = [(words[s][0], words[s + CONTEXT - 1][1], words[s + CONTEXT + CONTINUATION - 1][1]) for s in starts]
     pieces = [(text[begin:middle], text[middle:end]) for begin, middle, end in edges]
+    if count < 4:
+        return []
     return [
         _question(rng, context, "", right, [pieces[(i + step) % count][1] for step in (1, 2, 3)])
         for i, (context, right) in enumerate(pieces)
-        if count >= 4
     ]
 
 
@@ -259,7 +260,12 @@ def make_tasks(text: str, neutral: dict[str, str], count: int, seed: int) -> lis
         "reflexive": lambda r: reflexives(count, r),
         "participle": lambda r: participles(count, r),
     }
-    for name, foreign in neutral.items():
-        makers[f"continuation, {name}"] = lambda r, foreign=foreign: continuations(foreign, count // 2, r)
+    if neutral:
+        each = count // len(neutral)
+        makers["continuation, neutral texts"] = lambda r: [
+            question for foreign in neutral.values() for question in continuations(foreign, each, r)
+        ]
     made = [Task(name, maker(rng(name))) for name, maker in makers.items()]
+    if empty := [task.name for task in made if not task.items]:
+        raise SystemExit(f"Tasks: expected text enough for {count} items each, got none for {empty}. Pass more text.")
     return [*made, Task("programs", programs(count, seed))]

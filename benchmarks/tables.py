@@ -169,7 +169,38 @@ def kernels(source: Path) -> Iterator[str]:
     yield table(["", *(f"sm_{capability}" for capability in GENERATIONS)], rows)
 
 
-KINDS = {function.__name__: function for function in (quality, ablation, minify_cpu, memory, crash, ridge)}
+def downstream_offline(data: Data) -> Iterator[str]:
+    """downstream_offline.py: right answers by task and model."""
+    yield "Right answers in %, with their 95 % interval; of the others the difference to the first model, with its own "
+    yield f"interval; * where 0 lies outside. Seed {data['seed']}, items {data['items']}.\n\n"
+    yield table(["task", "items", "chance", *data["mean"]], downstream_rows(data))
+    yield f"\nSeconds: {', '.join(f'{name} {seconds:.0f}' for name, seconds in data['seconds'].items())}.\n"
+
+
+def downstream_rows(data: Data) -> list[list[str]]:
+    """One row per task, a column per model: right answers with their interval, or with the difference to the first."""
+    rows = []
+    for name, task in data["tasks"].items():
+        cells = [_answered(model) for model in task["models"].values()]
+        rows.append([name, str(task["items"]), f"{task['chance']:.0%}", *cells])
+    return [*rows, ["mean of the tasks", "", "", *map(_answered, data["mean"].values())]]
+
+
+def _answered(model: Data) -> str:
+    """Right answers in per cent; then the difference, its interval, and a star where 0 lies outside."""
+    shown = f"{100 * model['accuracy']:.1f}"
+    if "difference" not in model:
+        low, high = model["interval"]
+        return f"{shown} ({100 * low:.0f}–{100 * high:.0f})"
+    low, high = model["difference_interval"]
+    star = "" if low <= 0 <= high else " *"
+    return f"{shown}, {100 * model['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}){star}"
+
+
+KINDS = {
+    function.__name__: function
+    for function in (quality, ablation, minify_cpu, memory, crash, ridge, downstream_offline)
+}
 
 
 def _ratios(values: Data, dense: Data) -> str:

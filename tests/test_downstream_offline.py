@@ -61,7 +61,7 @@ def test_the_right_candidate_is_right(tasks: Any) -> None:
         if name.startswith(("addition", "subtraction")):
             assert all(eval(question.rstrip("=")) == int(answer) for _, question, answer in right[name])
         if name.startswith("continuation"):
-            text = TEXT[::-1] if "foreign" in name else TEXT
+            text = TEXT[::-1] if "neutral" in name else TEXT
             assert all(prefix + answer in text for prefix, _, answer in right[name])
     for _, question, answer in right["comparison"]:
         assert int(answer) == max(map(int, re.findall(r"\d+", question)))
@@ -84,7 +84,7 @@ def test_items_depend_on_the_seed_alone(script: Any, tasks: Any) -> None:
     make = script("offline_tasks").make_tasks
     assert make(TEXT, {"foreign.txt": TEXT[::-1]}, 24, 0) == tasks
     # A task's items are the same whatever other tasks there are.
-    assert [task for task in tasks if "foreign" not in task.name] == make(TEXT, {}, 24, 0)
+    assert [task for task in tasks if "neutral" not in task.name] == make(TEXT, {}, 24, 0)
     for one, other in zip(tasks, make(TEXT, {"foreign.txt": TEXT[::-1]}, 24, 1), strict=True):
         assert one.name == other.name and one.items != other.items
 
@@ -118,6 +118,19 @@ def test_a_completed_program_is_run_and_checked(script: Any, wanted: str, comple
     assert script("offline_programs").passes(program(script, wanted), completion, seconds=20) is passes
 
 
+def test_a_machine_that_runs_nothing_is_told(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = script("offline_programs")
+    module.check_runner()
+    monkeypatch.setattr(module, "_RUNNER", "raise SystemExit(0)")
+    with pytest.raises(SystemExit, match="got a failure"):
+        module.check_runner()
+
+
+def test_a_text_that_is_too_short_is_refused(script: Any) -> None:
+    with pytest.raises(SystemExit, match=r"got none for \['continuation', 'last word'\]"):
+        script("offline_tasks").make_tasks("too short", {}, 10, 0)
+
+
 def test_a_program_that_sleeps_is_stopped(script: Any) -> None:
     slow = "\n    while True:\n        pass"
     assert not script("offline_programs").passes(program(script, "x plus 3"), slow, seconds=0.2)
@@ -130,9 +143,27 @@ def test_programs_are_different_and_their_checks_agree_with_their_solutions(scri
     assert found == module.programs(60, 0) and found != module.programs(60, 1)
     # What the examples show is not asked.
     assert not any(line in module.SHOTS for p in found for line in p.head.splitlines() if "Return" in line)
-    assert module.body("\n    a\n      b\n\n    c") == "\n    a\n      b"
-    assert module.body("\n    a\nb") == "\n    a"
-    assert module.body(" nothing") == "\n nothing"
+
+
+@pytest.mark.parametrize(
+    ("completion", "body", "ended"),
+    [
+        ("\n    a\n      b\n\n    c", "\n    a\n      b", True),
+        ("\n    a\nb", "\n    a", True),
+        ("\n    a\n", "\n    a", False),
+        ("\n    a\n   ", "\n    a", False),
+        ("\n    a\n\n", "\n    a", True),
+        ("\n", "\n", False),
+        ("", "", False),
+        (" on the same line", " on the same line", False),
+    ],
+)
+def test_a_body_ends_at_the_first_line_that_is_empty_or_not_indented(
+    script: Any, completion: str, body: str, ended: bool
+) -> None:
+    module = script("offline_programs")
+    assert module.body(completion).rstrip(" \n") == body.rstrip(" \n")
+    assert module.ended(completion) is ended
 
 
 def test_likelihoods_are_those_of_one_row_at_a_time(script: Any) -> None:
@@ -153,9 +184,11 @@ def test_likelihoods_are_those_of_one_row_at_a_time(script: Any) -> None:
 def test_completions_are_those_of_one_prompt_at_a_time(script: Any) -> None:
     scoring, model, tokenizer = script("offline_scoring"), tiny_model("llama"), char_tokenizer()
     prompts = ["short", "a longer prompt", "one more"]
-    together = scoring.write(model, tokenizer, prompts)
-    assert together == [scoring.write(model, tokenizer, [prompt])[0] for prompt in prompts]
+    together = scoring.write(model, tokenizer, prompts, lambda text: False)
+    assert together == [scoring.write(model, tokenizer, [prompt], lambda text: False)[0] for prompt in prompts]
     assert all(len(text) == scoring.NEW_TOKENS for text in together)
+    cut = scoring.write(model, tokenizer, prompts, lambda text: len(text) >= 5)
+    assert cut == [text[:5] for text in together]
 
 
 def test_intervals_and_tests_against_known_values(script: Any) -> None:
@@ -185,13 +218,15 @@ def test_the_table_compares_item_by_item(script: Any, tasks: Any) -> None:
     assert cell["accuracy"] == 0.2 and cell["difference"] == pytest.approx(-0.7)
     assert cell["right"] == "1" * 4 + "0" * 16
     assert result["mean"]["worse"]["difference"] == pytest.approx(-0.35)
-    rows = {row[0]: row[1:] for row in module.rows(json.loads(json.dumps(result)))}
+    rows = {row[0]: row[1:] for row in script("tables").downstream_rows(json.loads(json.dumps(result)))}
     assert rows["a"][:3] == ["20", "25%", "90.0 (70–97)"]
     assert re.fullmatch(r"20\.0, -70\.0 \(-\d\d\.0 to -\d\d\.0\) \*", rows["a"][3])
     # Ten won and ten lost are no difference.
     assert rows["b"][3].startswith("50.0, +0.0 (") and not rows["b"][3].endswith("*")
     assert rows["a"][4] == "90.0, +0.0 (+0.0 to +0.0)"
-    assert rows["mean of the tasks"][2] == "70.0" and rows["mean of the tasks"][3].startswith("35.0, -35.0 (")
+    assert rows["mean of the tasks"][2].startswith("70.0 (") and rows["mean of the tasks"][3].startswith(
+        "35.0, -35.0 ("
+    )
 
 
 def test_models_are_named(script: Any, tmp_path: Path) -> None:
