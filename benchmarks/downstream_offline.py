@@ -67,21 +67,20 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     return max((middle - half) / (1 + z2), 0.0), min((middle + half) / (1 + z2), 1.0)
 
 
-def paired(differences: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float, float]:
-    """The mean over tasks of the mean difference per item, and its 95 % interval by the bootstrap.
+def paired(values: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float, float]:
+    """The mean over tasks of the mean over items, and its 95 % interval by the bootstrap.
 
     Args:
-        differences: per task, per item, the second model's answer less the first's, each 1 where right, else 0. Items
-            are drawn anew within their tasks; the tasks stay.
+        values: per task and item, an answer (1 where right, else 0), or the difference of two models' answers, which
+            keeps the models paired. Items are drawn anew within their tasks; the tasks stay.
     """
     generator = torch.Generator().manual_seed(seed)
     means = torch.zeros(RESAMPLES, dtype=torch.float64)
-    for own in differences:
-        values = torch.tensor(own, dtype=torch.float64)
+    for own in values:
         drawn = torch.randint(len(own), (RESAMPLES, len(own)), generator=generator)
-        means += values[drawn].mean(1) / len(differences)
+        means += torch.tensor(own, dtype=torch.float64)[drawn].mean(1) / len(values)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return sum(sum(own) / len(own) for own in differences) / len(differences), low, high
+    return sum(sum(own) / len(own) for own in values) / len(values), low, high
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
@@ -92,32 +91,42 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
 
 
 def summary(tasks: Sequence[Task], found: Mapping[str, Answers]) -> dict[str, Any]:
-    """Per task, and for the mean over the tasks, what each model answers, and its difference to the first model."""
-    labels = list(found)
+    """What each model answers, and its difference to the first model: per task, and in the mean over tasks.
+
+    A task counts in the mean where the first model is better than chance: the interval of its answers lies above. On
+    the others no model can lose anything. The rule looks at the first model alone, so that it favours none.
+    """
+    first, *_ = found.values()
     compared: dict[str, Any] = {}
     for task in tasks:
-        compared[task.name] = {"items": len(task.items), "chance": task.chance, "models": {}}
-        first = found[labels[0]][task.name]
-        for label in labels:
-            own = found[label][task.name]
-            cell = {"accuracy": sum(own) / len(own), "interval": wilson(sum(own), len(own))}
-            # One digit per item, so that other models can be compared with these later.
-            compared[task.name]["models"][label] = {**cell, "right": "".join(str(int(one)) for one in own)}
-            if label != labels[0]:
-                compared[task.name]["models"][label] |= _difference([first], [own]) | {"p": mcnemar(first, own)}
-    means: dict[str, Any] = {}
-    for label, own in found.items():
-        mean, *interval = paired(list(own.values()))
-        means[label] = {"accuracy": mean, "interval": interval}
-        if label != labels[0]:
-            means[label] |= _difference(list(found[labels[0]].values()), list(own.values()))
+        dense = first[task.name]
+        counts = wilson(sum(dense), len(dense))[0] > task.chance
+        models = {label: _compared(dense, own[task.name]) for label, own in found.items()}
+        compared[task.name] = {"items": len(dense), "chance": task.chance, "counts": counts, "models": models}
+    counted = [name for name, task in compared.items() if task["counts"]]
+    means = {}
+    for label, own in found.items() if counted else ():
+        mean, *interval = paired([own[name] for name in counted])
+        change, *reach = paired([_differences(first[name], own[name]) for name in counted])
+        means[label] = {"accuracy": mean, "interval": interval, "difference": change, "difference_interval": reach}
     return {"tasks": compared, "mean": means}
 
 
-def _difference(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]]) -> dict[str, Any]:
-    differences = [[int(b) - int(a) for a, b in zip(*pair, strict=True)] for pair in zip(first, second, strict=True)]
-    mean, low, high = paired(differences)
-    return {"difference": mean, "difference_interval": (low, high)}
+def _compared(first: Sequence[bool], own: Sequence[bool]) -> dict[str, Any]:
+    change, *reach = paired([_differences(first, own)])
+    return {
+        "accuracy": sum(own) / len(own),
+        "interval": wilson(sum(own), len(own)),
+        "difference": change,
+        "difference_interval": reach,
+        "p": mcnemar(first, own),
+        # One digit per item, so that other models can be compared with these later.
+        "right": "".join(str(int(one)) for one in own),
+    }
+
+
+def _differences(first: Sequence[bool], second: Sequence[bool]) -> list[int]:
+    return [int(b) - int(a) for a, b in zip(first, second, strict=True)]
 
 
 def named(models: Sequence[str]) -> dict[str, Path]:

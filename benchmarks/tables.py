@@ -172,8 +172,9 @@ def kernels(source: Path) -> Iterator[str]:
 def downstream_offline(data: Data) -> Iterator[str]:
     """downstream_offline.py: right answers by task and model."""
     yield "Right answers in %, with their 95 % interval; of the others the difference to the first model, with its own "
-    yield f"interval; * where 0 lies outside. Seed {data['seed']}, items {data['items']}.\n\n"
-    yield table(["task", "items", "chance", *data["mean"]], downstream_rows(data))
+    yield "interval, * where 0 lies outside. Tasks on which the first model is at chance have no share in the mean. "
+    yield f"Seed {data['seed']}, items {data['items']}.\n\n"
+    yield table(["task", "items", "chance", *data["seconds"]], downstream_rows(data))
     yield f"\nSeconds: {', '.join(f'{name} {seconds:.0f}' for name, seconds in data['seconds'].items())}.\n"
 
 
@@ -181,20 +182,20 @@ def downstream_rows(data: Data) -> list[list[str]]:
     """One row per task, a column per model: right answers with their interval, or with the difference to the first."""
     rows = []
     for name, task in data["tasks"].items():
-        cells = [_answered(model) for model in task["models"].values()]
-        rows.append([name, str(task["items"]), f"{task['chance']:.0%}", *cells])
-    return [*rows, ["mean of the tasks", "", "", *map(_answered, data["mean"].values())]]
+        left_out = "" if task["counts"] else ", at chance"
+        rows.append([f"{name}{left_out}", str(task["items"]), f"{task['chance']:.0%}", *_answered(task["models"])])
+    counted = sum(task["counts"] for task in data["tasks"].values())
+    return [*rows, [f"mean of {counted} tasks", "", "", *_answered(data["mean"])]] if counted else rows
 
 
-def _answered(model: Data) -> str:
-    """Right answers in per cent; then the difference, its interval, and a star where 0 lies outside."""
-    shown = f"{100 * model['accuracy']:.1f}"
-    if "difference" not in model:
-        low, high = model["interval"]
-        return f"{shown} ({100 * low:.0f}–{100 * high:.0f})"
-    low, high = model["difference_interval"]
-    star = "" if low <= 0 <= high else " *"
-    return f"{shown}, {100 * model['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}){star}"
+def _answered(models: Data) -> Iterator[str]:
+    """In per cent: right answers; of the first model their interval, of the others the difference, with its own."""
+    for place, model in enumerate(models.values()):
+        low, high = (100 * edge for edge in model["difference_interval" if place else "interval"])
+        shown = f"{100 * model['accuracy']:.1f}"
+        star = "" if low <= 0 <= high else " *"
+        change = f"{shown}, {100 * model['difference']:+.1f} ({low:+.1f} to {high:+.1f}){star}"
+        yield change if place else f"{shown} ({low:.0f}–{high:.0f})"
 
 
 KINDS = {

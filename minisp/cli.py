@@ -159,8 +159,7 @@ def evaluate(
 ) -> None:
     """Measure a model, or two side by side: perplexity by a stated protocol, multiple choice, tokens per second, bytes.
 
-    The speed of two is measured in turns, and a ratio within noise is called so. Of several texts, the geometric mean
-    of the perplexity ratios is told too.
+    The speed of two is measured in turns, and a ratio within noise is called so. Several texts give a mean ratio too.
     """
     from minisp import measure, measure_view, report
     from minisp.corpora import load_texts

@@ -210,10 +210,11 @@ def test_intervals_and_tests_against_known_values(script: Any) -> None:
 
 def test_the_table_compares_item_by_item(script: Any, tasks: Any) -> None:
     module, make = script("downstream_offline"), script("offline_tasks")
-    two = [make.Task(name, tasks[place].items[:20]) for place, name in ((0, "a"), (1, "b"))]
-    dense = {"a": [True] * 18 + [False] * 2, "b": [True] * 10 + [False] * 10}
-    worse = {"a": [True] * 4 + [False] * 16, "b": [False] * 10 + [True] * 10}
-    result = module.summary(two, {"dense": dense, "worse": worse, "same": dense})
+    # Of four candidates each; chance gives 5 of 20.
+    three = [make.Task(name, tasks[0].items[:20]) for name in "abc"]
+    dense = {"a": [True] * 18 + [False] * 2, "b": [True] * 10 + [False] * 10, "c": [True] * 7 + [False] * 13}
+    worse = {"a": [True] * 4 + [False] * 16, "b": [False] * 10 + [True] * 10, "c": [False] * 20}
+    result = module.summary(three, {"dense": dense, "worse": worse, "same": dense})
     cell = result["tasks"]["a"]["models"]["worse"]
     assert cell["accuracy"] == 0.2 and cell["difference"] == pytest.approx(-0.7)
     assert cell["right"] == "1" * 4 + "0" * 16
