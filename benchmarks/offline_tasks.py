@@ -19,7 +19,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 # Words of context and of each candidate of a continuation.
-CONTEXT, CONTINUATION = 24, 8
+CONTEXT, CONTINUATION = 16, 6
 # Words before the last word of a sentence: at least, at most.
 SENTENCE_CONTEXT = (40, 80)
 # The most frequent words of a text are no candidates: their likelihood hangs on grammar alone.
