@@ -169,7 +169,39 @@ def kernels(source: Path) -> Iterator[str]:
     yield table(["", *(f"sm_{capability}" for capability in GENERATIONS)], rows)
 
 
-KINDS = {function.__name__: function for function in (quality, ablation, minify_cpu, memory, crash, ridge)}
+def downstream_offline(data: Data) -> Iterator[str]:
+    """downstream_offline.py: right answers by task and model."""
+    yield "Right answers in %, with their 95 % interval; of the others the difference to the first model, with its own "
+    yield "interval, * where 0 lies outside. Tasks on which the first model is at chance have no share in the mean. "
+    yield f"Seed {data['seed']}, items {data['items']}.\n\n"
+    yield table(["task", "items", "chance", *data["seconds"]], downstream_rows(data))
+    yield f"\nSeconds: {', '.join(f'{name} {seconds:.0f}' for name, seconds in data['seconds'].items())}.\n"
+
+
+def downstream_rows(data: Data) -> list[list[str]]:
+    """One row per task, a column per model: right answers with their interval, or with the difference to the first."""
+    rows = []
+    for name, task in data["tasks"].items():
+        left_out = "" if task["counts"] else ", at chance"
+        rows.append([f"{name}{left_out}", str(task["items"]), f"{task['chance']:.0%}", *_answered(task["models"])])
+    counted = sum(task["counts"] for task in data["tasks"].values())
+    return [*rows, [f"mean of {counted} tasks", "", "", *_answered(data["mean"])]] if counted else rows
+
+
+def _answered(models: Data) -> Iterator[str]:
+    """In per cent: right answers; of the first model their interval, of the others the difference, with its own."""
+    for place, model in enumerate(models.values()):
+        low, high = (100 * edge for edge in model["difference_interval" if place else "interval"])
+        shown = f"{100 * model['accuracy']:.1f}"
+        star = "" if low <= 0 <= high else " *"
+        change = f"{shown}, {100 * model['difference']:+.1f} ({low:+.1f} to {high:+.1f}){star}"
+        yield change if place else f"{shown} ({low:.0f}–{high:.0f})"
+
+
+KINDS = {
+    function.__name__: function
+    for function in (quality, ablation, minify_cpu, memory, crash, ridge, downstream_offline)
+}
 
 
 def _ratios(values: Data, dense: Data) -> str:

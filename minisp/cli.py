@@ -44,6 +44,10 @@ CALIBRATION_HELP = (
     "builtin:model (written by the model itself); with a weight as FILE:0.3. Repeat it to mix sources. A share of "
     "generic text (--generic) joins it, unless it names builtin: sources. Default: generic text alone."
 )
+TEXT_HELP = (
+    "Text file to predict, from its start, or a folder, which stands for its .txt and .jsonl files. Repeat it for more "
+    "texts."
+)
 
 
 def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -128,12 +132,12 @@ def plan(model: Model, as_json: Json = False, quiet: Quiet = False, **options: A
     _show(values, as_json, quiet, plan_view.plan_table(planned, seconds), [])
 
 
-@app.command("eval", epilog="Example: minisp eval ./llama ./llama-70 --text test.txt --window 2048")
+@app.command("eval", epilog="Example: minisp eval ./llama ./llama-70 --text test.txt --text prose/ --window 2048")
 def evaluate(
     model: Model,
     other: Annotated[str | None, typer.Argument(help="A second model, measured beside the first.")] = None,
     *,
-    text: Annotated[Path, typer.Option(help="Text file to predict, from its start.", show_default=False)],
+    text: Annotated[list[Path], typer.Option(help=TEXT_HELP, show_default=False)],
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
     stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; default: the window.")] = None,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Windows at most, from the start of the text.")] = 20,
@@ -154,19 +158,20 @@ def evaluate(
 ) -> None:
     """Measure a model, or two side by side: perplexity by a stated protocol, multiple choice, tokens per second, bytes.
 
-    The speed of two is measured in turns, and a ratio within noise is called so.
+    The speed of two is measured in turns, and a ratio within noise is called so. Several texts give a mean ratio too.
     """
     from minisp import measure, measure_view, report
-    from minisp.corpora import load_text
+    from minisp.corpora import load_texts
     from minisp.hub import local_folder
 
-    with _errors(), report.progress_bar(quiet) as progress:
+    with _errors(), report.progress_bar(quiet, lines=not as_json) as progress:
         config = split_options(dtype=dtype, device=device)[0]
         protocol = measure.Protocol(window=window, stride=stride, max_windows=max_windows, questions=questions)
+        own = measure.builtin_texts() if builtin else {}
+        texts = load_texts(text, taken=own) | own
         folders = [local_folder(name) for name in (model, other) if name is not None]
-        texts = {text.name: load_text(text), **(measure.builtin_texts() if builtin else {})}
         tokens = measure.tokenize(folders[0], texts)
-        tokens = {name: ids for name, ids in tokens.items() if name == text.name or len(ids) >= window}
+        tokens = {name: ids for name, ids in tokens.items() if name not in own or len(ids) >= window}
         options: dict[str, Any] = {"speed": speed, "config": config, "progress": progress}
         if other is None:
             found = measure.measure(folders[0], tokens, protocol, **options)

@@ -7,7 +7,7 @@ Nothing here knows tokens or models.
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
@@ -15,6 +15,8 @@ from pathlib import Path
 from minisp.errors import CalibrationError
 
 DOCUMENT_SEPARATOR = "\n\n"
+# The files of a folder that are texts.
+TEXT_SUFFIXES = (".txt", ".jsonl")
 JSONL_FIELDS = ("text", "content")
 HUB_PREFIX = "hf:"
 
@@ -136,6 +138,42 @@ def load_text(path: str | os.PathLike[str]) -> str:
     if not text.strip():
         raise CalibrationError(f"Expected text in {path}, got an empty file. Name a file with text in it.")
     return text
+
+
+def load_texts(paths: Sequence[Path], taken: Collection[str] = ()) -> dict[str, str]:
+    """The whole texts of files, each file once, in the order of `paths`.
+
+    Args:
+        paths: files; a folder stands for its .txt and .jsonl files, sorted by name.
+        taken: names that no text may have.
+
+    Returns:
+        Name → text. The name is the file's, with as many parent folders in front as tell it from the others.
+
+    Raises:
+        CalibrationError: a folder without such files, no such file, or a file without text.
+    """
+    files = list(dict.fromkeys(Path(os.path.abspath(file)) for path in paths for file in _text_files(path)))
+    texts = {}
+    for file in files:
+        others = [other.as_posix() for other in files if other != file]
+        names = ("/".join(file.parts[-depth:]) for depth in range(1, len(file.parts)))
+        free = (name for name in names if name not in taken and not any(o.endswith(f"/{name}") for o in others))
+        texts[next(free, file.as_posix())] = load_text(file)
+    return texts
+
+
+def _text_files(path: Path) -> list[Path]:
+    """A file, or those of a folder that are texts."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in TEXT_SUFFIXES and file.is_file())
+    if not files:
+        raise CalibrationError(
+            f"Expected {' or '.join(TEXT_SUFFIXES)} files in the folder {path}, found none. Name another folder, or a "
+            "file."
+        )
+    return files
 
 
 def join_documents(documents: Iterable[str]) -> Iterator[str]:

@@ -75,7 +75,7 @@ def perplexity(
         NumericalError: a loss that is not finite.
     """
     stride = window if stride is None else stride
-    _check_windows(model, tokens, window, stride, max_windows)
+    check_windows(model.config, tokens, window=window, stride=stride, max_windows=max_windows)
     starts = list(range(0, len(tokens) - window + 1, stride))[:max_windows]
     ids = tokens.to(next(model.parameters()).device, torch.int64)
     total, scored = 0.0, 0
@@ -94,9 +94,13 @@ def perplexity(
             if on_progress is not None:
                 on_progress(done, len(starts))
     nll = total / scored
+    return Perplexity(exponential(nll), nll, scored, len(starts), window, stride, time.perf_counter() - began)
+
+
+def exponential(nats: float) -> float:
+    """A perplexity, or a ratio of two, from nats per token."""
     # exp overflows float64 at 710 nats, which only a broken model reaches.
-    value = math.exp(nll) if nll < 700 else math.inf
-    return Perplexity(value, nll, scored, len(starts), window, stride, time.perf_counter() - began)
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 def _window_loss(model: nn.Module, ids: Tensor, first: int) -> float:
@@ -157,12 +161,20 @@ def checkpoint_bytes(folder: str | Path) -> int:
     return sum(sizes)
 
 
-def _check_windows(model: nn.Module, tokens: Tensor, window: int, stride: int, max_windows: int | None) -> None:
+def check_windows(
+    config: Any, tokens: Tensor, *, window: int, stride: int | None = None, max_windows: int | None = None
+) -> None:
+    """Raise what `perplexity` would raise before it computes anything.
+
+    Args:
+        config: the model's transformers configuration; the model itself need not be loaded.
+    """
+    text, stride = config.get_text_config(), window if stride is None else stride
     if tokens.dim() != 1 or tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool:
         raise CalibrationError(
             f"Expected tokens as integers of shape (T,), got {tokens.dtype} of shape {tuple(tokens.shape)}."
         )
-    positions = max_positions(model)
+    positions = _positions(text)
     if window < 2 or (positions is not None and window > positions):
         limit = (
             f"2 to {positions} tokens, the positions this model has" if positions is not None else "2 or more tokens"
@@ -177,7 +189,7 @@ def _check_windows(model: nn.Module, tokens: Tensor, window: int, stride: int, m
             f"Expected at least one window of {window} tokens, got {len(tokens)} tokens. Pass more text, or a shorter "
             f"window."
         )
-    vocab_size = text_config(model).vocab_size
+    vocab_size = text.vocab_size
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocab_size:
         raise CalibrationError(
@@ -194,7 +206,11 @@ def text_config(model: nn.Module) -> Any:
 
 def max_positions(model: nn.Module) -> int | None:
     """Tokens that a model has positions for; None where its configuration sets no limit."""
-    positions: int | None = getattr(text_config(model), "max_position_embeddings", None)
+    return _positions(text_config(model))
+
+
+def _positions(config: Any) -> int | None:
+    positions: int | None = getattr(config, "max_position_embeddings", None)
     return positions
 
 

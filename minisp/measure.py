@@ -20,10 +20,10 @@ from minisp.choice import FEWEST_TOKENS, Choices, continuation_choices
 from minisp.config import MinifyConfig
 from minisp.device import MEMORY_SHARE, compute_device, compute_dtype
 from minisp.errors import CalibrationError
-from minisp.evaluate import Perplexity, perplexity
+from minisp.evaluate import Perplexity, check_windows, exponential, perplexity
 from minisp.hub import load_tokenizer
 from minisp.model import load_model
-from minisp.speed import Opener, Ratio, Throughput, throughput
+from minisp.speed import MIN_TURNS, Opener, Ratio, Throughput, throughput
 from minisp.workplace import Progress
 
 CODE_CHARACTERS = 60_000
@@ -89,9 +89,19 @@ class Comparison:
     ratios: dict[str, Ratio]
     together: bool
 
+    def perplexity_ratio(self, *texts: str) -> float:
+        """Perplexity of the second model over the first: the geometric mean over the texts named, or over all."""
+        pairs = [(self.first.perplexity[text], self.second.perplexity[text]) for text in texts or self.first.perplexity]
+        return exponential(math.fsum(second.nll - first.nll for first, second in pairs) / len(pairs))
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        ratios = {text: self.perplexity_ratio(text) for text in self.first.perplexity}
+        return {
+            **asdict(self),
+            "perplexity_ratios": ratios,
+            "geometric_mean_perplexity_ratio": self.perplexity_ratio() if ratios else None,
+        }
 
 
 def builtin_texts() -> dict[str, str]:
@@ -177,19 +187,39 @@ def _measure(
     """What was found of each model, ratios of speed to the first, and whether all were in memory at once."""
     device = compute_device(config)
     dtype = compute_dtype(config, device)
-    together = len(folders) == 1 or fit_together([Checkpoint.open(folder) for folder in folders], device, dtype)
+    checkpoints = [Checkpoint.open(folder) for folder in folders]
+    for checkpoint in checkpoints:
+        check_texts(checkpoint, tokens, protocol)
+    together = len(folders) == 1 or fit_together(checkpoints, device, dtype)
+    told: Progress = progress or (lambda phase, done, total: None)
+    told("loading", 0, 1)
     openers: list[Opener] = [partial(_loaded, folder, device, dtype) for folder in folders]
     if together:
         openers = [partial(_held, load_any(folder, device, dtype)) for folder in folders]
+    told("loading", 1, 1)
     found = []
     for folder, opener in zip(folders, openers, strict=True):
         with opener() as model:
-            found.append(_quality(folder, model, tokens, protocol, progress))
+            found.append(_quality(folder, model, tokens, protocol, told))
     if not speed:
         return found, [], together
-    told = partial(progress, "speed, in turns") if progress is not None else None
-    speeds, ratios = throughput(openers, on_progress=told)
+    told("speed, in turns", 0, MIN_TURNS)
+    speeds, ratios = throughput(openers, on_progress=partial(told, "speed, in turns"))
     return [replace(one, throughput=own) for one, own in zip(found, speeds, strict=True)], ratios, together
+
+
+def check_texts(checkpoint: Checkpoint, tokens: Mapping[str, Tensor], protocol: Protocol) -> None:
+    """Raise before any weight is loaded what is wrong with a text (T,), named, or with the protocol."""
+    windows: dict[str, Any] = {
+        "window": protocol.window,
+        "stride": protocol.stride,
+        "max_windows": protocol.max_windows,
+    }
+    for name, ids in tokens.items():
+        try:
+            check_windows(checkpoint.config, ids, **windows)
+        except CalibrationError as error:
+            raise CalibrationError(f"Text {name}: {error}") from error
 
 
 def fit_together(checkpoints: list[Checkpoint], device: torch.device, dtype: torch.dtype) -> bool:
@@ -225,14 +255,8 @@ def _loaded(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[
     yield model
 
 
-def _quality(
-    folder: Path, model: Any, tokens: Mapping[str, Tensor], protocol: Protocol, progress: Progress | None
-) -> Measurement:
+def _quality(folder: Path, model: Any, tokens: Mapping[str, Tensor], protocol: Protocol, told: Progress) -> Measurement:
     """All but the speed."""
-
-    def report(name: str) -> Any:
-        return lambda done, total: progress(f"perplexity of {folder.name}, {name}", done, total) if progress else None
-
     scores = {
         name: perplexity(
             model,
@@ -240,12 +264,17 @@ def _quality(
             window=protocol.window,
             stride=protocol.stride,
             max_windows=protocol.max_windows,
-            on_progress=report(name),
+            on_progress=partial(told, f"perplexity of {folder.name}, {name}"),
         )
         for name, ids in tokens.items()
     }
     asked = {name: ids for name, ids in tokens.items() if protocol.questions and len(ids) >= FEWEST_TOKENS}
-    choices = {name: continuation_choices(model, ids, num_questions=protocol.questions) for name, ids in asked.items()}
+    choices = {}
+    for done, (name, ids) in enumerate(asked.items()):
+        told(f"right continuations of {folder.name}, {name}", done, len(asked))
+        choices[name] = continuation_choices(model, ids, num_questions=protocol.questions)
+    if asked:
+        told(f"right continuations of {folder.name}", len(asked), len(asked))
     return Measurement(
         parameters=sum(p.numel() for p in model.parameters()),
         bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),

@@ -31,6 +31,9 @@ def comparison_table(title: str, names: Sequence[str], compared: Comparison) -> 
     both = [compared.first, compared.second]
     for label, (first, second), shown in _rows(both):
         table.add_row(label, shown(first), shown(second), f"{second / first:.3f}" if first else "")
+    if len(texts := compared.first.perplexity) > 1:
+        mean = f"{compared.perplexity_ratio():.3f}"
+        table.add_row(f"perplexity ratio, geometric mean of {len(texts)} texts", "", "", mean)
     for kind, words in _speeds(both):
         table.add_row(f"{kind} tokens/s", *words, ratio_words(compared.ratios[kind]))
     return table

@@ -3,6 +3,7 @@
 import json
 import resource
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,8 @@ from minisp.planner import Plan
 from minisp.reconstruction import Reconstruction
 from minisp.stream import Stream
 from minisp.workplace import Progress as ProgressFunction
+
+SECONDS_PER_LINE = 30.0
 
 
 @dataclass(frozen=True)
@@ -235,8 +238,13 @@ def plot_layers(report: MinifyReport, path: Path) -> bool:
 
 
 @contextmanager
-def progress_bar(quiet: bool = False) -> Iterator[ProgressFunction]:
-    """A progress function that draws one bar per phase on standard error, where that is a terminal."""
+def progress_bar(quiet: bool = False, *, lines: bool = False) -> Iterator[ProgressFunction]:
+    """A progress function that draws one bar per phase on standard error, where that is a terminal.
+
+    Args:
+        quiet: show nothing.
+        lines: where standard error is no terminal, print a line when a phase begins and every `SECONDS_PER_LINE`.
+    """
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description:<28}"),
@@ -246,7 +254,7 @@ def progress_bar(quiet: bool = False) -> Iterator[ProgressFunction]:
         TimeRemainingColumn(),
     )
     if quiet or not sys.stderr.isatty():
-        yield lambda phase, done, total: None
+        yield _print_lines(console) if lines and not quiet else lambda phase, done, total: None
         return
     with Progress(*columns, console=console) as progress:
         tasks: dict[str, Any] = {}
@@ -258,3 +266,20 @@ def progress_bar(quiet: bool = False) -> Iterator[ProgressFunction]:
             progress.update(tasks[name], completed=done, total=total, description=escape(f"{name} {detail}".strip()))
 
         yield show
+
+
+def _print_lines(console: Console) -> ProgressFunction:
+    """A progress function that prints plain lines; a phase is named by what stands before its first comma."""
+    begun: set[str] = set()
+    printed = -SECONDS_PER_LINE
+
+    def show(phase: str, done: int, total: int) -> None:
+        nonlocal printed
+        name, now = phase.partition(", ")[0], time.monotonic()
+        if name in begun and now - printed < SECONDS_PER_LINE:
+            return
+        begun.add(name)
+        printed = now
+        console.print(f"{phase}: {done} of {total}", markup=False, highlight=False, soft_wrap=True)
+
+    return show

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -19,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import minisp
-from minisp import errors, fast, measure, speed
+from minisp import errors, fast
 from minisp.cli import app
 from minisp.config import MinifyConfig, Resources
 from minisp.plan_view import plan_dict
@@ -171,64 +170,6 @@ def test_quiet_leaves_only_notes(model: Path, texts: tuple[Path, Path], tmp_path
     assert short.stderr.startswith("note: prose.txt holds 20 windows of 32 tokens, not the 30 asked for")
 
 
-def test_eval_states_protocol_and_result(model: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
-    flags = ("--text", texts[0], "--window", "32", "--max-windows", "3", "--no-speed", "--dtype", "float32")
-    table = run("eval", model, *flags)
-    assert table.exit_code == 0
-    assert "perplexity, prose.txt" in table.stdout
-    assert "93 tokens scored in 3 windows of 32, stride 32" in table.stdout
-    # Unlike domains, and a multiple-choice check, stand beside it.
-    for other in ("documentation", "code"):
-        assert f"perplexity, {other}" in table.stdout and f"right continuations, {other}" in table.stdout
-
-    found = json.loads(run("eval", model, *flags, "--json").stdout)
-    measured = found["perplexity"]["prose.txt"]
-    assert (measured["num_windows"], measured["num_tokens"], measured["window"]) == (3, 3 * 31, 32)
-    assert f"{measured['value']:.2f}" in table.stdout
-    assert found["bytes"] == (model / "model.safetensors").stat().st_size
-    assert found["parameters"] == tiny_model("llama").num_parameters()
-    assert found["throughput"] is None
-    assert {c["num_questions"] for c in found["choices"].values()} == {26, 100}
-    bare = json.loads(run("eval", model, *flags, "--no-builtin", "--questions", "0", "--json").stdout)
-    assert list(bare["perplexity"]) == ["prose.txt"] and bare["choices"] == {}
-
-    out = tmp_path / "smaller"
-    assert run("minify", model, "--keep", "0.7", "--out", out, "-c", texts[0], *SMALL, "--quiet").exit_code == 0
-    smaller = json.loads(run("eval", out, *flags, "--json").stdout)
-    assert smaller["parameters"] < found["parameters"] and smaller["bytes"] < found["bytes"]
-    assert smaller["perplexity"]["prose.txt"]["value"] != measured["value"]
-
-
-def test_eval_of_two_models_is_side_by_side(
-    model: Path, texts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    brief = partial(speed.throughput, generation=speed.Generation(8, 2), budget=0.0)
-    monkeypatch.setattr(measure, "throughput", brief)
-    other = save_checkpoint(tmp_path / "narrow", tiny_model("llama", intermediate_size=24))
-    flags = ("--text", texts[0], "--window", "32", "--max-windows", "3", "--no-builtin", "--dtype", "float32")
-    table = run("eval", model, other, *flags)
-    assert table.exit_code == 0, table.stderr
-    for expected in (
-        "Side by side",
-        str(model),
-        str(other),
-        "perplexity, prose.txt",
-        "decode tokens/s",
-        "both in memory",
-    ):
-        assert expected in table.stdout
-    found = json.loads(run("eval", model, other, *flags, "--json").stdout)
-    assert [found[name]["parameters"] for name in ("first", "second")] == [
-        tiny_model("llama", intermediate_size=size).num_parameters() for size in (WIDTH, 24)
-    ]
-    for kind in ("prefill", "decode"):
-        ratio = found["ratios"][kind]
-        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"] and ratio["pairs"] == 7
-        assert ratio["within_noise"] is (ratio["low"] <= 1 <= ratio["high"])
-    silent = json.loads(run("eval", model, model, *flags, "--no-speed", "--json").stdout)
-    assert silent["ratios"] == {} and silent["first"] | {"perplexity": 0} == silent["second"] | {"perplexity": 0}
-
-
 @pytest.mark.parametrize("name", ["minify", "plan"])
 @pytest.mark.parametrize("option", CHOICES)
 def test_a_choice_outside_its_list_is_wrong_usage(name: str, option: str, model: Path) -> None:
@@ -269,6 +210,7 @@ FAILURES: dict[str, tuple[tuple[str, ...], int, str]] = {
     "no such text": (("minify", "MODEL", "--out", "OUT", "-c", "missing.txt", *SMALL), 6, r"Expected a text file"),
     "weight zero": (("minify", "MODEL", "--out", "OUT", "-c", "TEXT:0", *SMALL), 6, r"finite weight above 0"),
     "eval of no text": (("eval", "MODEL", "--text", "missing.txt"), 6, r"Expected a text file"),
+    "eval of one text and none": (("eval", "MODEL", "--text", "TEXT", "--text", "no.txt"), 6, r"Expected a text file"),
     "eval beyond positions": (("eval", "MODEL", "--text", "TEXT", "--window", "65"), 6, r"windows of 2 to 64 tokens"),
     "taken output": (("minify", "MODEL", "--out", "MODEL", "-c", "TEXT", *SMALL), 8, r"got one with content"),
 }

@@ -15,6 +15,7 @@ from minisp.builtin import code_text, documentation_text
 from minisp.corpora import (
     Corpus,
     load_text,
+    load_texts,
     open_documents,
     open_file,
     open_hub,
@@ -219,3 +220,23 @@ def test_hub_failures_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
         open_hub("hf:o/n")
     with pytest.raises(CalibrationError, match="hf:NAME"):
         open_hub("hf:o/n::test")
+
+
+def test_texts_of_files_and_folders_each_once_by_names_that_differ(tmp_path: Path) -> None:
+    for name in ("a/wiki/b.txt", "a/wiki/a.JSONL", "b/wiki/b.txt", "b/code", "b/other.txt", "b/skip.md"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"text": name}) if name.endswith("JSONL") else name)
+    (tmp_path / "a" / "wiki" / "folder.txt").mkdir()
+    paths = [tmp_path / "a/wiki", tmp_path / "b/wiki", tmp_path / "b/code", tmp_path / "a/../a/wiki/b.txt"]
+    found = load_texts([*paths, tmp_path / "b"], taken=["code", "documentation"])
+    assert list(found.items()) == [
+        ("a.JSONL", "a/wiki/a.JSONL"),
+        ("a/wiki/b.txt", "a/wiki/b.txt"),
+        ("b/wiki/b.txt", "b/wiki/b.txt"),
+        ("b/code", "b/code"),
+        ("other.txt", "b/other.txt"),
+    ]
+    with pytest.raises(CalibrationError, match=r"\.txt or \.jsonl files in the folder .*empty, found none"):
+        (tmp_path / "empty").mkdir()
+        load_texts([tmp_path / "b/other.txt", tmp_path / "empty"])
