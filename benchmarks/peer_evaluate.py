@@ -52,7 +52,8 @@ def load(folder: Path) -> tuple[Any, str, str]:
         return load_plainly(folder, own_code=False), "stock", ""
     # Whatever is raised is the finding.
     except Exception as found:
-        error = f"{type(found).__name__}: {str(found).strip().splitlines()[0]}"
+        line = str(found).strip().splitlines()[0].replace(str(folder), folder.name)
+        error = f"{type(found).__name__}: {line}"
     if "auto_map" in json.loads((folder / "config.json").read_text("utf-8")):
         return load_plainly(folder, own_code=True), "own code", error
     return rebuild(folder), "no", error
