@@ -4,7 +4,8 @@ Looked at and not in the table, because they cannot take part (versions are thos
 
 - nvidia-modelopt 0.47.0: `prune` knows FastNAS, for vision models, and Minitron, for Megatron-Core models; puzzletron
   is a search for Llama 3.1 on GPUs, which the package calls a proof of concept.
-- llmcompressor 0.14.0.1: SparseGPT, Wanda and magnitude set weights to zero, no matrix gets smaller; REAP drops experts.
+- llmcompressor 0.14.0.1: SparseGPT, Wanda and magnitude set weights to zero, no matrix gets smaller; REAP drops
+  experts.
 - neural-compressor 3.10 quantises; angelslim 0.5.0 quantises and makes attention sparse: neither cuts an MLP.
 - torch-kirigami 0.2.1: its Taylor score is that of Torch-Pruning; its OSSCAR is an example for vision models.
 - lobotomizer 0.2.0: row norms of weights, for chains of linear maps, which a gated MLP is not.

@@ -14,7 +14,7 @@ from fmchisel.pruning.osscar.base import OSSCARModifier
 from fmchisel.pruning.osscar.utils.helpers import pack
 from llmcompressor import oneshot
 from peer_worker import arguments, first_loss, load_dense, read_windows, report, uniform_width
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 def main() -> None:
@@ -28,6 +28,9 @@ def main() -> None:
     start = time.perf_counter()
     oneshot(
         model=model,
+        # llm-compressor asks for one, though the windows are tokens; transformers 4 does not know what class the folder
+        # names.
+        processor=PreTrainedTokenizerFast(tokenizer_file=f"{args.model}/tokenizer.json"),
         dataset=Dataset.from_dict(ids),
         recipe=[OSSCARModifier(**settings)],
         max_seq_length=windows.shape[1],

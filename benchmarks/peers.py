@@ -1,10 +1,10 @@
-"""minisp beside other people's pruners, as they are published: `python benchmarks/peers.py MODEL --calibration a --text b`.
+"""minisp beside published pruners: `python benchmarks/peers.py MODEL --calibration a --text b [--neutral FOLDER]`.
 
 Each peer runs in an environment of its own (peer_environments.py builds it, and says which packages cannot take part),
 by a worker script of its own, with the best settings that its documentation gives. All get the same calibration windows
-and the same budget: a share of all MLP units, to within one step of minisp's alignment per layer. Every result is saved,
-read again by a fresh process of minisp's environment, and evaluated alike (peer_evaluate.py): windows of 1024 tokens of
-the text given, of Python's documentation and of source code, and of every file in --neutral.
+and the same budget: a share of all MLP units, to within one step of minisp's alignment per layer. Every result is
+saved, read again by a fresh process of minisp's environment, and evaluated alike (peer_evaluate.py): windows of 1024
+tokens of the text given, of Python's documentation and of source code, and of every file in --neutral.
 
 `loads` is `stock` where plain transformers loads the result, `own code` where the folder brings a modelling file, `no`
 where it does not load. Seconds are those of pruning, without imports, loading and saving; memory is the peak of the
@@ -15,6 +15,7 @@ a run that is repeated goes on from there; a row that failed says why, and is tr
 import argparse
 import math
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,22 +99,16 @@ def evaluate(folder: Path, work: Path) -> dict[str, Any]:
     return harness.run_child([*command, "--window", EVALUATION[1], "--result", result], result).output
 
 
-def measure_row(spec: dict[str, Any], python: Path | None, arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """One row: the worker's process, then the evaluation's; the pruned folder is removed."""
+def prune(spec: dict[str, Any], python: Path | str, model: str, work: Path) -> dict[str, Any]:
+    """What a peer's worker reports, its pruned model in `work`/pruned, and what its process took."""
     out, result = work / "pruned", work / "worker.json"
     shutil.rmtree(out, ignore_errors=True)
-    command = [HERE / spec["worker"], "--model", arguments.model, "--windows", work / "windows.safetensors"]
+    command = [HERE / spec["worker"], "--model", model, "--windows", work / "windows.safetensors"]
     command += ["--keep", spec["keep"], "--variant", spec["variant"], "--out", out, "--scratch", work]
-    child = {} if python is None else {"python": python}
-    run = harness.run_child([*command, "--result", result], result, **child)
-    found = run.output
-    check_same_model(found.pop("first_loss", None), spec["dense_loss"])
-    check_budget(found["widths"], spec["keep"], spec["full_width"])
-    peak = max(run.peak_rss, found.pop("peak_bytes", 0))
-    row = {**found, "process_seconds": run.seconds, "peak_bytes": peak, "disturbance": run.disturbance}
-    row |= evaluate(out, work)
-    shutil.rmtree(out)
-    return row
+    run = harness.run_child([*command, "--result", result], result, python)
+    # The peak of an earlier process, where its work was used again.
+    peak = max(run.peak_rss, run.output.get("peak_bytes", 0))
+    return {**run.output, "process_seconds": run.seconds, "peak_bytes": peak, "disturbance": run.disturbance}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -140,29 +135,40 @@ def rows_wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, float]]:
                 yield name, keep
 
 
+def measure_row(
+    result: dict[str, Any], spec: dict[str, Any], environment: str | None, arguments: argparse.Namespace, work: Path
+) -> dict[str, Any]:
+    """One row of `result`: the worker's process, the checks, the evaluation's process."""
+    try:
+        python = sys.executable if environment is None else peer_environments.build(environment, arguments.cache)
+        row = prune(spec, python, arguments.model, work)
+        check_same_model(row.pop("first_loss", None), result["first_loss"])
+        check_budget(row["widths"], spec["keep"], result["full_width"])
+        row |= evaluate(work / "pruned", work)
+        if environment is not None:
+            result["environments"][environment] = peer_environments.versions(python)
+    # What a child printed: the others go on without it, and its last line stands in the table.
+    except SystemExit as failure:
+        print(failure, flush=True)
+        return {"error": str(failure).strip().splitlines()[-1].replace(str(Path.home()), "~")}
+    shutil.rmtree(work / "pruned")
+    return row
+
+
 def fill(result: dict[str, Any], arguments: argparse.Namespace, work: Path, name: str) -> None:
     """Measure what is missing of the rows asked for, and write the result after each."""
     for peer, keep in rows_wanted(arguments):
         environment, worker, variant = PEERS[peer]
         packages = None if environment is None else peer_environments.described(environment)
         spec = {"keep": keep, "worker": worker, "variant": variant, "packages": packages}
-        spec |= {"dense_loss": result["first_loss"], "full_width": result["full_width"]}
         key = f"{100 * keep:.4g}% {peer}"
         before = result["rows"].get(key, {})
         if before.get("spec") == spec and "error" not in before:
             continue
         print(key, flush=True)
-        try:
-            python = None if environment is None else peer_environments.build(environment, arguments.cache)
-            row = measure_row(spec, python, arguments, work)
-            if python is not None:
-                result["environments"][environment] = peer_environments.versions(python)
-        # What a child printed: the others go on without it, and its last line stands in the table.
-        except SystemExit as failure:
-            print(failure, flush=True)
-            row = {"error": str(failure).strip().splitlines()[-1].replace(str(Path.home()), "~")}
+        row = measure_row(result, spec, environment, arguments, work)
         result["rows"][key] = {"spec": spec, "place": list(PEERS).index(peer), **row}
-        harness.write_json(arguments.name, result)
+        harness.write_json(name, result)
 
 
 def parse() -> argparse.Namespace:
@@ -186,24 +192,26 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Prepare what all rows share, measure the rows, print the table."""
     arguments = parse()
-    arguments.name = harness.result_name("peers", arguments.label)
+    name = harness.result_name("peers", arguments.label)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     windows, texts = calibration_windows(arguments, tokenizer), domains(arguments, tokenizer)
     model = load_model(Checkpoint.open(arguments.model), torch.device("cpu"), torch.bfloat16)
     identity = measured_on(model, windows, texts)
-    result = harness.resume_json(arguments.name, identity)
+    result = harness.resume_json(name, identity)
     work = arguments.cache / "work" / harness.digest([windows, *model.parameters()])
     work.mkdir(parents=True, exist_ok=True)
     save_file({"windows": windows}, work / "windows.safetensors")
-    save_file({name: ids[: n * EVALUATION[1]].clone() for name, (ids, n) in texts.items()}, work / "texts.safetensors")
+    save_file(
+        {domain: ids[: n * EVALUATION[1]].clone() for domain, (ids, n) in texts.items()}, work / "texts.safetensors"
+    )
     if not result:
         result = {"measured on": identity, "tokens": windows.numel(), "environments": {}, "rows": {}}
         result |= {"first_loss": dense_loss(model, windows[0]), "full_width": model.config.intermediate_size}
         result["dense"] = evaluate(Path(arguments.model), work)
-        harness.write_json(arguments.name, result)
+        harness.write_json(name, result)
     # The workers have the machine to themselves.
     del model
-    fill(result, arguments, work, arguments.name)
+    fill(result, arguments, work, name)
     show(result)
 
 
