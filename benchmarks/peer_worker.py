@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -40,11 +41,10 @@ def load_dense(folder: str) -> Any:
     transformers 5 writes the base of the rotary angles into `rope_parameters`; transformers 4 looks for `rope_theta`,
     and where that is missing computes, without a word, with another base.
     """
-    raw = json.loads((Path(folder) / "config.json").read_text("utf-8"))
-    theta = raw.get("rope_theta", raw.get("rope_parameters", {}).get("rope_theta"))
     config = AutoConfig.from_pretrained(folder)
-    if not hasattr(config, "rope_parameters") and theta is not None:
-        config.rope_theta = theta
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raw = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+        config.rope_theta = raw.get("rope_parameters", {}).get("rope_theta", config.rope_theta)
     return AutoModelForCausalLM.from_pretrained(folder, config=config).float().eval()
 
 
