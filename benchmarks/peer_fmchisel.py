@@ -9,10 +9,6 @@ import shutil
 import time
 
 import torch
-from datasets import Dataset
-from fmchisel.pruning.osscar.base import OSSCARModifier
-from fmchisel.pruning.osscar.utils.helpers import pack
-from llmcompressor import oneshot
 from peer_worker import arguments, first_loss, load_dense, read_windows, report, uniform_width
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -20,6 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 def main() -> None:
     """The command line."""
     args = arguments(__doc__, ("one by one",))
+    # Here, so that --help works where they are not installed.
+    from datasets import Dataset
+    from fmchisel.pruning.osscar.base import OSSCARModifier
+    from fmchisel.pruning.osscar.utils.helpers import pack
+    from llmcompressor import oneshot
+
     model, windows = load_dense(args.model), read_windows(args.windows)
     loss = first_loss(model, windows)
     dropped = model.config.intermediate_size - uniform_width(model, args.keep)

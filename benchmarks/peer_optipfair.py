@@ -7,19 +7,21 @@ would change the budget.
 
 import time
 
-from optipfair import prune_model
-from peer_worker import arguments, first_loss, load_dense, read_windows, report, uniform_width
+from peer_worker import arguments, first_loss, load_dense, read_windows, report, truncates_to, uniform_width
 from torch.utils.data import DataLoader, TensorDataset
 
 
 def main() -> None:
     """The command line."""
     args = arguments(__doc__, ("data-driven", "static"))
+    # Here, so that --help works where it is not installed.
+    from optipfair import prune_model
+
     model, windows = load_dense(args.model), read_windows(args.windows)
     loss, full = first_loss(model, windows), model.config.intermediate_size
     width = uniform_width(model, args.keep)
-    # It removes int(percentage / 100 · m) units: half a unit more keeps rounding from dropping one.
-    percentage = 100 * (full - width + 0.5) / full
+    # It removes int(percentage / 100 · m) units.
+    percentage = 100 * truncates_to(full - width, full)
     start = time.perf_counter()
     loader = DataLoader(TensorDataset(windows), batch_size=2) if args.variant == "data-driven" else None
     settings = {"pruning_type": "MLP_GLU", "neuron_selection_method": "MAW", "pruning_percentage": percentage}

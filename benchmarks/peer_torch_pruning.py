@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch_pruning
-from peer_worker import arguments, first_loss, load_dense, read_windows, report, uniform_width, widths_of
+from peer_worker import arguments, first_loss, load_dense, read_windows, report, truncates_to, uniform_width, widths_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -60,8 +59,11 @@ def restore_gradients(model: Any, windows: Tensor, path: Path) -> tuple[float, i
 
 def prune(model: Any, keep: float, all_layers: bool) -> None:
     """Cut the MLPs of a model that has gradients, in place."""
+    # Here, so that --help works where it is not installed.
+    import torch_pruning
+
     full, layers = model.config.intermediate_size, model.config.num_hidden_layers
-    # It keeps int(total · (1 − ratio)) units: half a unit more keeps rounding from dropping one.
+    # It keeps int(total · (1 − ratio)) units.
     total, target = (full * layers, round(keep * full * layers)) if all_layers else (full, uniform_width(model, keep))
     roots = [m for name, m in model.named_modules() if name.endswith((".gate_proj", ".up_proj"))]
     ignored = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding)) and m not in roots]
@@ -73,7 +75,7 @@ def prune(model: Any, keep: float, all_layers: bool) -> None:
         example_inputs={"input_ids": torch.arange(8)[None], "use_cache": False},
         importance=torch_pruning.importance.GroupTaylorImportance(**IMPORTANCE),
         global_pruning=all_layers,
-        pruning_ratio=1 - (target + 0.5) / total,
+        pruning_ratio=1 - truncates_to(target, total),
         ignored_layers=ignored,
         output_transform=lambda output: output.logits,
     )

@@ -64,6 +64,11 @@ def uniform_width(model: Any, keep: float) -> int:
     return round(keep * model.config.intermediate_size)
 
 
+def truncates_to(count: int, total: int) -> float:
+    """A share for which int(share · total) is `count`: half a unit more keeps rounding from losing one."""
+    return (count + 0.5) / total
+
+
 def report(path: Path, model: Any, found: dict[str, Any]) -> None:
     """Write what peers.py reads: the widths of the model, and what was found.
 

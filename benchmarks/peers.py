@@ -115,7 +115,7 @@ def show(result: dict[str, Any]) -> None:
     """The table: ratios to the dense model by domain, cost, and whether the result loads."""
     dense = result["dense"]["perplexity"]
     rows = []
-    for key, row in sorted(result["rows"].items(), key=lambda item: (-item[1]["spec"]["keep"], item[1]["place"])):
+    for key, row in sorted(result["rows"].items(), key=lambda item: (-item[1]["keep"], item[1]["place"])):
         if "error" in row:
             rows.append([key, *("" for _ in dense), "", "", "", f"failed: {row['error']}"])
             continue
@@ -167,7 +167,7 @@ def fill(result: dict[str, Any], arguments: argparse.Namespace, work: Path, name
             continue
         print(key, flush=True)
         row = measure_row(result, spec, environment, arguments, work)
-        result["rows"][key] = {"spec": spec, "place": list(PEERS).index(peer), **row}
+        result["rows"][key] = {"spec": spec, "keep": keep, "place": list(PEERS).index(peer), **row}
         harness.write_json(name, result)
 
 
