@@ -73,14 +73,17 @@ def result_name(kind: str, label: str = "") -> str:
     return f"{kind}_{machine_slug(machine())}" + (f"_{label}" if label else "")
 
 
-def run_child(command: Sequence[str | Path], result: Path) -> ChildRun:
-    """Run `python command...`, which writes JSON to `result`; raise `SystemExit` with what it printed if it fails."""
+def run_child(command: Sequence[str | Path], result: Path, python: str | Path = sys.executable) -> ChildRun:
+    """Run `python command...`, which writes JSON to `result`; raise `SystemExit` with what it printed if it fails.
+
+    `python` is the interpreter, by default this one; another belongs to another environment.
+    """
     log = result.with_suffix(".log")
     with log.open("wb") as stream:
         busy, start = _busy_seconds(), time.perf_counter()
-        arguments = [sys.executable, *map(str, command)]
+        arguments = [*map(str, (python, *command))]
         redirect = [(os.POSIX_SPAWN_DUP2, stream.fileno(), target) for target in (1, 2)]
-        child = os.posix_spawn(sys.executable, arguments, os.environ, file_actions=redirect)
+        child = os.posix_spawn(arguments[0], arguments, os.environ, file_actions=redirect)
         _, status, usage = os.wait4(child, 0)
         seconds = time.perf_counter() - start
     if status != 0:

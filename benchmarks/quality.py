@@ -89,7 +89,12 @@ def calibration_windows(arguments: argparse.Namespace, tokenizer: Any, model: An
     """(N, L): what `minify` calibrates on, the text given and the share of generic text that is asked for."""
 
     def write(num_windows: int, window: int) -> Tensor:
-        return write_windows(model, tokenizer, num_windows=num_windows, window=window, seed=0)
+        path = arguments.cache / f"{harness.digest(model.parameters())}_{num_windows}_windows_of_{window}.pt"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(write_windows(model, tokenizer, num_windows=num_windows, window=window, seed=0), path)
+        windows: Tensor = torch.load(path, weights_only=True)
+        return windows
 
     count, window = arguments.windows, arguments.window
     return load_calibration(

@@ -46,25 +46,43 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
 
 
-def quality(data: Data) -> Iterator[str]:
-    """quality.py: a table of ratios and one of what they cost, methods against the share kept."""
-    dense = data["dense"]
-    cells = {(key.split("% ", 1)[1], cell["keep"]): cell for key, cell in data["rows"].items()}
+def by_keep(found: Data, show: Callable[[Data], str]) -> str:
+    """A table of rows named "KEEP% METHOD": methods against the share of the units that they keep."""
+    cells = {(key.split("% ", 1)[1], cell["keep"]): cell for key, cell in found.items()}
     names = dict.fromkeys(name for name, _ in sorted(cells, key=lambda key: cells[key]["place"]))
     keeps = sorted({keep for _, keep in cells}, reverse=True)
     columns = ["units kept", *(f"{keep:.0%}" for keep in keeps)]
+    rows = ([name, *(show(cells[name, keep]) if (name, keep) in cells else "" for keep in keeps)] for name in names)
+    return table(columns, rows)
 
-    def rows(show: Callable[[Data], str]) -> Iterator[list[str]]:
-        for name in names:
-            yield [name, *(show(cells[name, keep]) if (name, keep) in cells else "" for keep in keeps)]
 
+def quality(data: Data) -> Iterator[str]:
+    """quality.py: a table of ratios and one of what they cost, methods against the share kept."""
+    dense = data["dense"]
     spent = f"{data['seconds']:.0f} s" if data["seconds"] else "not timed"
     yield f"Calibrated on {data['tokens']:,} tokens; statistics {spent}. Perplexity of the dense model: "
     yield ", ".join(f"{domain} {value:.3f}" for domain, value in dense.items()) + ".\n\n"
     yield " · ".join(dense) + ":\n\n"
-    yield table(columns, rows(lambda cell: _ratios(cell["perplexity"], dense)))
+    yield by_keep(data["rows"], lambda cell: _ratios(cell["perplexity"], dense))
     yield "\nSeconds beside the statistics · MiB at most beside the dense model:\n\n"
-    yield table(columns, rows(lambda cell: f"{_seconds(cell['seconds'])} · {cell['peak_bytes'] >> 20}"))
+    yield by_keep(data["rows"], lambda cell: f"{_seconds(cell['seconds'])} · {cell['peak_bytes'] >> 20}")
+
+
+def peers(data: Data) -> Iterator[str]:
+    """peers.py: a table of ratios, and one of what they cost and of how the result loads."""
+    dense, done = data["dense"]["perplexity"], {key: row for key, row in data["rows"].items() if "error" not in row}
+    yield f"Calibrated on {data['tokens']:,} tokens. Perplexity of the dense model: "
+    yield ", ".join(f"{domain} {value:.3f}" for domain, value in dense.items()) + ".\n\n"
+    yield " · ".join(dense) + ":\n\n"
+    yield by_keep(done, lambda row: _ratios(row["perplexity"], dense))
+    yield "\nSeconds of pruning · MiB at most of the whole process · million parameters · loads with:\n\n"
+    yield by_keep(
+        done,
+        lambda row: " · ".join(
+            (_seconds(row["seconds"]), str(row["peak_bytes"] >> 20), f"{row['parameters'] / 1e6:.1f}", row["loads"])
+        ),
+    )
+    yield from (f"\n{key} failed: {row['error']}\n" for key, row in data["rows"].items() if "error" in row)
 
 
 def ablation(data: Data) -> Iterator[str]:
@@ -198,9 +216,18 @@ def _answered(models: Data) -> Iterator[str]:
         yield change if place else f"{shown} ({low:.0f}–{high:.0f})"
 
 
+def blend(data: Data) -> Iterator[str]:
+    """blend.py: what a model is calibrated on beside a text, one row a mixture."""
+    dense = data["dense"]
+    yield "Windows of 512 tokens from each source; ratios of perplexity on a text like the first source and on domains "
+    yield "that no source covers.\n\n"
+    rows = ([key, _ratios(cell, dense)] for key, cell in data["rows"].items())
+    yield table(["kept, kind of row: windows", " · ".join(dense)], rows)
+
+
 KINDS = {
     function.__name__: function
-    for function in (quality, ablation, minify_cpu, memory, crash, ridge, downstream_offline)
+    for function in (quality, peers, ablation, blend, minify_cpu, memory, crash, ridge, downstream_offline)
 }
 
 
