@@ -18,7 +18,8 @@ import opponents
 import refits as further
 import torch
 from lab import CURVE, PLAIN, SUBSET, Lab, on, ranked, refit, widths_of
-from quality import Kit, data_arguments, measured_on, ours
+from quality import Kit, ours
+from texts import data_arguments, measured_on
 from torch import Tensor
 
 from minisp.batches import heal_windows

@@ -18,7 +18,8 @@ import harness
 import ideas
 import torch
 from lab import PLAIN, Lab, added, on, ranked
-from quality import Kit, data_arguments, measured_on, ours
+from quality import Kit, ours
+from texts import data_arguments, measured_on
 from torch import Tensor
 
 from minisp.config import MinifyConfig

@@ -10,7 +10,8 @@ from typing import Any
 import harness
 import opponents
 import torch
-from quality import OURS, Kit, collect, evaluation_texts, load_dense, refitted
+from quality import OURS, Kit, collect, load_dense, refitted
+from texts import evaluation_texts
 from torch import Tensor
 from transformers import AutoTokenizer
 

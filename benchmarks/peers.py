@@ -23,8 +23,9 @@ from typing import Any
 import harness
 import peer_environments
 from naive import EVALUATION
-from quality import calibration_windows, evaluation_texts, load_dense, measured_on
+from quality import load_dense
 from safetensors.torch import save_file
+from texts import calibration_windows, evaluation_texts, measured_on
 from torch import Tensor
 from transformers import AutoTokenizer
 

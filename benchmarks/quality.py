@@ -26,20 +26,19 @@ import harness
 import torch
 from naive import EVALUATION
 from opponents import OPPONENTS, Layer, apply_, look_at
+from texts import calibration_windows, data_arguments, evaluation_texts, measured_on
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from minisp.allocation import layer_ratios
 from minisp.architecture import architecture_of, cut_, decoder_layers
 from minisp.batches import Batches, heal_windows
-from minisp.calibration import load_calibration
 from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
 from minisp.device import compute_dtype
 from minisp.evaluate import perplexity
 from minisp.heal import heal_sweep
 from minisp.layers import fast_layers
-from minisp.measure import builtin_texts
 from minisp.model import frozen, load_model
 from minisp.reconstruction import reconstruct
 from minisp.selection import allocate_widths, default_alignment, select
@@ -47,12 +46,9 @@ from minisp.statistics import LayerStatistics
 from minisp.stream import Stream
 from minisp.sweep import saliency_sweep
 from minisp.workplace import Workplace, record
-from minisp.written import write_windows
 
 CPU = torch.device("cpu")
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
-# Of every neutral domain.
-NEUTRAL_WINDOWS = 8
 
 OURS: dict[str, dict[str, Any]] = {
     "minisp: score only": {"reconstruct": False, "inputs": "dense", "allocation": "score"},
@@ -83,35 +79,6 @@ class Kit:
                 name: perplexity(model, ids, window=EVALUATION[1], max_windows=n).value
                 for name, (ids, n) in self.texts.items()
             }
-
-
-def calibration_windows(arguments: argparse.Namespace, tokenizer: Any, model: Any) -> Tensor:
-    """(N, L): what `minify` calibrates on, the text given and the share of generic text that is asked for."""
-
-    def write(num_windows: int, window: int) -> Tensor:
-        path = arguments.cache / f"{harness.digest(model.parameters())}_{num_windows}_windows_of_{window}.pt"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(write_windows(model, tokenizer, num_windows=num_windows, window=window, seed=0), path)
-        windows: Tensor = torch.load(path, weights_only=True)
-        return windows
-
-    count, window = arguments.windows, arguments.window
-    return load_calibration(
-        arguments.calibration, tokenizer, num_windows=count, window=window, writer=write, generic=arguments.generic
-    ).windows
-
-
-def evaluation_texts(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, tuple[Tensor, int]]:
-    """Domain → (tokens, windows of 1024 that are evaluated)."""
-    texts = {"text": arguments.text.read_text("utf-8"), **builtin_texts()}
-    files = sorted(arguments.neutral.glob("*.txt")) if arguments.neutral else []
-    texts.update({path.stem: path.read_text("utf-8") for path in files})
-    counts = {"text": EVALUATION[0], **dict.fromkeys(builtin_texts(), EVALUATION[0] // 4)}
-    return {
-        name: (torch.tensor(tokenizer(text, verbose=False)["input_ids"]), counts.get(name, NEUTRAL_WINDOWS))
-        for name, text in texts.items()
-    }
 
 
 def load_dense(name: str) -> Any:
@@ -200,15 +167,6 @@ def theirs(kit: Kit, keep: float, name: str) -> Any:
     return model
 
 
-def measured_on(model: Any, windows: Tensor, texts: dict[str, tuple[Tensor, int]]) -> dict[str, str]:
-    """What decides every row, beside the method: digests of the model, and of the tokens on both sides."""
-    return {
-        "model": harness.digest(model.parameters()),
-        "calibration": harness.digest([windows]),
-        "evaluation": harness.digest(ids[: n * EVALUATION[1]] for ids, n in texts.values()),
-    }
-
-
 def options_of(name: str, keep: float) -> dict[str, Any] | None:
     """All options of a row of minisp's; None for the others."""
     return MinifyConfig(keep=keep, **OURS[name]).as_dict() if name in OURS else None
@@ -246,19 +204,6 @@ def cells(arguments: argparse.Namespace) -> Iterator[tuple[str, float]]:
     for keep in arguments.keep:
         for name in wanted:
             yield name, keep
-
-
-def data_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ablation.py asks for too: the model, the texts, and where results and statistics go."""
-    parser.add_argument("model", help="Hugging Face folder of a Llama-shaped model")
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True, help="evaluation text")
-    parser.add_argument("--neutral", type=Path, help="folder of .txt files of further domains to evaluate on")
-    parser.add_argument("--windows", type=int, default=291, help="of the calibration text, 291 by default")
-    parser.add_argument("--window", type=int, default=512, help="tokens of a calibration window, 512 by default")
-    parser.add_argument("--label", default="", help="appended to the name of the result file")
-    cache = Path.home() / ".cache/minisp/quality"
-    parser.add_argument("--cache", type=Path, default=cache, help=f"folder for statistics, {cache} by default")
 
 
 def main() -> None:
