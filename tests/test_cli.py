@@ -128,7 +128,8 @@ def test_minify_does_the_whole_job(model: Path, texts: tuple[Path, Path], tmp_pa
     result = run("minify", model, "--keep", "0.7", "--out", out, *sources, *SMALL)
     assert result.exit_code == 0
     assert "Plan: tiny-llama (llama)" in result.stderr
-    for expected in ("Result: tiny-llama", "4 windows of 32 tokens from prose.txt", f"written to {out}"):
+    assert "25% of them generic" in " ".join(result.stderr.split())
+    for expected in ("Result: tiny-llama", "3 windows of 32 tokens from prose.txt", f"written to {out}"):
         assert expected in result.stdout
     line = re.search(r"load it with: (.*)", result.stdout)
     assert line is not None
@@ -140,7 +141,10 @@ def test_minify_does_the_whole_job(model: Path, texts: tuple[Path, Path], tmp_pa
     again = run("minify", model, "--keep", "0.7", "--out", tmp_path / "again", *sources, *SMALL, "--json")
     assert again.exit_code == 0
     report = json.loads(again.stdout)
-    assert report["calibration"] == [f"4 windows of 32 tokens from {text.name}" for text in texts]
+    own, generic = report["calibration"][:2], report["calibration"][2:]
+    assert own == [f"3 windows of 32 tokens from {text.name}" for text in texts]
+    assert generic[0] == "1 window of 32 tokens from text that the model wrote itself (generic)"
+    assert generic[-1].startswith("the model wrote by 32 openings of texts, 1 text in 4 from a random token")
     assert [layer["kept"] for layer in report["layers"]] == widths
     assert report["plan"]["config"]["keep"] == 0.7
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
@@ -151,7 +155,7 @@ def test_minify_weighs_its_sources_and_uniform_widths_need_no_code(
 ) -> None:
     out = tmp_path / "uniform"
     sources = ("-c", f"{texts[0]}:3", "-c", texts[1])
-    result = run("minify", model, "--out", out, *sources, *SMALL, "--widths", "uniform", "--json")
+    result = run("minify", model, "--out", out, *sources, *SMALL, "--widths", "uniform", "--generic", "0", "--json")
     report = json.loads(result.stdout)
     assert report["calibration"] == [
         "6 windows of 32 tokens from prose.txt",
@@ -164,7 +168,7 @@ def test_minify_weighs_its_sources_and_uniform_widths_need_no_code(
 def test_quiet_leaves_only_notes(model: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     quiet = run("minify", model, "--out", tmp_path / "a", "-c", texts[0], *SMALL, "--quiet")
     assert quiet.exit_code == 0 and quiet.output == ""
-    flags = ("--window", "32", "--num-windows", "30", "--dtype", "float32", "--quiet")
+    flags = ("--window", "32", "--num-windows", "30", "--generic", "0", "--dtype", "float32", "--quiet")
     short = run("minify", model, "--out", tmp_path / "b", "-c", texts[0], *flags)
     assert short.exit_code == 0 and short.stdout == ""
     assert short.stderr.startswith("note: prose.txt holds 20 windows of 32 tokens, not the 30 asked for")
