@@ -261,4 +261,7 @@ def test_the_script_writes_its_result(
     printed = json.loads(capsys.readouterr().out)
     (path,) = (tmp_path / "results").glob("downstream_offline_*.json")
     assert json.loads(path.read_text())["tasks"] == printed["tasks"]
-    assert list(printed["mean"]) == ["x", "y"] and printed["tasks"]["a"]["items"] == 5
+    assert (
+        list(printed["tasks"]["a"]["models"]) == list(printed["seconds"]) == ["x", "y"]
+        and printed["tasks"]["a"]["items"] == 5
+    )
