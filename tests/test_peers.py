@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_model
 from safetensors.torch import save_file
 from torch import nn
+
+from tests.models import tiny_model
 
 WORKERS = ("optipfair", "torch_pruning", "fmchisel", "minisp")
 
