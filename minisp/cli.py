@@ -114,7 +114,7 @@ def minify(
         split_options(**options)
         sources = [parse_source(source) for source in calibration] if calibration else None
         console.print(plan_view.plan_table(fast.plan(model, **options)))
-        with report.progress_bar(quiet) as progress:
+        with report.progress_bar(quiet, lines=not as_json) as progress:
             result = fast.minify(model, out=out, calibration=sources, progress=progress, **options)
     _show(result.as_dict(), as_json, quiet, report.report_table(result), report.summary_lines(result))
 
@@ -199,7 +199,7 @@ def demo(
     from minisp import report
     from minisp.demo import run_demo
 
-    with _errors(), report.progress_bar(quiet) as progress:
+    with _errors(), report.progress_bar(quiet, lines=not as_json) as progress:
         console = Console(stderr=True, quiet=quiet)
         config = MinifyConfig(keep=keep, widths=widths, seed=seed, num_windows=windows)
         result = run_demo(out, config, console, progress)
