@@ -105,6 +105,7 @@ def minify(
     """Write a smaller copy of a checkpoint."""
     from minisp import fast, plan_view, report
     from minisp.corpora import parse_source
+    from minisp.mixture import check_sources
 
     if os.environ.get("RANK", "0") != "0":
         # Of the processes that torchrun starts, one speaks.
@@ -113,6 +114,7 @@ def minify(
     with _errors(lambda: _left_behind(out, options["scratch"])):
         split_options(**options)
         sources = [parse_source(source) for source in calibration] if calibration else None
+        check_sources(name for name, _ in sources or ())
         console.print(plan_view.plan_table(fast.plan(model, **options)))
         with report.progress_bar(quiet, lines=not as_json) as progress:
             result = fast.minify(model, out=out, calibration=sources, progress=progress, **options)

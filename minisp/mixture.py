@@ -67,6 +67,15 @@ def mixture(source: Any, tokenizer: Any, writer: Draw | None, generic: float) ->
     return _scaled(parts, 1 - generic) + _scaled(added, generic)
 
 
+def check_sources(names: Iterable[str]) -> None:
+    """Raise `CalibrationError` where a file is not there or a builtin source unknown; nothing is read or fetched."""
+    for name in names:
+        if name.startswith(BUILTIN_PREFIX):
+            _ = name == WRITTEN or open_builtin(name)
+        elif not name.startswith(HUB_PREFIX):
+            open_file(name)
+
+
 def _generic_parts(tokenizer: Any, writer: Draw | None) -> list[Part]:
     """Generic text, as far as it is at hand: a model that does not fit in memory whole writes none."""
     able = {name: writer is not None if name == WRITTEN else tokenizer is not None for name in GENERIC}

@@ -53,8 +53,9 @@ def plan_table(plan: Plan, seconds: float | None = None) -> Table:
     some = f", saliency on {config.saliency_windows} of them" if config.saliency_windows else ""
     table.add_row("calibration", f"{config.num_windows} windows of {config.window} tokens ({plan.num_tokens:,}){some}")
     if config.generic:
-        who = "the model writes, " if plan.writes_text else ""
-        table.add_row("", f"{config.generic:.0%} of them generic: text that {who}Python's documentation and code")
+        table.add_row(
+            "", f"{config.generic:.0%} of them generic, unless the text names builtin sources: {_generic(plan)}"
+        )
     damping = "by cross-validation" if config.damping == "auto" else f"= {config.damping:g}"
     refit = f"ridge λ {damping} on {config.inputs} inputs" if config.reconstruct else "slicing only"
     table.add_row(
@@ -89,6 +90,13 @@ def plan_table(plan: Plan, seconds: float | None = None) -> Table:
         parts = ", ".join(f"{name} {megabytes(size)}" for name, size in plan.traffic.items() if size)
         table.add_row("disk traffic", f"{parts}; {megabytes(plan.scratch_bytes)} of room while it runs")
     return table
+
+
+def _generic(plan: Plan) -> str:
+    """What generic text consists of."""
+    if plan.writes_text:
+        return "half written by the model, one token after the other, half Python's documentation and code"
+    return "Python's documentation and code; the model, which is not in memory whole, writes none"
 
 
 def millions(count: int) -> str:

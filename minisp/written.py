@@ -26,7 +26,7 @@ TEXTS_PER_WINDOW = 2
 WRITTEN_AT_ONCE = 64
 # Texts take these by turns: the lower one keeps small models coherent, at 1 they write what they have learnt.
 TEMPERATURES = (0.7, 1.0)
-# Of so many texts one starts with a random token.
+# Of so many texts one starts with a random token; `describe` says so in words.
 RANDOM_EVERY = 4
 # In `forced`: a token that the model draws.
 FREE = -1
@@ -35,10 +35,10 @@ FREE = -1
 def describe(tokenizer: Any, vocab_size: int) -> str:
     """How `write_windows` has a model with `vocab_size` tokens write, as part of a sentence for plans and reports."""
     how, prompts = prompts_of(tokenizer, vocab_size)
-    temperatures = f"at temperatures {' and '.join(map(str, TEMPERATURES))}"
+    temperatures = f"temperatures {' and '.join(map(str, TEMPERATURES))}"
     if how is None:
-        return f"each text from a random token, {temperatures}"
-    return f"by {len(prompts)} {how}, 1 text in {RANDOM_EVERY} from a random token, {temperatures}"
+        return f"from random tokens, {temperatures}"
+    return f"by {len(prompts)} {how}, every fourth text from a random token, {temperatures}"
 
 
 def write_windows(

@@ -144,7 +144,7 @@ def test_minify_does_the_whole_job(model: Path, texts: tuple[Path, Path], tmp_pa
     own, generic = report["calibration"][:2], report["calibration"][2:]
     assert own == [f"3 windows of 32 tokens from {text.name}" for text in texts]
     assert generic[0] == "1 window of 32 tokens from text that the model wrote itself (generic)"
-    assert generic[-1].startswith("the model wrote by 32 openings of texts, 1 text in 4 from a random token")
+    assert generic[-1].startswith("the model wrote by 32 openings of texts, every fourth text from a random token")
     assert [layer["kept"] for layer in report["layers"]] == widths
     assert report["plan"]["config"]["keep"] == 0.7
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()

@@ -152,8 +152,8 @@ def test_without_a_tokenizer_all_texts_start_at_random() -> None:
 
 
 def test_the_description_says_how_the_text_was_written(tokenizer: Any) -> None:
-    assert describe(None, VOCABULARY) == "each text from a random token, at temperatures 0.7 and 1.0"
-    opened = "by 32 openings of texts, 1 text in 4 from a random token, at temperatures 0.7 and 1.0"
+    assert describe(None, VOCABULARY) == "from random tokens, temperatures 0.7 and 1.0"
+    opened = "by 32 openings of texts, every fourth text from a random token, temperatures 0.7 and 1.0"
     assert describe(tokenizer, VOCABULARY) == opened
     tokenizer.chat_template = TEMPLATE
     asked = "instructions in its chat template, each with the opening of its answer,"
