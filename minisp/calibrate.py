@@ -45,7 +45,7 @@ def calibrate(stream: Stream, source: Any, tokenizer: Any, plan: Plan, work: Wor
             if work.shared.facts(name)["fingerprint"] != text.fingerprint:
                 raise OutputError(
                     "Calibration text: expected that of the earlier run in the scratch folder, got another one. Pass "
-                    "the same text and windows, leave calibration out, or use another scratch folder."
+                    "the same text, windows and generic share, leave calibration out, or use another scratch folder."
                 )
         else:
             facts = {"description": list(text.description), "fingerprint": text.fingerprint}

@@ -126,6 +126,8 @@ class MinifyConfig:
     def identity(self) -> dict[str, dict[str, Any]]:
         """The options in two parts: those that the statistics depend on, and those that only the results do."""
         values = self.as_dict()
+        # Of the text itself a run keeps the windows, and compares them.
+        del values["generic"]
         results = {name: values.pop(name) for name in RESULT_OPTIONS}
         return {"statistics": {**values, "gram": self.collects_gram}, "results": results}
 

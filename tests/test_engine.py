@@ -261,7 +261,7 @@ def test_permuting_units_permutes_what_is_kept() -> None:
 
 def test_plan_agrees_with_the_run(tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path / "source", tiny_model("gpt2"))
-    options = {"keep": 0.6, "alignment": 4, "widths": "uniform", "num_windows": 5, "window": WINDOW}
+    options = {"keep": 0.6, "alignment": 4, "widths": "uniform", "num_windows": 5, "window": WINDOW, "generic": 0.0}
     plan = fast.plan(source, **options)
     report = fast.minify(source, out=tmp_path / "out", calibration=windows(), **options)
     assert plan == report.plan

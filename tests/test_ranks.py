@@ -105,7 +105,7 @@ def test_a_text_with_fewer_windows_than_processes_is_refused() -> None:
     work = Workplace.in_memory()
     work = Workplace(work.shared, work.own, Alone(0, 4), work.progress)
     model = tiny_model("llama")
-    plan = fast.plan(model, num_windows=8, window=32)
+    plan = fast.plan(model, num_windows=8, window=32, generic=0.0)
     with (
         pytest.warns(UserWarning, match="holds 3 windows"),
         pytest.raises(CalibrationError, match="a window for each of 4 processes, got 3"),
