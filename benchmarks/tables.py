@@ -223,6 +223,7 @@ def blend(data: Data) -> Iterator[str]:
     yield "that no source covers.\n\n"
     rows = ([key, _ratios(cell, dense)] for key, cell in data["rows"].items())
     yield table(["kept, kind of row: windows", " · ".join(dense)], rows)
+    yield from (f"\n{note}\n" for note in data.get("notes", []))
 
 
 KINDS = {
