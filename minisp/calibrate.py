@@ -68,8 +68,9 @@ def _new_windows(stream: Stream, source: Any, tokenizer: Any, plan: Plan, work: 
     if source is None:
         own = "text that the model writes itself and " if plan.writes_text else ""
         warnings.warn(
-            f"No calibration text was given: calibrating on {own}the documentation and the source code that come "
-            "with Python. Text like what the model will see, from several domains, gives a better result.",
+            f"No calibration text was given: calibrating on generic text alone, which is {own}the documentation and "
+            "the source code that come with Python. Text like what the model will see, from several domains, gives a "
+            "better result.",
             stacklevel=4,
         )
 

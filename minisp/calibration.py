@@ -78,7 +78,9 @@ def load_calibration(
     drawn, description = [], []
     for part, wanted in zip(parts, apportion([part.weight for part in parts], num_windows), strict=True):
         if not wanted:
-            description.append(f"no window from {part.label}, whose weight is too small among {num_windows} windows")
+            if not part.generic:
+                whose = "whose weight is too small among"
+                description.append(f"no window from {part.label}, {whose} {num_windows} windows")
             continue
         windows = _checked(part.draw(wanted, window), vocab_size, part.label)
         drawn.append(windows)
