@@ -50,12 +50,8 @@ def plan_table(plan: Plan, seconds: float | None = None) -> Table:
     table.add_row("keep", f"{config.keep:.0%}: {units}, {config.widths} widths, multiples of {plan.alignment}")
     table.add_row("parameters", f"{millions(plan.parameters)} → at most {millions(plan.parameters_after)}")
     table.add_row("weights", f"{megabytes(plan.bytes)} → at most {megabytes(plan.bytes_after)}")
-    some = f", saliency on {config.saliency_windows} of them" if config.saliency_windows else ""
-    table.add_row("calibration", f"{config.num_windows} windows of {config.window} tokens ({plan.num_tokens:,}){some}")
-    if config.generic:
-        table.add_row(
-            "", f"{config.generic:.0%} of them generic, unless the text names builtin sources: {_generic(plan)}"
-        )
+    for place, line in enumerate(_calibration(plan)):
+        table.add_row("" if place else "calibration", line)
     damping = "by cross-validation" if config.damping == "auto" else f"= {config.damping:g}"
     refit = f"ridge λ {damping} on {config.inputs} inputs" if config.reconstruct else "slicing only"
     table.add_row(
@@ -92,11 +88,17 @@ def plan_table(plan: Plan, seconds: float | None = None) -> Table:
     return table
 
 
-def _generic(plan: Plan) -> str:
-    """What generic text consists of."""
-    if plan.writes_text:
-        return "half written by the model, one token after the other, half Python's documentation and code"
-    return "Python's documentation and code; the model, which is not in memory whole, writes none"
+def _calibration(plan: Plan) -> list[str]:
+    """How much text, and what of it is generic, a line each."""
+    config = plan.config
+    some = f", saliency on {config.saliency_windows} of them" if config.saliency_windows else ""
+    lines = [f"{config.num_windows} windows of {config.window} tokens ({plan.num_tokens:,}){some}"]
+    if config.generic:
+        parts = "Python's documentation and code; the model, which is not in memory whole, writes none"
+        if plan.writes_text:
+            parts = "half written by the model, one token after the other, half Python's documentation and code"
+        lines.append(f"{config.generic:.0%} of them generic, unless the text names builtin sources: {parts}")
+    return lines
 
 
 def millions(count: int) -> str:
