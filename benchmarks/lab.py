@@ -37,6 +37,7 @@ class Lab:
     """The dense model with its statistics, and everything that further statistics need."""
 
     def __init__(self, arguments: argparse.Namespace):
+        self.arguments = arguments
         self.cache, self.keep, self.tokenizer = (
             arguments.cache,
             arguments.keep,
@@ -46,7 +47,6 @@ class Lab:
         # Half of the windows of quality.py: rows are compared with each other, on the same windows.
         self.texts = {name: (ids, n // 2) for name, (ids, n) in evaluation_texts(arguments, self.tokenizer).items()}
         self.calibration = self.read(arguments.calibration, arguments.windows)
-        self.arguments = arguments
         # Subsets are nested, so that a larger one costs only what is new in it.
         order = torch.randperm(len(self.calibration), generator=torch.Generator().manual_seed(0))
         self.windows = self.calibration[order]
