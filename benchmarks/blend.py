@@ -19,13 +19,13 @@ import ideas
 import torch
 from lab import PLAIN, Lab, added, on, ranked
 from quality import Kit, ours
-from texts import data_arguments, measured_on
+from texts import data_arguments, measured_on, written_windows
 from torch import Tensor
 
 from minisp.config import MinifyConfig
 from minisp.statistics import LayerStatistics
 from minisp.windows import spread
-from minisp.written import write_windows
+from minisp.workplace import Workplace
 
 # Windows of a piece of the text, and of one of generic text.
 OWN, GENERIC = 16, 8
@@ -52,7 +52,7 @@ class Pieces:
 
     def __init__(self, lab: Lab):
         self.lab = lab
-        self.kit = Kit(lab.model, None, [], lab.windows, lab.texts)  # type: ignore[arg-type]
+        self.kit = Kit(lab.model, Workplace.in_memory(), [], lab.windows, lab.texts)
 
     @cached_property
     def windows(self) -> dict[str, list[Tensor]]:
@@ -62,11 +62,8 @@ class Pieces:
         for name in ("documentation", "code"):
             texts[name] = lab.read(f"builtin:{name}", GENERIC * PIECES[name])
         count = GENERIC * PIECES["written"]
-        path = lab.cache / f"{harness.digest(lab.model.parameters())}_written_{count}.pt"
-        if not path.exists():
-            torch.save(write_windows(lab.model, lab.tokenizer, num_windows=count, window=length, seed=0), path)
-        texts["written"] = torch.load(path, weights_only=True)
-        # Pieces of the text are consecutive; those of generic text hold every so-manieth window, so that all are alike.
+        texts["written"] = written_windows(lab.cache, lab.tokenizer, lab.model, count, length)
+        # Pieces of the text are consecutive; those of generic text take its windows by turns, so that all are alike.
         return {
             name: list(found[: OWN * PIECES[name]].split(OWN))
             if name == "text"

@@ -25,7 +25,7 @@ import peer_environments
 from naive import EVALUATION
 from quality import load_dense
 from safetensors.torch import save_file
-from texts import calibration_windows, evaluation_texts, measured_on
+from texts import calibration_windows, data_arguments, evaluation_texts, measured_on
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -161,19 +161,12 @@ def fill(result: dict[str, Any], arguments: argparse.Namespace, work: Path, name
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="Hugging Face folder of a Llama-shaped model")
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True, help="evaluation text")
-    parser.add_argument("--neutral", type=Path, help="folder of further evaluation texts (*.txt)")
-    parser.add_argument("--windows", type=int, default=128, help="of the calibration text, 128 by default")
+    data_arguments(parser)
+    parser.set_defaults(windows=128, cache=Path.home() / ".cache/minisp/peers")
     parser.add_argument("--generic", type=float, default=0.25, help="share of generic text in them, as minify's")
-    parser.add_argument("--window", type=int, default=512, help="tokens of a calibration window, 512 by default")
     parser.add_argument("--eval-windows", type=int, help="evaluated windows of every domain at most")
     parser.add_argument("--keep", type=float, nargs="+", default=KEEPS, help="shares of the units, 0.9 0.8 0.7")
     parser.add_argument("--only", nargs="+", help="parts of row names")
-    parser.add_argument("--label", default="", help="appended to the name of the result file")
-    cache = Path.home() / ".cache/minisp/peers"
-    parser.add_argument("--cache", type=Path, default=cache, help=f"folder for environments, {cache} by default")
     return parser.parse_args()
 
 
