@@ -22,9 +22,9 @@ from quality import Kit, ours
 from texts import data_arguments, measured_on
 from torch import Tensor
 
-from minisp.batches import heal_windows
 from minisp.config import MinifyConfig
-from minisp.selection import default_alignment, select, uniform_widths
+from minisp.methods.selection import default_alignment, select, uniform_widths
+from minisp.phases.batches import heal_windows
 
 Rows = Iterator[tuple[str, Callable[[], Any]]]
 """Names of rows, and what makes their models."""

@@ -23,9 +23,9 @@ from texts import data_arguments, measured_on, written_windows
 from torch import Tensor
 
 from minisp.config import MinifyConfig
-from minisp.statistics import LayerStatistics
-from minisp.windows import spread
-from minisp.workplace import Workplace
+from minisp.methods.statistics import LayerStatistics
+from minisp.phases.run import Workplace
+from minisp.text.windows import spread
 
 # Windows of a piece of the text, and of one of generic text.
 OWN, GENERIC = 16, 8

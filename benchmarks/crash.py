@@ -24,11 +24,12 @@ from typing import Any
 import harness
 import torch
 
-from minisp import fast, tiers
-from minisp.checkpoint import Checkpoint
+from minisp import fast
 from minisp.errors import CheckpointError
 from minisp.export import folder
-from minisp.hub import load_tokenizer
+from minisp.store import tiers
+from minisp.store.checkpoint import Checkpoint
+from minisp.store.hub import load_tokenizer
 
 # Kills in a row before a run is left alone.
 ROW = 3

@@ -15,8 +15,8 @@ import harness
 
 from minisp.config import MinifyConfig
 from minisp.device import compute_device, compute_dtype
-from minisp.hub import load_tokenizer, local_folder
-from minisp.measure import load_any
+from minisp.evaluate.measure import load_any
+from minisp.store.hub import load_tokenizer, local_folder
 
 
 def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, float]]:

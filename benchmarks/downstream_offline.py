@@ -36,8 +36,8 @@ from tables import downstream_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minisp.config import MinifyConfig
-from minisp.corpora import load_text, load_texts
 from minisp.device import compute_device
+from minisp.text.corpora import load_text, load_texts
 
 RESAMPLES = 10_000
 # Of the standard normal distribution, for an interval of 95 %.

@@ -3,7 +3,7 @@
     python benchmarks/gpu_budget.py         # writes docs/gpu_budgets.md
 
 Defaults (trial cuts, refit, drift correction) on 128 windows of 2048 tokens, from a checkpoint on disk to another one.
-T tokens, d hidden size, m units, n kept units. Work is counted in `work` as `minisp.costs` counts it, which a test
+T tokens, d hidden size, m units, n kept units. Work is counted in `work` as `minisp.plan.costs` counts it, which a test
 compares; a phase takes as long as its computation, or as its disk, whichever is longer, for both run side by side.
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from synthetic import SHAPES
 
-from minisp.allocation import TRIAL_CUT, trial_tokens
-from minisp.batches import heal_count
+from minisp.phases.batches import heal_count
+from minisp.phases.trials import TRIAL_CUT, trial_tokens
 
 TARGET = Path(__file__).parent.parent / "docs" / "gpu_budgets.md"
 WINDOWS, WINDOW, KEEP = 128, 2048, 0.8

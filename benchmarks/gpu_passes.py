@@ -11,9 +11,10 @@ from gpu_bench import Bench, Contenders, Figures, line, ratio
 from torch import Tensor
 from torch.nn import functional
 
-from minisp import ops, portable
+from minisp import ops
 from minisp.kernels import cross_entropy as cross_entropy_kernel
 from minisp.kernels import saliency as saliency_kernel
+from minisp.ops import portable
 
 # Widths at which torch.compile runs too: each compilation takes some ten seconds.
 COMPILED = (4096, 11008, 24)

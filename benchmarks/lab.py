@@ -15,17 +15,17 @@ from texts import evaluation_texts
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from minisp.architecture import architecture_of
-from minisp.batches import Batches
-from minisp.calibration import interleave, load_calibration
 from minisp.config import MinifyConfig
-from minisp.model import frozen
-from minisp.selection import allocate_widths, default_alignment, select
-from minisp.statistics import LayerStatistics
-from minisp.stream import Stream
-from minisp.sweep import saliency_sweep
-from minisp.workplace import Workplace
-from minisp.written import continue_texts, random_starts
+from minisp.methods.selection import allocate_widths, default_alignment, select
+from minisp.methods.statistics import LayerStatistics
+from minisp.models.families import architecture_of
+from minisp.models.skeleton import frozen
+from minisp.models.stream import Stream
+from minisp.phases.batches import Batches
+from minisp.phases.run import Workplace
+from minisp.phases.saliency import saliency_sweep
+from minisp.text.calibration import interleave, load_calibration
+from minisp.text.written import continue_texts, random_starts
 
 PLAIN = OURS["minisp: + refit"]
 # Windows of what needs a sweep of its own.

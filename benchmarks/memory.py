@@ -53,9 +53,9 @@ def memory_group(limit: int) -> Iterator[Path | None]:
 
 def child(args: argparse.Namespace) -> dict[str, Any]:
     """In the child: one run."""
-    from minisp.checkpoint import Checkpoint
     from minisp.config import parse_size
     from minisp.fast import minify
+    from minisp.store.checkpoint import Checkpoint
 
     vocabulary = Checkpoint.open(args.model).config.vocab_size
     windows = torch.randint(vocabulary, (args.windows, args.window), generator=torch.Generator().manual_seed(0))

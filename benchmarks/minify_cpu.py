@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.model is None:
-        from minisp.demo_model import smollm2_135m
+        from minisp.cli.demo_model import smollm2_135m
 
         args.model = str(smollm2_135m())
     if args.child or args.evaluate:
@@ -187,7 +187,7 @@ def main() -> None:
         args.result.write_text(json.dumps(output), "utf-8")
         return
     with tempfile.TemporaryDirectory() as folder:
-        from minisp.measure import builtin_texts
+        from minisp.evaluate.measure import builtin_texts
 
         args.foreign = Path(folder) / "documentation.txt"
         args.foreign.write_text(builtin_texts()["documentation"], "utf-8")

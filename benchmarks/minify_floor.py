@@ -42,8 +42,8 @@ class Work:
 
 def work(config: Any, windows: int, window: int, keep: float) -> dict[str, Work]:
     """The formulas above for a Llama-shaped transformers config."""
-    from minisp.allocation import trial_tokens
-    from minisp.batches import heal_count
+    from minisp.phases.batches import heal_count
+    from minisp.phases.trials import trial_tokens
 
     d, m, num_layers, heads = (
         config.hidden_size,

@@ -13,10 +13,10 @@ import naive
 import torch
 from torch import Tensor, nn
 
-from minisp.architecture import cut_, decoder_layers, mlp_weights
-from minisp.ridge import ridge_solve
-from minisp.selection import select
-from minisp.statistics import LayerStatistics
+from minisp.methods.selection import select
+from minisp.methods.statistics import LayerStatistics
+from minisp.models.families import cut_, decoder_layers, mlp_weights
+from minisp.ops.ridge import ridge_solve
 
 
 @dataclass(frozen=True)

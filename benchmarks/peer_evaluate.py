@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minisp.evaluate import perplexity
-from minisp.layers import fast_layers
+from minisp.evaluate.perplexity import perplexity
+from minisp.models.layers import fast_layers
 
 
 def load_plainly(folder: Path, *, own_code: bool) -> Any:

@@ -29,8 +29,8 @@ from texts import calibration_windows, data_arguments, evaluation_texts, measure
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from minisp.evaluate import perplexity
-from minisp.selection import default_alignment
+from minisp.evaluate.perplexity import perplexity
+from minisp.methods.selection import default_alignment
 
 HERE = Path(__file__).parent
 KEEPS = (0.9, 0.8, 0.7)

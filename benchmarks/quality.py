@@ -30,22 +30,22 @@ from texts import calibration_windows, data_arguments, evaluation_texts, measure
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from minisp.allocation import layer_ratios
-from minisp.architecture import architecture_of, cut_, decoder_layers
-from minisp.batches import Batches, heal_windows
-from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
 from minisp.device import compute_dtype
-from minisp.evaluate import perplexity
-from minisp.heal import heal_sweep
-from minisp.layers import fast_layers
-from minisp.model import frozen, load_model
-from minisp.reconstruction import reconstruct
-from minisp.selection import allocate_widths, default_alignment, select
-from minisp.statistics import LayerStatistics
-from minisp.stream import Stream
-from minisp.sweep import saliency_sweep
-from minisp.workplace import Workplace, record
+from minisp.evaluate.perplexity import perplexity
+from minisp.methods.reconstruction import reconstruct
+from minisp.methods.selection import allocate_widths, default_alignment, select
+from minisp.methods.statistics import LayerStatistics
+from minisp.models.families import architecture_of, cut_, decoder_layers
+from minisp.models.layers import fast_layers
+from minisp.models.skeleton import frozen, load_model
+from minisp.models.stream import Stream
+from minisp.phases.batches import Batches, heal_windows
+from minisp.phases.refit import heal_sweep
+from minisp.phases.run import Workplace, record
+from minisp.phases.saliency import saliency_sweep
+from minisp.phases.trials import layer_ratios
+from minisp.store.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)

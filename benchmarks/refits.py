@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from minisp import ops
-from minisp.architecture import activation_kind, mlp_weights
-from minisp.layers import fast_layers
-from minisp.ridge import ridge_fit
-from minisp.stream import Stream
+from minisp.models.families import activation_kind, mlp_weights
+from minisp.models.layers import fast_layers
+from minisp.models.stream import Stream
+from minisp.ops.ridge import ridge_fit
 
 ATTENTION, MLP = "self_attn.o_proj", "mlp.down_proj"
 """The two projections of a layer onto the hidden states."""

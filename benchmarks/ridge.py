@@ -22,7 +22,7 @@ import harness
 import torch
 from torch import Tensor
 
-from minisp import cholesky, native_cholesky
+from minisp.ops import cholesky, native_cholesky
 
 # Width and hidden size: SmolLM2-135M, TinyLlama's half, TinyLlama, Llama-2-7B, Llama-3-8B, Llama-3-70B.
 SIZES = ((1536, 576), (2816, 1024), (5504, 2048), (11008, 4096), (14336, 4096), (28672, 8192))
@@ -149,11 +149,11 @@ def real_systems(model: str, calibration: Path, windows: int) -> list[dict[str, 
     """Backward error on the Gram matrices of a model's first, middle and last layer, four fifths of the units kept."""
     from transformers import AutoTokenizer
 
-    from minisp.batches import Batches
-    from minisp.checkpoint import Checkpoint
-    from minisp.stream import Stream
-    from minisp.sweep import saliency_sweep
-    from minisp.workplace import Workplace
+    from minisp.models.stream import Stream
+    from minisp.phases.batches import Batches
+    from minisp.phases.run import Workplace
+    from minisp.phases.saliency import saliency_sweep
+    from minisp.store.checkpoint import Checkpoint
 
     tokens = AutoTokenizer.from_pretrained(model)(calibration.read_text("utf-8"))["input_ids"][: windows * 512]
     stream = Stream.from_checkpoint(Checkpoint.open(model), torch.device("cpu"), torch.bfloat16)

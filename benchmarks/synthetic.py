@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from minisp.writer import Entry, check_output, output_folder, write_json, write_tensors
+from minisp.store.writer import Entry, check_output, output_folder, write_json, write_tensors
 
 # Shapes of published Llama models: hidden size, MLP width, layers, heads, key-value heads, vocabulary, tied embeddings.
 SHAPES = {

@@ -10,9 +10,9 @@ import torch
 from naive import EVALUATION
 from torch import Tensor
 
-from minisp.calibration import load_calibration
-from minisp.measure import builtin_texts
-from minisp.written import write_windows
+from minisp.evaluate.measure import builtin_texts
+from minisp.text.calibration import load_calibration
+from minisp.text.written import write_windows
 
 # Of every neutral domain.
 NEUTRAL_WINDOWS = 8

@@ -1,4 +1,4 @@
-// Causal attention on a CPU, forward and backward; formulas in minisp/reference.py.
+// Causal attention on a CPU, forward and backward; formulas in minisp/ops/reference.py.
 //
 // The scores of a block of 64 keys and 64 queries are made, used and forgotten, as in FlashAttention (Dao et al.,
 // 2022): memory grows with the tokens, not with their square. Sums are float32. A query that is not finite spoils its

@@ -34,7 +34,7 @@ py::dict build_info_dict() {
   return result;
 }
 
-// Addresses come from Tensor.data_ptr(); minisp/native.py, the only caller, has checked what lies behind them.
+// Addresses come from Tensor.data_ptr(); minisp/ops/native.py, the only caller, has checked what lies behind them.
 template <typename T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);

@@ -1,4 +1,4 @@
-// The element-wise passes of the saliency sweep on a CPU, each one pass over memory; formulas in minisp/reference.py.
+// The element-wise passes of the saliency sweep on a CPU, each one pass over memory; formulas in minisp/ops/reference.py.
 //
 // All matrices are contiguous and row-major. `is_bf16` says whether elements are bfloat16 or float32; arithmetic is
 // float32 either way, with one rounding at the end. Results do not depend on the number of threads.

@@ -1,5 +1,5 @@
 // RMSNorm and the rotary embedding on a CPU, forward and backward, each one pass over memory; formulas in
-// minisp/reference.py.
+// minisp/ops/reference.py.
 //
 // Elements are bfloat16 or float32, as `is_bf16` says; arithmetic is float32 either way, with one rounding at the end.
 // Results do not depend on the number of threads.

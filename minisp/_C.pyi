@@ -19,7 +19,7 @@ def active_level() -> str:
 def cuda_device_count() -> int:
     """CUDA devices that can be used now; 0 without a driver or in a CPU-only build. Never raises."""
 
-# Addresses are those of contiguous CPU tensors; `minisp.native` is the only caller and checks them.
+# Addresses are those of contiguous CPU tensors; `minisp.ops.native` is the only caller and checks them.
 def activation_backward(
     gate: int, up: int, grad_x: int, sums: int, rows: int, columns: int, is_bf16: bool, kind: int, threads: int
 ) -> None: ...

@@ -1,5 +1,5 @@
 """`python -m minisp` is the `minisp` command."""
 
-from minisp.cli import main
+from minisp.cli.app import main
 
 main()

@@ -18,31 +18,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minisp.allocation import layer_ratios
-from minisp.architecture import cut_, record_widths_
-from minisp.batches import Batches, make_batches
-from minisp.calibrate import calibrate
-from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig, Resources, split_options
 from minisp.device import CPU, compute_device, compute_dtype, computing_on, free_promptly
 from minisp.errors import ConfigError, UnsupportedModelError
-from minisp.evaluate import checkpoint_bytes
+from minisp.evaluate.perplexity import checkpoint_bytes
 from minisp.export.folder import describe, export_checkpoint, export_module
-from minisp.heal import heal_sweep
-from minisp.hub import load_tokenizer, local_folder
-from minisp.model import frozen, load_model, skeleton
-from minisp.planner import Plan, Source, make_plan
+from minisp.methods.reconstruction import Reconstruction, reconstruct
+from minisp.methods.selection import allocate_widths, select, uniform_widths
+from minisp.models.families import cut_, record_widths_
+from minisp.models.skeleton import frozen, load_model, skeleton
+from minisp.models.stream import Stream
+from minisp.phases.batches import Batches, make_batches
+from minisp.phases.calibrate import calibrate
+from minisp.phases.refit import heal_sweep
+from minisp.phases.run import Progress, Workplace, record
+from minisp.phases.saliency import saliency_sweep
+from minisp.phases.trials import layer_ratios
+from minisp.plan.planner import Plan, Source, make_plan
+from minisp.plan.rooms import HEAL, SWEEP, TRIALS
 from minisp.ranks import Ranks, joined
-from minisp.reconstruction import Reconstruction, reconstruct
-from minisp.report import MinifyReport, make_report, progress_bar
-from minisp.resume import open_scratch
-from minisp.rooms import HEAL, SWEEP, TRIALS
-from minisp.selection import allocate_widths, select, uniform_widths
-from minisp.stream import Stream
-from minisp.sweep import saliency_sweep
-from minisp.tiers import Room, Tiers
-from minisp.workplace import Progress, Workplace, record
-from minisp.writer import check_output, output_folder
+from minisp.report.report import MinifyReport, make_report, progress_bar
+from minisp.store.checkpoint import Checkpoint
+from minisp.store.claim import open_scratch
+from minisp.store.hub import load_tokenizer, local_folder
+from minisp.store.tiers import Room, Tiers
+from minisp.store.writer import check_output, output_folder
 
 
 def minify(
@@ -108,7 +108,7 @@ def minify(
             if tokenizer is None and checkpoint is not None:
                 tokenizer = load_tokenizer(checkpoint.folder)
         with _timed(seconds, "calibration text"):
-            text = calibrate(stream, calibration, tokenizer, made_plan, work)
+            text = calibrate(stream, calibration, tokenizer, config, work, write_room=made_plan.write_room)
         batches = make_batches(text.windows, config, made_plan.batch, ranks)
         with _timed(seconds, "saliency sweep"):
             tiers.room = made_plan.rooms.get(SWEEP, Room())

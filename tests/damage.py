@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from minisp import fast
-from minisp.cli import app
+from minisp.cli.app import app
 from minisp.errors import MinispError
 
 INDEX = "model.safetensors.index.json"

@@ -17,10 +17,11 @@ from unittest.mock import patch
 
 import torch
 
-from minisp import fast, scratch, writer
+from minisp import fast
 from minisp.export import folder
-from minisp.files import tensor_bytes
-from minisp.hub import load_tokenizer
+from minisp.store import records, writer
+from minisp.store.files import tensor_bytes
+from minisp.store.hub import load_tokenizer
 
 # 4 windows of 32 tokens that hold every token of a vocabulary of 64; one layer at a time, as for a large model.
 WINDOWS = torch.arange(128).reshape(4, 32) * 37 % 64
@@ -72,7 +73,7 @@ def steps(strike: Callable[[int, str], None]) -> Iterator[list[str]]:
         (Path, "mkdir", before("output folder", before("scratch folder", Path.mkdir, in_scratch), in_output)),
         (Path, "write_text", before("identity", text, in_scratch)),
         (os, "rename", before("rename", before("record", os.rename, in_scratch), in_output)),
-        (scratch, "write_tensor", halving(scratch.write_tensor, "waiting tensor")),
+        (records, "write_tensor", halving(records.write_tensor, "waiting tensor")),
         (writer, "write_tensor", halving(writer.write_tensor, "tensor")),
         (shutil, "copyfile", before("copy", shutil.copyfile)),
         (writer, "_sync", before("sync", writer._sync)),

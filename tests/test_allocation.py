@@ -7,18 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisp import allocation, fast
-from minisp.allocation import divergences, measure_ratios, ratios, trial_tokens
-from minisp.batches import Batches
-from minisp.checkpoint import Checkpoint
+from minisp import fast
 from minisp.config import MinifyConfig
 from minisp.errors import ConfigError
-from minisp.model import frozen
-from minisp.selection import allocate_widths
-from minisp.stream import Stream
-from minisp.sweep import saliency_sweep
-from minisp.windows import spread
-from minisp.workplace import Workplace
+from minisp.methods.selection import allocate_widths
+from minisp.models.skeleton import frozen
+from minisp.models.stream import Stream
+from minisp.phases import trials
+from minisp.phases.batches import Batches
+from minisp.phases.run import Workplace
+from minisp.phases.saliency import saliency_sweep
+from minisp.phases.trials import divergences, measure_ratios, ratios, trial_tokens
+from minisp.store.checkpoint import Checkpoint
+from minisp.text.windows import spread
 from tests.models import LAYERS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
@@ -82,8 +83,8 @@ def test_measured_widths_are_the_same_on_disk_and_in_memory(inputs: str, tmp_pat
 
 @pytest.mark.parametrize(("count", "length"), [(20, 32), (3, 64), (1, 64)])
 def test_no_more_tokens_are_tried_than_planned(count: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocation, "TRIAL_TOKENS", 48)
-    monkeypatch.setattr(allocation, "FEWEST_TRIAL_TOKENS", 40)
+    monkeypatch.setattr(trials, "TRIAL_TOKENS", 48)
+    monkeypatch.setattr(trials, "FEWEST_TRIAL_TOKENS", 40)
     model, texts = tiny_model("llama"), windows(count, length)
     stream, work = Stream.from_module(model), Workplace.in_memory()
     with frozen(model):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minisp import ops
-from minisp.attention import NAME, fast_attention
+from minisp.models.attention import NAME, fast_attention
 from tests.models import MODEL_TYPES, tiny_model
 
 LENGTH = 60

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minisp import ops, portable
-from minisp.layers import fast_layers
-from minisp.model import frozen
+from minisp import ops
+from minisp.models.layers import fast_layers
+from minisp.models.skeleton import frozen
+from minisp.ops import portable
 from tests.counting import Counted
 
 # Llama 7B, 2048 tokens.

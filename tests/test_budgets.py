@@ -10,20 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisp import fast, planner, tiers
-from minisp import scratch as scratch_module
-from minisp.batches import make_batches
+from minisp import fast
 from minisp.config import MinifyConfig
-from minisp.files import Piece
-from minisp.heal import heal_sweep
-from minisp.memory import HELD
-from minisp.model import frozen
+from minisp.models.skeleton import frozen
+from minisp.models.stream import Stream
+from minisp.phases.batches import make_batches
+from minisp.phases.refit import heal_sweep
+from minisp.phases.run import Workplace
+from minisp.phases.saliency import saliency_sweep
+from minisp.plan import planner
+from minisp.plan.layout import HELD
 from minisp.ranks import Ranks
-from minisp.scratch import Memory
-from minisp.stream import Stream
-from minisp.sweep import saliency_sweep
-from minisp.tiers import Room, Tiers
-from minisp.workplace import Workplace
+from minisp.store import records as scratch_module
+from minisp.store import tiers
+from minisp.store.files import Piece
+from minisp.store.records import Memory
+from minisp.store.tiers import Room, Tiers
 from tests.counting import Counted
 from tests.models import LAYERS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
 

@@ -14,15 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minisp.builtin import CODE_HELD_OUT, code_text, documentation_text
-from minisp.calibrate import narrowness
-from minisp.calibration import (
+from minisp.errors import CalibrationError
+from minisp.phases.calibrate import narrowness
+from minisp.text.builtin import CODE_HELD_OUT, code_text, documentation_text
+from minisp.text.calibration import (
     Calibration,
     apportion,
     interleave,
     load_calibration,
 )
-from minisp.errors import CalibrationError
 
 BOS = 0
 VOCAB = 128

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minisp.choice import CONTEXT, CONTINUATION, NUM_ANSWERS, continuation_choices
 from minisp.errors import CalibrationError
+from minisp.evaluate.choices import CONTEXT, CONTINUATION, NUM_ANSWERS, continuation_choices
 
 VOCAB = 1024
 LENGTH = CONTEXT + CONTINUATION

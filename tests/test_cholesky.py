@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisp import cholesky, native_cholesky
 from minisp.errors import BackendError, MinispError, NumericalError
+from minisp.ops import cholesky, native_cholesky
 
 DTYPES = (torch.float32, torch.float64)
 HAS_NATIVE = native_cholesky.serves_cholesky(torch.device("cpu"), torch.float32)

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 import minisp
 from minisp import errors, fast
-from minisp.cli import app
+from minisp.cli.app import app
 from minisp.config import MinifyConfig, Resources
-from minisp.plan_view import plan_dict
+from minisp.report.tables import plan_dict
 from tests.models import WIDTH, save_checkpoint, tiny_model
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]

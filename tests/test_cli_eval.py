@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from minisp import measure, report, speed
+from minisp.evaluate import measure, speed
+from minisp.report import report
 from tests.models import WIDTH, save_checkpoint, tiny_model
 from tests.test_cli import SMALL, run
 

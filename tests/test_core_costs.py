@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from minisp import fast, native, portable
-from minisp.report import MinifyReport
+from minisp import fast
+from minisp.ops import native, portable
+from minisp.report.report import MinifyReport
 from tests.models import tiny_model
 from tests.toys import windows
 

@@ -8,8 +8,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from minisp import reference
-from minisp.architecture import (
+from minisp.errors import UnsupportedModelError
+from minisp.models.families import (
     ACTIVATIONS,
     WIDTHS_KEY,
     activation_kind,
@@ -22,7 +22,7 @@ from minisp.architecture import (
     resize_,
     unit_axes,
 )
-from minisp.errors import UnsupportedModelError
+from minisp.ops import reference
 from tests.models import HIDDEN, LAYERS, MODEL_TYPES, VOCABULARY, WIDTH, tiny_model
 from tests.toys import UNIT_AXES, down_of, layers_of
 

@@ -6,17 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from minisp import fast, portable
-from minisp.allocation import measure_ratios
-from minisp.batches import Batches
+from minisp import fast
 from minisp.config import MinifyConfig
-from minisp.damping import DECADES
-from minisp.model import frozen
-from minisp.report import MinifyReport
-from minisp.selection import allocate_widths
-from minisp.stream import Stream
-from minisp.sweep import saliency_sweep
-from minisp.workplace import Workplace
+from minisp.methods.damping import DECADES
+from minisp.methods.selection import allocate_widths
+from minisp.models.skeleton import frozen
+from minisp.models.stream import Stream
+from minisp.ops import portable
+from minisp.phases.batches import Batches
+from minisp.phases.run import Workplace
+from minisp.phases.saliency import saliency_sweep
+from minisp.phases.trials import measure_ratios
+from minisp.report.report import MinifyReport
 from tests.models import HIDDEN, LAYERS, WIDTH, tiny_model
 from tests.toys import Passed, down_of, layers_of, least_squares, observed, score, units_of, windows
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from minisp.config import MinifyConfig
-from minisp.damping import DECADES
 from minisp.errors import NumericalError
-from minisp.reconstruction import Reconstruction, correct, reconstruct
-from minisp.statistics import LayerStatistics
+from minisp.methods.damping import DECADES
+from minisp.methods.reconstruction import Reconstruction, correct, reconstruct
+from minisp.methods.statistics import LayerStatistics
 from tests.toys import least_squares, statistics_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

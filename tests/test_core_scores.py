@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minisp import ops, statistics
+from minisp import ops
 from minisp.config import SaliencyScore
 from minisp.errors import NumericalError
-from minisp.statistics import LayerStatistics
+from minisp.methods import statistics
+from minisp.methods.statistics import LayerStatistics
 from tests.toys import score, statistics_of, toy_examples
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minisp.errors import ConfigError
-from minisp.selection import allocate_widths, default_alignment, select, uniform_widths
+from minisp.methods.selection import allocate_widths, default_alignment, select, uniform_widths
 from tests.toys import toy_examples
 
 pytestmark = pytest.mark.usefixtures("one_thread")

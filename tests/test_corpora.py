@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from minisp.builtin import code_text, documentation_text
-from minisp.corpora import (
+from minisp.errors import CalibrationError
+from minisp.text.builtin import code_text, documentation_text
+from minisp.text.corpora import (
     Corpus,
     load_text,
     load_texts,
@@ -21,7 +22,6 @@ from minisp.corpora import (
     open_hub,
     parse_source,
 )
-from minisp.errors import CalibrationError
 
 
 def write(path: Path, text: str) -> Path:

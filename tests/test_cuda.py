@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from minisp import cholesky, memory, native_cholesky, ops, reference
-from minisp.checkpoint import Checkpoint
+from minisp import ops
 from minisp.fast import minify
-from minisp.model import load_model
-from minisp.report import MinifyReport
+from minisp.models.skeleton import load_model
+from minisp.ops import cholesky, native_cholesky, reference
+from minisp.plan import layout
+from minisp.report.report import MinifyReport
+from minisp.store.checkpoint import Checkpoint
 from tests.models import LAYERS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -203,7 +205,7 @@ def test_a_checkpoint_gives_on_the_gpu_what_it_gives_on_the_cpu(
     theirs = cut(source, out=tmp_path / "cpu", device="cpu", dtype="float32")
     if head_on_disk:
         # The head of so small a model never pays to leave on disk.
-        monkeypatch.setattr(memory, "_candidates", lambda shape, segment: iter([(1, 2, True)]))
+        monkeypatch.setattr(layout, "_candidates", lambda shape, segment: iter([(1, 2, True)]))
     ours = cut(source, out=tmp_path / "cuda", device="cuda", dtype="float32", **options)
     assert (len(ours.plan.segments), ours.plan.layout.stream_vocabulary) == (num_segments, head_on_disk)
     assert_agree(ours, theirs)

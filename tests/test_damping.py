@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from minisp import damping, ops
-from minisp.ridge import RidgeProblem
+from minisp import ops
+from minisp.methods import damping
+from minisp.ops.ridge import RidgeProblem
 
 
 def noisy_layer(tokens: int, width: int, hidden: int = 6) -> tuple[torch.Tensor, torch.Tensor]:

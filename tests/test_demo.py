@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from minisp import demo, measure
+from minisp.cli import demo
 from minisp.config import MinifyConfig
-from minisp.speed import Generation, throughput
+from minisp.evaluate import measure
+from minisp.evaluate.speed import Generation, throughput
 from tests.models import save_checkpoint, tiny_model
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from minisp import demo_model
+from minisp.cli import demo_model
 from minisp.errors import CheckpointError, OutputError
 
 

@@ -9,17 +9,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from minisp import fast
-from minisp.architecture import ARCHITECTURES, architecture_of, decoder_layers, known_model_types, mlp_weights
-from minisp.batches import Batches
-from minisp.checkpoint import Checkpoint
 from minisp.config import MinifyConfig
 from minisp.errors import ConfigError
-from minisp.model import frozen, load_model
-from minisp.report import report_table
-from minisp.statistics import LayerStatistics
-from minisp.stream import Stream
-from minisp.sweep import saliency_sweep
-from minisp.workplace import Workplace
+from minisp.methods.statistics import LayerStatistics
+from minisp.models.families import ARCHITECTURES, architecture_of, decoder_layers, known_model_types, mlp_weights
+from minisp.models.skeleton import frozen, load_model
+from minisp.models.stream import Stream
+from minisp.phases.batches import Batches
+from minisp.phases.run import Workplace
+from minisp.phases.saliency import saliency_sweep
+from minisp.report.report import report_table
+from minisp.store.checkpoint import Checkpoint
 from tests.models import HIDDEN, LAYERS, MODEL_TYPES, POSITIONS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
 
 CPU = torch.device("cpu")

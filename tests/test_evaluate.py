@@ -19,9 +19,8 @@ from transformers import (
     PretrainedConfig,
 )
 
-from minisp import evaluate
 from minisp.errors import CalibrationError, CheckpointError, ConfigError, NumericalError
-from minisp.evaluate import checkpoint_bytes, perplexity
+from minisp.evaluate.perplexity import checkpoint_bytes, perplexity
 
 VOCAB = 61
 POSITIONS = 48
@@ -91,7 +90,7 @@ def by_double_loop(model: nn.Module, tokens: Tensor, window: int, stride: int) -
 @pytest.mark.parametrize("family", CONFIGS)
 def test_perplexity_is_that_of_a_direct_computation(family: str, tokens: Tensor, monkeypatch: Any) -> None:
     """With logits in chunks of five tokens, and with caps and scales of the model's own."""
-    monkeypatch.setattr(evaluate, "LOGIT_BYTES", 4 * VOCAB * 5)
+    monkeypatch.setattr("minisp.evaluate.perplexity.LOGIT_BYTES", 4 * VOCAB * 5)
     model = build(family)
     result = perplexity(model, tokens, window=32)
     direct = torch.cat([losses(model, tokens[start : start + 32]) for start in range(0, 128, 32)])
@@ -106,7 +105,7 @@ def test_perplexity_is_that_of_a_direct_computation(family: str, tokens: Tensor,
 def test_the_decoder_runs_once_per_window_and_logits_stay_small(
     family: str, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "LOGIT_BYTES", 4 * VOCAB * 5)
+    monkeypatch.setattr("minisp.evaluate.perplexity.LOGIT_BYTES", 4 * VOCAB * 5)
     model = build(family)
     layer_calls, head_rows = [], []
     layer = next(m for m in model.modules() if isinstance(m, nn.ModuleList))[0]
@@ -120,7 +119,7 @@ def test_the_decoder_runs_once_per_window_and_logits_stay_small(
 def test_the_head_gets_what_it_multiplies_without_a_copy_of_its_weights(
     llama: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "LOGIT_BYTES", 4 * VOCAB * 5)
+    monkeypatch.setattr("minisp.evaluate.perplexity.LOGIT_BYTES", 4 * VOCAB * 5)
     entering: list[Tensor] = []
     with llama.lm_head.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0])):
         perplexity(llama, tokens, window=12, max_windows=1)

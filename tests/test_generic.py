@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from minisp import calibrate, fast
-from minisp.report import MinifyReport
+from minisp import fast
+from minisp.phases import calibrate
+from minisp.report.report import MinifyReport
 from tests.models import save_checkpoint, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,7 +73,7 @@ def test_a_checkpoint_writes_what_the_same_model_in_memory_writes(
         return written[-1]
 
     monkeypatch.setattr(calibrate, "write_windows", kept)
-    from minisp.hub import load_tokenizer
+    from minisp.store.hub import load_tokenizer
 
     minify(source, out=tmp_path / "a", calibration=TEXT)
     minify(tiny_model("llama"), calibration=TEXT, tokenizer=load_tokenizer(source))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minisp import fast
-from minisp.selection import select
+from minisp.methods.selection import select
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from minisp import costs
 from minisp.config import MinifyConfig
-from minisp.memory import Layout
+from minisp.plan import costs
+from minisp.plan.layout import Layout
 
 
 @pytest.fixture

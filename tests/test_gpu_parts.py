@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from minisp import reference
+from minisp.ops import reference
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[1]

@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from minisp import fast
-from minisp.batches import FEW_TOKENS, heal_count, heal_windows, make_batches
 from minisp.config import MinifyConfig
+from minisp.methods.reconstruction import Reconstruction, correct
+from minisp.ops.ridge import ridge_fit
+from minisp.phases.batches import FEW_TOKENS, heal_count, heal_windows, make_batches
 from minisp.ranks import Ranks
-from minisp.reconstruction import Reconstruction, correct
-from minisp.ridge import ridge_fit
 from tests.models import VOCABULARY, save_checkpoint, tiny_model
 
 

@@ -10,10 +10,10 @@ import torch
 from typer.testing import CliRunner
 
 from minisp import fast
-from minisp.checkpoint import Checkpoint
-from minisp.cli import app
+from minisp.cli.app import app
 from minisp.errors import CalibrationError, UnsupportedModelError
-from minisp.model import skeleton
+from minisp.models.skeleton import skeleton
+from minisp.store.checkpoint import Checkpoint
 from tests.damage import OPTIONS, config, file, tensor
 from tests.models import save_checkpoint, tiny_model
 

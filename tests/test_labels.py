@@ -5,8 +5,8 @@ import torch
 
 from minisp import fast
 from minisp.errors import NumericalError
-from minisp.labels import DRAWN_ELEMENTS, draw_labels, label_numbers
-from minisp.stream import Stream
+from minisp.models.stream import Stream
+from minisp.ops.sampling import DRAWN_ELEMENTS, draw_labels, label_numbers
 from tests.counting import Counted
 from tests.models import tiny_model
 

@@ -14,14 +14,16 @@ from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as interle
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from minisp import allocation, fast, heal, ops, reference, sweep
-from minisp.architecture import activation_kind, layer_widths
-from minisp.attention import fast_attention
-from minisp.layers import NormKind, autograd_bytes, fast_layers, is_rotary, norm_kind
-from minisp.mlp import watch
-from minisp.model import frozen
-from minisp.statistics import LayerStatistics
-from minisp.stream import Stream
+from minisp import fast, ops
+from minisp.methods.statistics import LayerStatistics
+from minisp.models.attention import fast_attention
+from minisp.models.families import activation_kind, layer_widths
+from minisp.models.layers import NormKind, autograd_bytes, fast_layers, is_rotary, norm_kind
+from minisp.models.skeleton import frozen
+from minisp.models.stream import Stream
+from minisp.models.watch import watch
+from minisp.ops import reference
+from minisp.phases import refit, saliency, trials
 from tests.models import LAYERS, MODEL_TYPES, VOCABULARY, tiny_model
 
 LENGTH = 60
@@ -244,7 +246,7 @@ def test_a_whole_run_keeps_the_same_units_and_weights(family: str, monkeypatch: 
     with counted(monkeypatch) as calls:
         fast.minify(ours, **options)
     assert calls["rms_norm"] and calls["rotary"]
-    for phase in (allocation, heal, sweep):
+    for phase in (trials, refit, saliency):
         monkeypatch.setattr(phase, "fast_layers", lambda model: fast_attention(model.config))
     with counted(monkeypatch) as calls:
         fast.minify(stock, **options)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minisp import native
+from minisp.ops import native
 from tests.native_build import COMPILER, LEVELS, ROOT, build_program
 
 HAS_EXTENSION = native.serves(torch.zeros(1, 1))

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from minisp import fast
-from minisp.batches import Batches
-from minisp.checkpoint import Checkpoint
 from minisp.config import parse_size
 from minisp.errors import CheckpointError, ConfigError
-from minisp.files import WriteBehind
-from minisp.loader import Loader
-from minisp.memory import choose_layout
-from minisp.model import frozen
-from minisp.rooms import SWEEP, dense_bytes, make_rooms, writes_behind
-from minisp.shape import Shape
-from minisp.stream import Stream
-from minisp.sweep import saliency_sweep
-from minisp.workplace import Workplace
+from minisp.models.loader import Loader
+from minisp.models.skeleton import frozen
+from minisp.models.stream import Stream
+from minisp.phases.batches import Batches
+from minisp.phases.run import Workplace
+from minisp.phases.saliency import saliency_sweep
+from minisp.plan.layout import choose_layout
+from minisp.plan.rooms import SWEEP, dense_bytes, make_rooms, writes_behind
+from minisp.plan.shape import Shape
+from minisp.store.checkpoint import Checkpoint
+from minisp.store.files import WriteBehind
 from tests.models import LAYERS, MODEL_TYPES, VOCABULARY, save_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
@@ -113,8 +113,8 @@ def test_a_streamed_vocabulary_gives_the_same_statistics(
     model_type: str, label_seed: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Blocks of 5 rows of the vocabulary, two micro-batches for the head at once.
-    monkeypatch.setattr("minisp.vocabulary.BLOCK_BYTES", 4 * 60 * 5)
-    monkeypatch.setattr("minisp.sweep.HEAD_TOKENS", 64)
+    monkeypatch.setattr("minisp.models.vocabulary.BLOCK_BYTES", 4 * 60 * 5)
+    monkeypatch.setattr("minisp.phases.saliency.HEAD_TOKENS", 64)
     checkpoint = Checkpoint.open(save_checkpoint(tmp_path, tiny_model(model_type)))
     resident = Stream.from_checkpoint(checkpoint, CPU, torch.float32)
     resident.label_seed = label_seed

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from minisp import native, ops, portable, reference
+from minisp import ops
 from minisp.errors import BackendError
+from minisp.ops import native, portable, reference
 
 DTYPES = (torch.float32, torch.bfloat16)
 HAS_EXTENSION = native.serves(torch.zeros(1, 1))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisp.statistics import LayerStatistics
+from minisp.methods.statistics import LayerStatistics
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import opponents

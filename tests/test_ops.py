@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisp import native, ops, portable, reference
+from minisp import ops
 from minisp.errors import BackendError, NumericalError
+from minisp.ops import native, portable, reference
 
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")

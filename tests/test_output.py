@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 
 import minisp
 from minisp import fast
-from minisp.checkpoint import Checkpoint
-from minisp.cli import app
+from minisp.cli.app import app
 from minisp.errors import CheckpointError, OutputError
 from minisp.export import folder as folder_module
 from minisp.export.tensors import module_entries
-from minisp.writer import INDEX_NAME, MANIFEST_NAME, MARKER, output_folder, write_tensors
+from minisp.store.checkpoint import Checkpoint
+from minisp.store.writer import INDEX_NAME, MANIFEST_NAME, MARKER, output_folder, write_tensors
 from tests import faults
 from tests.damage import assert_refused
 from tests.models import save_checkpoint, tiny_model

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisp import cholesky, native_cholesky
+from minisp.ops import cholesky, native_cholesky
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(

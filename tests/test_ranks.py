@@ -12,12 +12,12 @@ import torch
 from typer.testing import CliRunner
 
 from minisp import fast
-from minisp.calibrate import calibrate
-from minisp.cli import app
+from minisp.cli.app import app
 from minisp.errors import CalibrationError
+from minisp.models.stream import Stream
+from minisp.phases.calibrate import calibrate
+from minisp.phases.run import Workplace
 from minisp.ranks import Ranks
-from minisp.stream import Stream
-from minisp.workplace import Workplace
 from tests.models import save_checkpoint, tiny_model
 from tests.test_resume import run
 
@@ -84,7 +84,7 @@ def test_a_lost_process_ends_the_run_which_resumes(source: Path, tmp_path: Path)
 def test_helper_threads_start_no_openmp_team_and_leave_the_number_of_threads() -> None:
     # In a process of its own: teams that other tests have started would hide one.
     script = (
-        "import os, torch; torch.set_num_threads(2); from minisp.files import helper_thread\n"
+        "import os, torch; torch.set_num_threads(2); from minisp.store.files import helper_thread\n"
         "large = torch.ones(10**7); large.sum(); pool = helper_thread('helper')\n"
         "before = len(os.listdir('/proc/self/task')); pool.submit(large.sum).result()\n"
         "print(len(os.listdir('/proc/self/task')) - before, torch.get_num_threads())"

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisp import fast, reference
+from minisp import fast
+from minisp.ops import reference
 from tests.models import VOCABULARY, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

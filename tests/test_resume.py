@@ -9,13 +9,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from minisp import allocation, fast, sweep, tiers
-from minisp.cli import app
+from minisp import fast
+from minisp.cli.app import app
 from minisp.config import Resources
 from minisp.errors import ConfigError, OutputError
+from minisp.phases import saliency, trials
 from minisp.ranks import Ranks
-from minisp.resume import RECORD, open_scratch
-from minisp.scratch import Folder
+from minisp.store import tiers
+from minisp.store.claim import RECORD, open_scratch
+from minisp.store.records import Folder
 from tests.models import LAYERS, save_checkpoint, tiny_model
 
 WINDOWS = torch.arange(128).reshape(4, 32) * 37 % 64
@@ -41,7 +43,7 @@ def test_statistics_are_reused_for_other_ratios_without_a_sweep(
     work = tmp_path / "work"
     run(source, tmp_path / "a", keep=0.6, scratch=str(work))
     run(source, tmp_path / "fresh", keep=0.8, damping=0.1)
-    monkeypatch.setattr(sweep, "_run_backward", None)
+    monkeypatch.setattr(saliency, "_run_backward", None)
     reused = run(
         source, tmp_path / "b", keep=0.8, damping=0.1, scratch=str(work), reuse=True, calibration=None, window=32,
         num_windows=4,
@@ -114,8 +116,8 @@ def test_trial_cuts_go_on_behind_the_last_layer_that_was_finished(
     interrupted(source, tmp_path / "out", "trial cuts")
     assert [path.name for path in (tmp_path / ".out.scratch").glob("trials*.json")] == ["trials_0002.json"]
     tried: list[int] = []
-    cut = allocation._trial_down
-    monkeypatch.setattr(allocation, "_trial_down", lambda s, index, *a: (tried.append(index), cut(s, index, *a))[1])
+    cut = trials._trial_down
+    monkeypatch.setattr(trials, "_trial_down", lambda s, index, *a: (tried.append(index), cut(s, index, *a))[1])
     run(source, tmp_path / "out", resume=True)
     assert tried == [2]
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
@@ -163,7 +165,7 @@ def test_a_sweep_over_the_first_segment_goes_on_in_its_middle(
     out, phase = tmp_path / "out", f"saliency, layers 0-{segment - 1}"
     monkeypatch.setattr(tiers, "SAVE_SECONDS", 0.0)
     passed = 0
-    backward = sweep._forward_backward
+    backward = saliency._forward_backward
 
     def counted(*arguments: Any) -> Any:
         nonlocal passed
@@ -179,7 +181,7 @@ def test_a_sweep_over_the_first_segment_goes_on_in_its_middle(
         run(source, out, segment=segment, progress=interrupt)
     kept = [path.name for path in (tmp_path / ".out.scratch").glob("partial_*.json")]
     assert sorted(kept) == ["partial_0000.json", "partial_0001.json"]
-    monkeypatch.setattr(sweep, "_forward_backward", counted)
+    monkeypatch.setattr(saliency, "_forward_backward", counted)
     run(source, out, segment=segment, resume=True)
     assert passed == 2
     assert weights(out) == weights(tmp_path / "whole")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisp import loader as loader_module
-from minisp.checkpoint import Checkpoint
 from minisp.errors import CheckpointError
-from minisp.loader import Loader
-from minisp.ring import CHUNK_BYTES, NUM_CHUNKS, Ring, ring_bytes
+from minisp.models import loader as loader_module
+from minisp.models.loader import Loader
+from minisp.store.checkpoint import Checkpoint
+from minisp.store.ring import CHUNK_BYTES, NUM_CHUNKS, Ring, ring_bytes
 from tests.models import LAYERS, save_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def test_everything_arrives_however_late_the_copies_are(size: int, num_chunks: i
 
 
 def test_a_chunk_that_is_used_too_early_is_found_by_these_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minisp.ring._Chunk.settle", lambda chunk: None)
+    monkeypatch.setattr("minisp.store.ring._Chunk.settle", lambda chunk: None)
     copies = LateCopies(8 * CHUNK)
     with pytest.raises(AssertionError, match="under way"):
         Ring(allocate, 3, CHUNK).carry(8 * CHUNK, reading(allocate(8 * CHUNK), copies), lambda *_: None, copies.copy)

@@ -5,8 +5,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from minisp import cholesky, native_cholesky, residual
-from minisp.ridge import RidgeProblem
+from minisp.ops import cholesky, native_cholesky, residual
+from minisp.ops.ridge import RidgeProblem
 from tests.counting import Counted
 
 CPU = torch.device("cpu")

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from minisp import measure, measure_view, speed
 from minisp.errors import CalibrationError, ConfigError
-from minisp.speed import MIN_TURNS, Generation, interval_place, paired_ratio, throughput
+from minisp.evaluate import measure, speed, tables
+from minisp.evaluate.speed import MIN_TURNS, Generation, interval_place, paired_ratio, throughput
 from tests.models import POSITIONS, save_checkpoint, tiny_model
 
 
@@ -226,12 +226,12 @@ def test_two_models_are_measured_side_by_side_and_it_is_said_how(
     assert {ratio.pairs for ratio in found.ratios.values()} == {turns}
     # Once each, or for the quality, the warm-up and every turn; and once each for the two measured alone.
     assert len(loads) == 2 + 2 * (1 if together else 2 + turns)
-    words = " ".join(measure_view.comparison_lines(found))
+    words = " ".join(tables.comparison_lines(found))
     assert ("both in memory" in words) is together and ("loaded anew" in words) is not together
 
 
 def test_the_table_calls_noise_noise(folders: tuple[Path, Path]) -> None:
-    words = [measure_view.ratio_words(paired_ratio([ratio] * 9, [1.0] * 9)) for ratio in (1.12, 1.0)]
+    words = [tables.ratio_words(paired_ratio([ratio] * 9, [1.0] * 9)) for ratio in (1.12, 1.0)]
     assert words == ["×1.12 (1.12–1.12)", "×1.00 (1.00–1.00)\nwithin noise"]
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minisp import tiers
-from minisp.scratch import Folder, Memory
-from minisp.tiers import Room, Tiers
+from minisp.store import tiers
+from minisp.store.records import Folder, Memory
+from minisp.store.tiers import Room, Tiers
 from tests.models import save_checkpoint, tiny_model
 from tests.test_resume import interrupted, run, weights
 

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from minisp.windows import text_windows
+from minisp.text.windows import text_windows
 
 BOS = 0
 VOCAB = 128

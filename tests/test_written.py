@@ -9,10 +9,10 @@ from tokenizers import processors
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from minisp import written
 from minisp.errors import ConfigError, NumericalError
-from minisp.prompts import KINDS
-from minisp.written import FREE, RANDOM_EVERY, TEMPERATURES, continue_texts, describe, write_windows
+from minisp.text import written
+from minisp.text.prompts import KINDS
+from minisp.text.written import FREE, RANDOM_EVERY, TEMPERATURES, continue_texts, describe, write_windows
 from tests.models import VOCABULARY, char_tokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

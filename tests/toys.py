@@ -11,8 +11,8 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from minisp.labels import label_numbers
-from minisp.statistics import LayerStatistics
+from minisp.methods.statistics import LayerStatistics
+from minisp.ops.sampling import label_numbers
 from tests.models import VOCABULARY
 
 # Always the same examples, and no time limit: a slow machine is no failure.

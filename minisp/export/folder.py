@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 import minisp
-from minisp.architecture import Architecture, architecture_of
-from minisp.checkpoint import Checkpoint
 from minisp.export.modeling import FILE_NAME, modeling_source, width_config
 from minisp.export.tensors import checkpoint_entries, checkpoint_tensors, module_entries, module_tensors
-from minisp.reconstruction import Reconstruction
-from minisp.report import MinifyReport, load_line, plot_layers
-from minisp.writer import MANIFEST_NAME, MARKER, write_json, write_tensors
+from minisp.methods.reconstruction import Reconstruction
+from minisp.models.families import Architecture, architecture_of
+from minisp.report.report import MinifyReport, load_line, plot_layers
+from minisp.store.checkpoint import Checkpoint
+from minisp.store.writer import MANIFEST_NAME, MARKER, write_json, write_tensors
 
 PLOT_NAME = "minisp.png"
 # Small files of a checkpoint that stay valid when the MLP gets narrower. Code is never copied.

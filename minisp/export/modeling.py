@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from minisp.architecture import WIDTHS_KEY, Architecture
+from minisp.models.families import WIDTHS_KEY, Architecture
 
 FILE_NAME = "modeling_minisp.py"
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from minisp.architecture import Architecture, decoder_layers, layers_path, unit_axes
-from minisp.checkpoint import DTYPES, Checkpoint
-from minisp.reconstruction import Reconstruction
-from minisp.writer import PIECE_BYTES, Entry
+from minisp.methods.reconstruction import Reconstruction
+from minisp.models.families import Architecture, decoder_layers, layers_path, unit_axes
+from minisp.store.checkpoint import DTYPES, Checkpoint
+from minisp.store.writer import PIECE_BYTES, Entry
 
 
 @dataclass(frozen=True)

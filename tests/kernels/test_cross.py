@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisp import reference
 from minisp.kernels import cross as kernel
+from minisp.ops import reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

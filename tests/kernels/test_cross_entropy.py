@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from minisp import reference
 from minisp.kernels import cross_entropy as kernel
+from minisp.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

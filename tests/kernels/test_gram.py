@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisp import reference
 from minisp.kernels import cross, gram_tma
 from minisp.kernels import gram as kernel
+from minisp.ops import reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

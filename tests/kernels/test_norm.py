@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisp import norms, reference
 from minisp.kernels import norm as kernel
 from minisp.kernels import rotary
+from minisp.ops import norms, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

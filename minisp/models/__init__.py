@@ -1,0 +1,1 @@
+"""What a model is, one row of data per family, and a model that streams."""

@@ -1,0 +1,119 @@
+"""A checkpoint as a transformers model: its skeleton on the meta device, some of its weights in memory, or all."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM
+
+from minisp.errors import CheckpointError, one_line
+from minisp.models.families import (
+    WIDTHS_KEY,
+    CausalLM,
+    architecture_of,
+    layer_widths,
+    replace_parameter_,
+    resize_,
+)
+from minisp.store.checkpoint import FLOATING, Checkpoint
+
+
+def skeleton(checkpoint: Checkpoint) -> CausalLM:
+    """The transformers model of a checkpoint with every parameter on the meta device, frozen, in evaluation mode.
+
+    Raises:
+        UnsupportedModelError: unknown family or activation.
+        CheckpointError: the config contradicts itself or the stored tensors.
+    """
+    row = architecture_of(checkpoint.config)
+    widths = checkpoint.raw_config.get(WIDTHS_KEY)
+    where = f"{checkpoint.folder}/config.json"
+    # Before the model is built: a billion layers would be built for hours.
+    count = checkpoint.config.num_hidden_layers
+    more = f".{row.layers}.{count}."
+    if not 0 < count <= len(checkpoint.tensors) or any(more in f".{name}" for name in checkpoint.tensors):
+        raise CheckpointError(f"{where}: expected as many layers as are stored, at least one, got {count}. Correct it.")
+    try:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(f"{where}: expected a buildable model, got: {one_line(error)} Correct it.") from error
+    if widths is not None:
+        full = layer_widths(model, row)
+        if not isinstance(widths, list) or [type(w) is int and 0 < w <= full[0] for w in widths] != [True] * count:
+            raise CheckpointError(
+                f"{where}: expected {WIDTHS_KEY} to list {count} widths from 1 to {full[0]}, got {widths!r}. "
+                "It was written with the weights: restore it from there."
+            )
+        resize_(model, row, widths)
+    model.tie_weights()
+    model.requires_grad_(False)
+    model.eval()
+    stored_names(checkpoint, model, [name for name, _ in model.named_parameters()])
+    return model
+
+
+def materialise_(
+    model: CausalLM, checkpoint: Checkpoint, names: Iterable[str], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Read the parameters `names` of a skeleton, tie what is tied, and move its buffers to the device.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape than the model's, or cannot be read.
+    """
+    wanted = stored_names(checkpoint, model, names)
+    for stored, tensor in checkpoint.read(wanted):
+        for name in wanted[stored]:
+            replace_parameter_(model, name, tensor.to(device, dtype))
+    model.tie_weights()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> CausalLM:
+    """The whole model in memory, read without running any code of the checkpoint; per-layer widths included."""
+    model = skeleton(checkpoint)
+    materialise_(model, checkpoint, [name for name, _ in model.named_parameters()], device, dtype)
+    return model
+
+
+@contextmanager
+def frozen(model: CausalLM) -> Iterator[None]:
+    """Within the block: evaluation mode and no parameter wants a gradient; both as before afterwards."""
+    training = {module: module.training for module in model.modules()}
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.eval()
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in wanted)
+
+
+def stored_names(checkpoint: Checkpoint, model: CausalLM, names: Iterable[str]) -> dict[str, list[str]]:
+    """Stored name → tensor names that it serves; the second name of a tied weight is left to `tie_weights`.
+
+    Raises:
+        CheckpointError: a tensor is missing, or its shape is not the model's.
+    """
+    tied = model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
+    wanted: dict[str, list[str]] = {}
+    for name in names:
+        if name in tied:
+            continue
+        stored = checkpoint.stored_name(name, model.base_model_prefix)
+        shape = tuple(model.get_parameter(name).shape)
+        place = checkpoint.tensors[stored]
+        if place.shape != shape or place.dtype not in FLOATING.values():
+            raise CheckpointError(
+                f"{checkpoint.folder}: tensor {stored}: expected floating-point values of shape {shape}, which follows "
+                f"from config.json, got {place.dtype} {place.shape}. The config and the weights belong to different "
+                "models."
+            )
+        wanted.setdefault(stored, []).append(name)
+    return wanted

@@ -1,0 +1,294 @@
+"""A model as a stream of layers: only the layers that are held have weights in memory.
+
+transformers' own modelling code does everything but the MLP. To learn what every layer is called with, the model's
+forward runs once with stubs in place of its layers; for the loss, it runs with the last stub handing over the stored
+hidden state, so that final norm, head and any logit caps are the model's own.
+
+Shapes: B windows, L tokens per window, T = B·L, d hidden size, m units, V vocabulary.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minisp import ops
+from minisp.device import trim_memory
+from minisp.errors import CheckpointError
+from minisp.models.families import (
+    Architecture,
+    CausalLM,
+    architecture_of,
+    decoder_layers,
+    layers_path,
+    mlp_weights,
+    replace_parameter_,
+    unit_axes,
+)
+from minisp.models.loader import Loader
+from minisp.models.skeleton import materialise_, skeleton, stored_names
+from minisp.models.vocabulary import StreamedVocabulary
+from minisp.ops.sampling import draw_labels, label_numbers
+from minisp.store.checkpoint import DTYPE_OF, Checkpoint
+
+# Logits of one chunk of tokens: 16-bit logits and their gradient stay within this many bytes. A GPU reads the head's
+# weights from memory for every chunk: few chunks then.
+LOGIT_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """The arguments, besides the hidden state, that the model passes to one decoder layer."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Stream:
+    """A causal language model whose decoder layers are materialised only while held.
+
+    Attributes:
+        model: the transformers model; parameters of layers that are not held are on the meta device.
+        row: its architecture.
+        device, dtype: where and in what type it computes.
+        checkpoint: where the weights come from; None when the model was in memory to begin with.
+        vocabulary: embeddings and head, where they are left on disk.
+        label_seed: seeds the labels that the model draws itself for its loss; None takes those of the text.
+    """
+
+    def __init__(self, model: CausalLM, device: torch.device, dtype: torch.dtype, checkpoint: Checkpoint | None):
+        self.model = model
+        self.row: Architecture = architecture_of(model.config)
+        self.device = device
+        self.dtype = dtype
+        self.checkpoint = checkpoint
+        self.layers = decoder_layers(model, self.row)
+        self.vocabulary: StreamedVocabulary | None = None
+        self.label_seed: int | None = None
+        self._loader: Loader | None = None
+        self._calls: dict[tuple[int, ...], list[LayerCall]] = {}
+        self._empty = [{name: p.data for name, p in layer.named_parameters()} for layer in self.layers]
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        num_slots: int = 1,
+        stream_vocabulary: bool = False,
+    ) -> "Stream":
+        """Everything but the decoder layers is read now; the layers' tensors are only looked up.
+
+        Args:
+            num_slots: segments in memory at once; 2 reads ahead.
+            stream_vocabulary: leave embeddings and head on disk too, see `StreamedVocabulary`.
+
+        Raises:
+            UnsupportedModelError: unknown family.
+            CheckpointError: a tensor is missing or has another shape than the config says.
+        """
+        model = skeleton(checkpoint)
+        stream = cls(model, device, dtype, checkpoint)
+        stream._loader = Loader(checkpoint, device, num_slots)
+        prefix = f"{layers_path(model, stream.row)}."
+        left: set[str] = set()
+        if stream_vocabulary:
+            stream.vocabulary = StreamedVocabulary(checkpoint, model, device, dtype)
+            left = stream.vocabulary.names
+        names = [n for n, _ in model.named_parameters() if not n.startswith(prefix) and n not in left]
+        materialise_(model, checkpoint, names, device, dtype)
+        return stream
+
+    @classmethod
+    def from_module(cls, model: CausalLM) -> "Stream":
+        """A model in memory, computed where and in the type that it has; nothing is ever released."""
+        parameter = next(model.parameters())
+        if parameter.is_meta:
+            raise CheckpointError("Model: expected weights in memory, got a model on the meta device. Load it first.")
+        return cls(model, parameter.device, parameter.dtype, None)
+
+    def visit(self, segments: Sequence[range]) -> Iterator[range]:
+        """Yield segment after segment of layers, each with its weights in memory until the next one is asked for.
+
+        The schedule: with two slots, segment i + 1 is read while segment i computes; with one, after it.
+        """
+        if self._loader is None:
+            yield from segments
+            return
+        ahead = self._loader.num_slots - 1
+        reading = deque(map(self._start, segments[: ahead + 1]))
+        for place, segment in enumerate(segments):
+            self._place(*reading.popleft())
+            try:
+                yield segment
+            finally:
+                for index in segment:
+                    for name, empty in self._empty[index].items():
+                        replace_parameter_(self.layers[index], name, empty)
+            reading.extend(map(self._start, segments[place + ahead + 1 : place + ahead + 2]))
+
+    def release(self, num_slots: int | None = None) -> None:
+        """Give back the memory that `visit` reads into; another visit takes it anew, for so many segments at once."""
+        if self._loader is not None:
+            self._loader.num_slots = num_slots or self._loader.num_slots
+            self._loader.release()
+        trim_memory()
+
+    def _start(self, segment: range) -> tuple[dict[str, list[str]], Future[dict[str, Tensor]]]:
+        """Begin to read a segment: stored name → parameters that it is for, and what is being read."""
+        assert self._loader is not None and self.checkpoint is not None
+        path = layers_path(self.model, self.row)
+        names = [f"{path}.{index}.{name}" for index in segment for name in self._empty[index]]
+        wanted = stored_names(self.checkpoint, self.model, names)
+        return wanted, self._loader.start(list(wanted))
+
+    def _place(self, wanted: dict[str, list[str]], reading: Future[dict[str, Tensor]]) -> None:
+        tensors = reading.result()
+        for stored, names in wanted.items():
+            for name in names:
+                replace_parameter_(self.model, name, tensors[stored].to(self.dtype))
+
+    def down_weight(self, index: int) -> Tensor:
+        """The down projection (d, m) of a layer, in the stored dtype (not the compute type), on the device.
+
+        Where the layer is held and has it in that type, it is the layer's own, valid as long as that is.
+        """
+        if self.checkpoint is None:
+            return mlp_weights(self.layers[index], self.row).down.detach()
+        held = mlp_weights(self.layers[index], self.row).down.detach()
+        name = f"{layers_path(self.model, self.row)}.{index}.{self.row.down}.weight"
+        stored = self.checkpoint.stored_name(name, self.model.base_model_prefix)
+        if not held.is_meta and DTYPE_OF[self.checkpoint.tensors[stored].dtype] == held.dtype:
+            return held
+        ((_, weight),) = self.checkpoint.read([stored])
+        axis = unit_axes(self.layers[index], self.row)[f"{self.row.down}.weight"]
+        return (weight if axis == 1 else weight.T).to(self.device)
+
+    def calls(self, ids: Tensor) -> list[LayerCall]:
+        """What every layer is called with for windows of this shape (B, L)."""
+        if tuple(ids.shape) not in self._calls:
+            self.embed(ids)
+        return self._calls[tuple(ids.shape)]
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """The hidden state (B, L, d) that enters the first layer."""
+        calls: list[LayerCall] = []
+        entering: list[Tensor] = []
+
+        def record(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            entering.append(hidden)
+            calls.append(LayerCall(args, kwargs))
+            if index == len(self.layers) - 1:
+                raise _EnoughError
+            return hidden
+
+        with self._stubs(record), suppress(_EnoughError):
+            self.model(input_ids=ids.to(self.device), use_cache=False)
+        self._calls[tuple(ids.shape)] = calls
+        return entering[0]
+
+    def run_layer(self, index: int, hidden: Tensor, calls: Sequence[LayerCall]) -> Tensor:
+        """The hidden state (B, L, d) after layer `index`, which must be held."""
+        call = calls[index]
+        result: Any = self.layers[index](hidden, *call.args, **call.kwargs)
+        leaving: Tensor = result[0] if isinstance(result, tuple) else result
+        return leaving
+
+    def state_bytes(self, ids: Tensor) -> int:
+        """Bytes of the hidden states (B, L, d) of windows (B, L)."""
+        size: int = ids.numel() * self.model.config.hidden_size * self.dtype.itemsize
+        return size
+
+    @property
+    def logit_bytes(self) -> int:
+        """Bytes that the logits of one chunk of tokens may take."""
+        return LOGIT_BYTES.get(self.device.type, LOGIT_BYTES["cpu"])
+
+    def loss_gradient(self, hidden: Tensor, ids: Tensor) -> tuple[float, Tensor]:
+        """Loss and its gradient at the last layer's output.
+
+        The loss is the summed negative log likelihood (nats) of tokens 2…L of each window, or of as many that the model
+        draws in their place (`label_seed`). Tokens go through the head in chunks, so that the logits stay within
+        `LOGIT_BYTES`; a streamed head takes all tokens at once, for it is read from disk each time.
+
+        Args:
+            hidden: (B, L, d) output of the last layer.
+            ids: (B, L) tokens.
+
+        Returns:
+            The loss, and ∂loss/∂hidden (B, L, d) in the dtype of `hidden`.
+        """
+        ids = ids.to(self.device)
+        numbers = None if self.label_seed is None else label_numbers(ids, self.label_seed).to(self.device)
+        gradient = torch.zeros_like(hidden)
+        step = hidden.shape[1]
+        if self.vocabulary is None:
+            step = max(1, self.logit_bytes // (4 * self.model.config.vocab_size * hidden.shape[0]))
+        loss = 0.0
+        for start in range(0, hidden.shape[1] - 1, step):
+            stop = min(start + step, hidden.shape[1] - 1)
+            chunk = hidden[:, start:stop].detach().requires_grad_()
+            targets, drawn = ids[:, start + 1 : stop + 1], None if numbers is None else numbers[:, start:stop]
+            with self._stubs(partial(self._hand_over, chunk)), torch.enable_grad():
+                # Logits, or what the head would make them from where it is streamed.
+                leaving = self.model(input_ids=ids[:, start:stop], use_cache=False).logits
+            if self.vocabulary is None:
+                targets = targets if drawn is None else draw_labels(leaving.detach(), drawn)
+                chunk_loss, grad_leaving = ops.cross_entropy_gradient(leaving.detach(), targets)
+            else:
+                flat = leaving.detach().reshape(-1, leaving.shape[-1])
+                chunk_loss, grad_flat = self.vocabulary.loss_gradient(flat, targets, drawn)
+                grad_leaving = grad_flat.view_as(leaving).to(leaving.dtype)
+            gradient[:, start:stop] = torch.autograd.grad(leaving, chunk, grad_leaving)[0]
+            loss += chunk_loss
+        return loss, gradient
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Logits (B, L, V) for the states (B, L, d) behind all layers; where the head is streamed, its input."""
+        with self._stubs(partial(self._hand_over, hidden)):
+            leaving: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+        return leaving
+
+    def _hand_over(self, chunk: Tensor, index: int, passing: Tensor, *_: Any, **__: Any) -> Tensor:
+        """What a stub does where only the end of the model is wanted: the last one hands over `chunk`."""
+        return chunk if index == len(self.layers) - 1 else passing
+
+    @contextmanager
+    def _stubs(self, function: Any) -> Iterator[None]:
+        originals = list(self.layers)
+        for index, layer in enumerate(originals):
+            self.layers[index] = _Stub(index, layer, function)
+        try:
+            yield
+        finally:
+            for index, layer in enumerate(originals):
+                self.layers[index] = layer
+
+
+class _Stub(nn.Module):
+    """Stands for a decoder layer in the model's forward; other attributes are those of the layer."""
+
+    def __init__(self, index: int, layer: nn.Module, function: Any):
+        super().__init__()
+        self.__dict__.update(_index=index, _layer=layer, _function=function)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        leaving: Tensor = self._function(self._index, hidden, *args, **kwargs)
+        return leaving
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+
+class _EnoughError(Exception):
+    """Raised by the last stub: the rest of the forward is not wanted."""

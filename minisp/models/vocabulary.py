@@ -1,0 +1,175 @@
+"""Embeddings and head that stay on disk: rows are looked up, the loss is computed a block of the vocabulary at a time.
+
+With h (T, d) the input of the head, W (V, d) its weight and z = h Wᵀ the logits, two passes over blocks of W give,
+without ever holding (T, V) values (the first: Milakov & Gimelshein, 2018, "Online normalizer calculation for softmax"):
+
+    lse_t = log Σ_v exp z_tv,    loss = Σ_t lse_t − z_t,label,
+    ∂loss/∂h_t = Σ_v (exp(z_tv − lse_t) − 1[v = label]) W_v
+
+Work: 6·T·V·d FLOPs where a resident head takes 4, since the logits are formed twice; V·d elements are read twice.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minisp.errors import UnsupportedModelError
+from minisp.models.families import CausalLM
+from minisp.store.checkpoint import Checkpoint
+from minisp.store.files import helper_thread
+
+# Float32 logits of one block: they, their 16-bit copy and the rows of W are what a block needs.
+BLOCK_BYTES = 32 * 2**20
+# The least probability of a label that counts in the loss, as 87 nats; the gradient takes them as they are.
+TINY = torch.finfo(torch.float32).tiny
+
+
+class StreamedVocabulary:
+    """Stands in for a model's embedding and head, whose weights are never in memory whole.
+
+    The embedding module looks its rows up on disk; the head module passes its input on, so that the model's own
+    forward ends with h in place of the logits.
+
+    Attributes:
+        names: the model's parameters that must not be read.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: CausalLM, device: torch.device, dtype: torch.dtype):
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if getattr(head, "bias", None) is not None:
+            raise UnsupportedModelError(
+                "Head: expected one without a bias to leave on disk, got one with a bias. Allow more memory "
+                "(host_memory), so that it is held."
+            )
+        weights = (embedding.weight, head.weight)
+        self.names = {
+            name
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if any(parameter is weight for weight in weights)
+        }
+        self._checkpoint, self._device, self._dtype = checkpoint, device, dtype
+        self._embedding = self._stored_name(model, embedding)
+        self._head = self._stored_name(model, head)
+        place = checkpoint.tensors[self._head]
+        self._num_rows, self._row_bytes = place.shape[0], place.num_bytes // place.shape[0]
+        self._thread = helper_thread("minisp-vocabulary")
+        embedding.forward = self._look_up
+        head.forward = nn.Identity().forward
+
+    def loss_gradient(self, hidden: Tensor, targets: Tensor, drawn: Tensor | None = None) -> tuple[float, Tensor]:
+        """Summed negative log likelihood (nats), and its gradient with respect to the head's input.
+
+        Args:
+            hidden: h (T, d).
+            targets: int64 labels of the T tokens, in any shape.
+            drawn: in the same shape, numbers in [0, 1): the labels are then drawn by them, see `minisp.ops.sampling`.
+
+        Returns:
+            The loss, and the gradient (T, d) float32.
+        """
+        maximum = hidden.new_full((len(hidden),), float("-inf"), dtype=torch.float32)
+        total, loss = torch.zeros_like(maximum), torch.zeros_like(maximum)
+        for _, rows in self._blocks(len(hidden)):
+            maximum, _ = _raise_maximum((hidden @ rows.T).float(), maximum, total)
+        lse = maximum + total.log_()
+        labels = _Labels(targets.reshape(-1), None if drawn is None else drawn.reshape(-1), self._num_rows)
+        gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        for start, rows in self._blocks(len(hidden)):
+            share = (hidden @ rows.T).float().sub_(lse[:, None]).exp_()
+            place, inside = labels.places(start, share)
+            loss -= share.gather(1, place)[:, 0].clamp_min(TINY).log().where(inside, 0)
+            share.scatter_add_(1, place, -inside[:, None].float())
+            gradient += share.to(self._dtype) @ rows
+        return float(loss.sum(dtype=torch.float64)), gradient
+
+    def divergences(self, wanted: Tensor, others: Sequence[Tensor]) -> list[float]:
+        """Σ_t KL(softmax z_t ‖ softmax z'_t), in nats, of the head's logits z for `wanted` and z' for each of `others`.
+
+        One pass over the vocabulary: KL = Σ_v p_v (z_v − z'_v) − lse z + lse z', each sum kept relative to the largest
+        logit so far.
+
+        Args:
+            wanted, others: head inputs (T, d).
+        """
+        best = [hidden.new_full((len(hidden),), float("-inf"), dtype=torch.float32) for hidden in (wanted, *others)]
+        total = [torch.zeros_like(maximum) for maximum in best]
+        gap = [torch.zeros_like(maximum) for maximum in best[1:]]
+        for _, rows in self._blocks(len(wanted)):
+            logits = (wanted @ rows.T).float()
+            best[0], kept = _raise_maximum(logits, best[0], total[0])
+            share = (logits - best[0][:, None]).exp_()
+            for place, hidden in enumerate(others):
+                theirs = (hidden @ rows.T).float()
+                best[place + 1], _ = _raise_maximum(theirs, best[place + 1], total[place + 1])
+                gap[place].mul_(kept).add_((share * (logits - theirs)).sum(1))
+        lse = [maximum + part.log() for maximum, part in zip(best, total, strict=True)]
+        found = [g / total[0] - lse[0] + other for g, other in zip(gap, lse[1:], strict=True)]
+        return [float(kl.sum(dtype=torch.float64)) for kl in found]
+
+    def _stored_name(self, model: CausalLM, module: Any) -> str:
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            tied = model.all_tied_weights_keys.get(name, name) if model.config.tie_word_embeddings else name
+            if parameter is module.weight and name == tied:
+                return self._checkpoint.stored_name(name, model.base_model_prefix)
+        raise AssertionError("the weight is a parameter of the model")
+
+    def _look_up(self, ids: Tensor) -> Tensor:
+        rows, inverse = ids.unique(return_inverse=True)
+        found = self._checkpoint.read_rows(self._embedding, rows.tolist())
+        return found.to(self._device, self._dtype)[inverse]
+
+    def _blocks(self, num_tokens: int) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows (v, d)) of the head, the next block being read meanwhile."""
+        step = max(1, BLOCK_BYTES // max(4 * num_tokens, self._row_bytes))
+        starts = range(0, self._num_rows, step)
+
+        def read(start: int) -> Tensor:
+            return self._checkpoint.read_rows(self._head, range(start, min(start + step, self._num_rows)))
+
+        reading = self._thread.submit(read, 0)
+        for start in starts:
+            rows = reading.result()
+            if start + step < self._num_rows:
+                reading = self._thread.submit(read, start + step)
+            yield start, rows.to(self._device, self._dtype)
+
+
+def _raise_maximum(logits: Tensor, maximum: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Take a block of logits (T, v) into `total` (T,), exponentials over that of the maximum (T,), in place.
+
+    Returns:
+        The new maximum, and the factor by which older sums shrank.
+    """
+    higher = torch.maximum(maximum, logits.amax(1))
+    factor = (maximum - higher).exp_()
+    total.mul_(factor).add_((logits - higher[:, None]).exp_().sum(1))
+    return higher, factor
+
+
+class _Labels:
+    """Where the labels lie, block after block of the vocabulary.
+
+    Args:
+        targets: (T,) int64.
+        drawn: (T,) numbers in [0, 1) that decide instead, or None.
+        num_rows: V.
+    """
+
+    def __init__(self, targets: Tensor, drawn: Tensor | None, num_rows: int):
+        self._targets, self._left, self._num_rows = targets, drawn, num_rows
+
+    def places(self, start: int, share: Tensor) -> tuple[Tensor, Tensor]:
+        """Column (T, 1) of each label in the block (T, v) of probabilities from `start` on, and whether it is there."""
+        count = share.shape[1]
+        if self._left is None:
+            place = self._targets - start
+            inside = (place >= 0) & (place < count)
+            return place.clamp(0, count - 1)[:, None], inside
+        # What is left of a number once the tokens before have had their shares; below 0 the label has been drawn.
+        found = self._left < 0
+        place = torch.searchsorted(share.cumsum(1), self._left[:, None], right=True)
+        inside = ~found & ((place[:, 0] < count) | (start + count == self._num_rows))
+        self._left = torch.where(inside | found, -1, (self._left - share.sum(1)).clamp_min(0))
+        return place.clamp_(max=count - 1), inside

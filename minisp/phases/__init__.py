@@ -1,0 +1,1 @@
+"""The run, in the order of time: calibrate, saliency, trials, refit."""

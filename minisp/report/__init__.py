@@ -1,0 +1,1 @@
+"""What is said before, during and after a run: plan, progress, table, plot."""

@@ -1,0 +1,286 @@
+"""What a person sees: progress while it runs, the plan before, the table and the plot after; and the same as JSON."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from minisp.methods.reconstruction import Reconstruction
+from minisp.models.stream import Stream
+from minisp.phases.run import Progress as ProgressFunction
+from minisp.plan.planner import Plan
+from minisp.report.tables import plan_dict
+from minisp.text.calibration import Calibration
+from minisp.units import megabytes, millions
+
+SECONDS_PER_LINE = 30.0
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: width before and after, the relative residual of its output with and without refitting, its solve.
+
+    `damping_curve` lists (damping, cross-validated relative residual) where damping was chosen; `backward_error` and
+    `shift` are those of `minisp.ops.cholesky.Solved`; `drift_explained` is the share of the drift that was corrected.
+    """
+
+    layer: int
+    width: int
+    kept: int
+    residual: float
+    residual_sliced: float
+    damping: float
+    damping_curve: tuple[tuple[float, float], ...]
+    backward_error: float
+    shift: float
+    drift_explained: float
+
+
+@dataclass(frozen=True)
+class MinifyReport:
+    """What `minify` did.
+
+    Attributes:
+        plan: what it set out to do; `plan.config` are the options.
+        layers: one line per layer.
+        kept: per layer (n,) int64, the units that stayed.
+        parameters: number of parameters after.
+        bytes: size of the written weights, or of the model in memory.
+        calibration: what the calibration consisted of; `calibration_fingerprint` is its SHA-256.
+        seconds: wall time by phase.
+        peak_rss: highest resident memory of this process so far, in bytes.
+        peak_device_memory: highest GPU memory allocated, in bytes; None without a GPU.
+        out: the folder written, or None.
+        load_line: the Python expression that loads the folder; None where nothing was written.
+        model: the model pruned in place, where one was passed or nothing was written.
+    """
+
+    plan: Plan
+    layers: tuple[LayerReport, ...]
+    kept: tuple[Tensor, ...] = field(repr=False)
+    parameters: int
+    bytes: int
+    calibration: tuple[str, ...]
+    calibration_fingerprint: str
+    seconds: dict[str, float]
+    peak_rss: int
+    peak_device_memory: int | None
+    out: Path | None
+    load_line: str | None
+    model: nn.Module | None = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; the kept indices and the model are left out."""
+        return {
+            "plan": plan_dict(self.plan),
+            "layers": [asdict(layer) for layer in self.layers],
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "calibration": list(self.calibration),
+            "calibration_fingerprint": self.calibration_fingerprint,
+            "seconds": self.seconds,
+            "peak_rss": self.peak_rss,
+            "peak_device_memory": self.peak_device_memory,
+            "out": str(self.out) if self.out else None,
+            "load_line": self.load_line,
+        }
+
+
+def make_report(
+    stream: Stream,
+    plan: Plan,
+    results: Sequence[Reconstruction],
+    calibration: Calibration,
+    seconds: dict[str, float],
+    out: Path | None,
+) -> MinifyReport:
+    """Gather the report of a run whose results, in layer order, are computed and will stand at `out`."""
+    layers = tuple(
+        LayerReport(
+            layer=r.layer,
+            width=width,
+            kept=len(r.kept),
+            residual=r.residual,
+            residual_sliced=r.residual_sliced,
+            damping=r.damping,
+            damping_curve=r.damping_curve,
+            backward_error=r.backward_error,
+            shift=r.shift,
+            drift_explained=r.drift_explained,
+        )
+        for r, width in zip(results, plan.widths, strict=True)
+    )
+    cut = plan.parameters_per_unit * sum(layer.width - layer.kept for layer in layers)
+    on_gpu = stream.device.type == "cuda"
+    return MinifyReport(
+        plan=plan,
+        layers=layers,
+        kept=tuple(r.kept for r in results),
+        parameters=plan.parameters - cut,
+        bytes=sum(p.numel() * p.element_size() for p in stream.model.parameters()),
+        calibration=calibration.description,
+        calibration_fingerprint=calibration.fingerprint,
+        seconds=dict(seconds),
+        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_device_memory=torch.cuda.max_memory_allocated(stream.device) if on_gpu else None,
+        out=out,
+        load_line=load_line(out, [layer.kept for layer in layers]) if out is not None else None,
+        model=stream.model if stream.checkpoint is None else None,
+    )
+
+
+def load_line(folder: str | Path, widths: Sequence[int]) -> str:
+    """The Python expression that loads a result with transformers."""
+    trust = ", trust_remote_code=True" if len(set(widths)) > 1 else ""
+    name = json.dumps(str(folder), ensure_ascii=False)
+    return f"AutoModelForCausalLM.from_pretrained({name}{trust})"
+
+
+def report_table(report: MinifyReport) -> Table:
+    """The result as a table for the terminal."""
+    plan = report.plan
+    table = Table(title=escape(f"Result: {plan.model}"), title_justify="left")
+    for name in ("", "before", "after", "ratio"):
+        table.add_column(name, justify="left" if not name else "right")
+    kept, units = sum(layer.kept for layer in report.layers), sum(plan.widths)
+    rows = [("MLP units", units, kept, f"{units:,}", f"{kept:,}")]
+    rows.append(
+        ("parameters", plan.parameters, report.parameters, millions(plan.parameters), millions(report.parameters))
+    )
+    rows.append(("weights", plan.bytes, report.bytes, megabytes(plan.bytes), megabytes(report.bytes)))
+    for name, before, after, before_text, after_text in rows:
+        table.add_row(name, before_text, after_text, f"{after / before:.3f}")
+    cut = [layer for layer in report.layers if layer.kept < layer.width]
+    if cut:
+        sliced = sum(layer.residual_sliced for layer in cut) / len(cut)
+        refitted = sum(layer.residual for layer in cut) / len(cut)
+        table.add_row(
+            f"mean residual of {len(cut)} layers",
+            f"{sliced:.3f} sliced",
+            f"{refitted:.3f} refitted",
+            f"{refitted / sliced:.3f}" if sliced else "",
+        )
+        low, high = min(layer.damping for layer in cut), max(layer.damping for layer in cut)
+        table.add_row("damping", "", f"{low:.1e}" if low == high else f"{low:.1e} to {high:.1e}", "")
+        table.add_row("largest backward error", "", f"{max(layer.backward_error for layer in cut):.1e}", "")
+    return table
+
+
+def summary_lines(report: MinifyReport) -> list[str]:
+    """What the table has no room for: calibration, time, memory, and how to load the result."""
+    phases = ", ".join(f"{name} {value:.1f} s" for name, value in report.seconds.items())
+    lines = [f"calibration: {'; '.join(report.calibration)}", f"time: {phases}"]
+    lines.append(f"peak memory: {peak_memory_line(report)}")
+    if report.out is not None:
+        lines.append(f"written to {report.out}")
+        lines.append(f"load it with: {report.load_line}")
+    return lines
+
+
+def peak_memory_line(report: MinifyReport) -> str:
+    """The measured peaks beside the planned one."""
+    planned = megabytes(report.plan.peak_memory)
+    if report.peak_device_memory is None:
+        return f"{megabytes(report.peak_rss)} of the process (planned {planned})"
+    return (
+        f"{megabytes(report.peak_device_memory)} on the GPU (planned {planned}), {megabytes(report.peak_rss)} beside it"
+    )
+
+
+def plot_layers(report: MinifyReport, path: Path) -> bool:
+    """Draw widths and residuals per layer into a PNG; False where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curves = {layer.layer: layer.damping_curve for layer in report.layers if layer.damping_curve}
+    rows = 3 if curves else 2
+    figure, axes = plt.subplots(rows, 1, figsize=(8, 2.5 * rows), layout="constrained")
+    top, middle = axes[:2]
+    index = [layer.layer for layer in report.layers]
+    top.bar(index, [layer.width for layer in report.layers], color="0.88", label="before")
+    top.bar(index, [layer.kept for layer in report.layers], color="tab:blue", label="kept")
+    top.set_ylabel("MLP width")
+    kept = sum(layer.kept for layer in report.layers) / sum(layer.width for layer in report.layers)
+    top.set_title(f"{report.plan.model}: {kept:.0%} of the MLP units kept", loc="left")
+    top.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+    for name, label, color in (("residual_sliced", "sliced", "0.6"), ("residual", "refitted", "tab:blue")):
+        # A layer that lost nothing has no residual: a gap, which the axis explains.
+        values = [getattr(layer, name) if layer.kept < layer.width else float("nan") for layer in report.layers]
+        middle.plot(index, values, "o-", color=color, label=label)
+    middle.set(xlabel="layer", ylabel="relative residual\n(of layers that were cut)", xlim=top.get_xlim())
+    middle.set_ylim(bottom=0)
+    middle.legend()
+    for layer, curve in curves.items():
+        dampings, errors = zip(*curve, strict=True)
+        shade = matplotlib.colormaps["viridis"](layer / max(1, len(index) - 1))
+        axes[2].semilogx(dampings, [error / min(errors) for error in errors], ".-", color=shade, label=f"layer {layer}")
+    if curves:
+        axes[2].set(xlabel="damping λ", ylabel="cross-validated error\nover its minimum")
+        axes[2].legend(fontsize=6, ncols=3, loc="upper left")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(figure)
+    return True
+
+
+@contextmanager
+def progress_bar(quiet: bool = False, *, lines: bool = False) -> Iterator[ProgressFunction]:
+    """A progress function that draws one bar per phase on standard error, where that is a terminal.
+
+    Args:
+        quiet: show nothing.
+        lines: where standard error is no terminal, print a line when a phase begins and every `SECONDS_PER_LINE`.
+    """
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    if quiet or not sys.stderr.isatty():
+        yield _print_lines(console) if lines and not quiet else lambda phase, done, total: None
+        return
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(phase: str, done: int, total: int) -> None:
+            name, _, detail = phase.partition(", ")
+            if name not in tasks:
+                tasks[name] = progress.add_task(escape(name), total=total)
+            progress.update(tasks[name], completed=done, total=total, description=escape(f"{name} {detail}".strip()))
+
+        yield show
+
+
+def _print_lines(console: Console) -> ProgressFunction:
+    """A progress function that prints plain lines; a phase is named by what stands before its first comma."""
+    begun: set[str] = set()
+    printed = -SECONDS_PER_LINE
+
+    def show(phase: str, done: int, total: int) -> None:
+        nonlocal printed
+        name, now = phase.partition(", ")[0], time.monotonic()
+        if name in begun and now - printed < SECONDS_PER_LINE:
+            return
+        begun.add(name)
+        printed = now
+        console.print(f"{phase}: {done} of {total}", markup=False, highlight=False, soft_wrap=True)
+
+    return show

@@ -1,0 +1,1 @@
+"""Bytes at rest: checkpoints, records of a run, shards; durable, locked, checksummed."""
