@@ -77,7 +77,7 @@ def commands_of(part: str, folder: Path, scratch: Path, *, rehearse: bool = Fals
     if part == "build":
         return [([sys.executable, "setup.py", "-q", *(["--name"] if rehearse else ["build_ext", "--inplace"])], {})]
     if part == "correctness":
-        files = {*(ROOT / "tests" / "kernels").glob("test_*.py"), ROOT / "tests" / "test_cuda.py"}
+        files = {*(ROOT / "tests" / "kernels").glob("test_*.py"), ROOT / "tests" / "runs" / "test_cuda.py"}
         named = [str(path) for path in sorted(files) if path.name not in WITHOUT_GPU]
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "shard", "-m", "kernel or gpu"]
         # What is stopped in the middle has shown no failure: it had better stop by itself.

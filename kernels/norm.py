@@ -4,7 +4,8 @@ Shapes: T rows, d columns. With r = (mean x² + eps)^(−1/2) and s = offset + w
 with h = g ⊙ s:  ∂L/∂x = r (h − x r² mean(h ⊙ x)). All arithmetic is float32.
 
 Floor: 2 elements of traffic per element forward, 3 backward, 10 bytes together in bfloat16. Derived: at 85 % of a copy
-bandwidth of 3 TB/s, 8192 rows of d = 4096 take 0.05 and 0.08 ms. What a whole layer moves, tests/test_budget.py counts.
+bandwidth of 3 TB/s, 8192 rows of d = 4096 take 0.05 and 0.08 ms. tests/models/test_layer_budget.py counts what a whole
+layer moves.
 A program holds whole rows in registers, so that the second reading of x costs nothing. Short rows, as of one head's
 dimensions, share a program: each has too few bytes to keep in flight.
 """

@@ -1,6 +1,6 @@
 // Gram matrix and attention of every processor level against plain double computations, on small and ragged shapes.
 //
-// Built by tests/test_levels.py with every level's kernels compiled for the machine at hand: what it has not is emulated
+// Built by tests/ops/test_levels.py with every level's kernels compiled for the machine at hand: what it has not is emulated
 // (tests/emulated/). Prints one line per level and type. With an argument, few shapes.
 #include <algorithm>
 #include <cmath>
@@ -29,7 +29,7 @@ std::mt19937 generator(0);
 struct Errors {
   double largest = 0;
 
-  // Relative to the largest element, as in tests/test_ops.py; units are roundings of the storage.
+  // Relative to the largest element, as in tests/ops/test_ops.py; units are roundings of the storage.
   void note(const Doubles& exact, const Doubles& found, double eps) {
     double scale = 1e-30, error = 0;
     for (size_t i = 0; i < exact.size(); ++i) {
@@ -146,7 +146,7 @@ void check_attention(const minisp::Kernels& kernels, int64_t tokens, int64_t dim
   level.add_groups(key_sums.data(), heads(grad_k), shape, 0, 2);
   level.add_groups(value_sums.data(), heads(grad_v), shape, 0, 2);
   const Exact exact = attention(shape, widened(q), widened(k), widened(v), widened(g));
-  // As in tests/test_ops.py, where the error that eager arithmetic makes in the same type comes on top.
+  // As in tests/ops/test_ops.py, where the error that eager arithmetic makes in the same type comes on top.
   const double eps = kEps<T> * (is_narrow<T> ? 2 : 2 * std::sqrt(static_cast<double>(tokens + dim)));
   errors.note(exact.out, widened(out), eps);
   errors.note(exact.grad_value, widened(grad_v), eps);

@@ -2,7 +2,7 @@
 //
 // This folder's files are compiled once per level (MINISP_LEVEL), into minisp::MINISP_LEVEL. Whatever they use must be
 // inlined or stand in that namespace: a function that two levels share would be one level's, by the linker's choice.
-// Hence no standard library here beyond memcpy; tests/test_build.py looks at the symbols.
+// Hence no standard library here beyond memcpy; tests/ops/test_build.py looks at the symbols.
 #pragma once
 
 #include "../numeric.h"

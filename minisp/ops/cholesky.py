@@ -16,7 +16,7 @@ random right-hand sides, in three kinds of product (excess: by how much of the o
     5e-2      8e-09          2e-10     1e-07          4e-08     1e-05          8e-04
 
 The error is backward, as in `Solved`. Truncated TF32 does not converge under refinement below a damping of 5e-2;
-products in pieces need none. tests/test_pieces.py holds this.
+products in pieces need none. tests/ops/test_pieces.py holds this.
 
 Shapes: n unknowns, d right-hand sides. Right-hand sides are rows.
 """

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import ideas
 
 TOKENS, WIDTH, HIDDEN = 60, 8, 3

@@ -12,7 +12,7 @@ import torch
 from minisp import fast
 from minisp.methods.selection import select
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -9,7 +9,7 @@ from minisp.store import tiers
 from minisp.store.records import Folder, Memory
 from minisp.store.tiers import Room, Tiers
 from tests.models import save_checkpoint, tiny_model
-from tests.test_resume import interrupted, run, weights
+from tests.runs.test_resume import interrupted, run, weights
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ from minisp.phases.calibrate import calibrate
 from minisp.phases.run import Workplace
 from minisp.ranks import Ranks
 from tests.models import save_checkpoint, tiny_model
-from tests.test_resume import run
+from tests.runs.test_resume import run
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_processes_share_the_windows_and_give_one_result(size: int, source: Path
 LOST = """
 import os, signal, sys, torch
 from minisp import fast
-from tests.test_resume import OPTIONS, WINDOWS
+from tests.runs.test_resume import OPTIONS, WINDOWS
 
 def progress(phase, done, total):
     if os.environ["RANK"] == "1" and phase == "saliency, layers 1-1" and "--resume" not in sys.argv:

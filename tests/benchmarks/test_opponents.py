@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minisp.methods.statistics import LayerStatistics
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import opponents
 
 TOKENS, WIDTH, HIDDEN = 60, 8, 3

@@ -9,8 +9,8 @@ import pytest
 
 from minisp.evaluate import measure, speed
 from minisp.report import report
+from tests.cli.test_app import SMALL, run
 from tests.models import WIDTH, save_checkpoint, tiny_model
-from tests.test_cli import SMALL, run
 
 BRIEF = ("--window", "32", "--max-windows", "3", "--no-speed", "--questions", "0", "--dtype", "float32")
 

@@ -18,7 +18,7 @@ needs_extension = pytest.mark.skipif(not HAS_EXTENSION, reason="the extension is
 X86 = platform.machine() in ("x86_64", "AMD64")
 ARM = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 # The native operations, and the blocked Cholesky, whose diagonal blocks are eliminated by a level's code.
-TESTS = ("tests/test_ops.py", "-k", "native or threads or implementations or not_a_number or ridge_solve_names")
+TESTS = ("tests/ops/test_ops.py", "-k", "native or threads or implementations or not_a_number or ridge_solve_names")
 
 
 def machine_levels() -> list[str]:

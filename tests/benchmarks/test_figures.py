@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 
 

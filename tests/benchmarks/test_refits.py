@@ -13,7 +13,7 @@ from minisp import fast
 from minisp.ops import reference
 from tests.models import VOCABULARY, tiny_model
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import refits
 
 OPTIONS = {"keep": 0.6, "alignment": 4, "allocation": "score"}

@@ -14,7 +14,7 @@ import pytest
 
 import minisp
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="the CUDA part is built only where nvcc is")
 
