@@ -9,7 +9,7 @@ SaliencyScore = Literal["taylor", "fisher", "signed"]
 Widths = Literal["per-layer", "uniform"]
 Labels = Literal["text", "sampled"]
 Allocation = Literal["score", "measured"]
-Inputs = Literal["dense", "pruned", "both"]
+RefitOn = Literal["dense", "pruned"]
 Shrinkage = Literal["original", "zero"]
 Damping = float | Literal["auto"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
@@ -31,9 +31,10 @@ class MinifyConfig:
             most a 32nd of the width, and at most 128.
         min_keep: no layer keeps less than this fraction of its units, or than `keep` where that is less, in [0, 1];
             rounded down to the alignment where the budget has no room for more.
-        inputs: what the kept units are refitted on: `dense`, the dense model's activations, in one sweep; `pruned`,
-            the activations of the already pruned layers below, in a second sweep; `both`, the dense model's, and then,
-            in a second sweep, every layer takes over what it can of the drift that the pruned layers below have left.
+        refit_on: what the kept units are refitted on: `dense`, the dense model's activations; `pruned`, those of the
+            already pruned layers below, in a sweep of its own.
+        correct_drift: after a refit on the dense model's activations, let every layer take over what it can of the
+            drift that the pruned layers below have left, in a sweep of its own.
         correction_damping: ridge λ of that correction, relative to the mean diagonal of its Gram matrix, above 0.
         damping: ridge λ relative to the mean diagonal of the Gram matrix, at least 0; `auto` chooses it per layer by
             generalised cross-validation.
@@ -62,7 +63,8 @@ class MinifyConfig:
     allocation: Allocation = "measured"
     alignment: int | None = None
     min_keep: float = 0.1
-    inputs: Inputs = "both"
+    refit_on: RefitOn = "dense"
+    correct_drift: bool = True
     damping: Damping = 0.05
     correction_damping: float = 1.0
     shrink_to: Shrinkage = "original"
@@ -81,7 +83,7 @@ class MinifyConfig:
         _require_choice("labels", self.labels, Labels)
         _require_choice("widths", self.widths, Widths)
         _require_choice("allocation", self.allocation, Allocation)
-        _require_choice("inputs", self.inputs, Inputs)
+        _require_choice("refit_on", self.refit_on, RefitOn)
         _require_choice("shrink_to", self.shrink_to, Shrinkage)
         _require_choice("dtype", self.dtype, DtypeName)
         _require("keep", self.keep, "a number in (0, 1]", lambda v: 0 < v <= 1)
@@ -91,6 +93,8 @@ class MinifyConfig:
         _require(
             "correction_damping", self.correction_damping, "a finite number above 0", lambda v: 0 < v < float("inf")
         )
+        for name in ("correct_drift", "reconstruct"):
+            _require_flag(name, getattr(self, name))
         for name in ("num_windows", "window"):
             _require(name, getattr(self, name), "a whole number, at least 1", _is_positive_integer)
         for name in ("alignment", "batch", "saliency_windows"):
@@ -112,12 +116,17 @@ class MinifyConfig:
     @property
     def collects_gram(self) -> bool:
         """Whether the saliency sweep collects Gram matrices."""
-        return self.inputs != "pruned" or self.measures or not self.heals
+        return self.refit_on == "dense" or self.measures or not self.refit_sweep
 
     @property
-    def heals(self) -> bool:
+    def corrects(self) -> bool:
+        """Whether drift is corrected."""
+        return self.refit_on == "dense" and self.correct_drift and self.reconstruct and self.keep < 1
+
+    @property
+    def refit_sweep(self) -> bool:
         """Whether a second sweep refits or corrects layers on what the pruned layers below them produce."""
-        return self.inputs != "dense" and self.reconstruct and self.keep < 1
+        return self.corrects or (self.refit_on == "pruned" and self.reconstruct and self.keep < 1)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for manifests and reports."""
@@ -134,8 +143,8 @@ class MinifyConfig:
 
 # What can change without new statistics.
 RESULT_OPTIONS = (
-    "keep", "saliency", "widths", "allocation", "alignment", "min_keep", "inputs", "damping", "correction_damping",
-    "shrink_to", "reconstruct",
+    "keep", "saliency", "widths", "allocation", "alignment", "min_keep", "refit_on", "correct_drift", "damping",
+    "correction_damping", "shrink_to", "reconstruct",
 )  # fmt: skip
 
 
@@ -153,7 +162,7 @@ class Resources:
         resume: continue a run that was stopped, if there is one, to the same bits.
         reuse: take the statistics that an earlier run left in `scratch`. The model, the windows, dtype and device must
             be the same; how units are chosen and refitted may differ, where the Gram matrices that both need were
-            collected (they are not for `inputs` pruned with `allocation` score).
+            collected (they are not for `refit_on` pruned with `allocation` score).
 
     Raises:
         ConfigError: a value outside its range.
@@ -180,10 +189,7 @@ class Resources:
         if self.scratch is not None:
             _require("scratch", self.scratch, "a path", lambda v: bool(str(v)))
         for name in ("resume", "reuse"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(
-                    f"Option {name}: expected True or False, got {getattr(self, name)!r}. Pass one of them."
-                )
+            _require_flag(name, getattr(self, name))
 
 
 def parse_size(text: str | int) -> int:
@@ -226,6 +232,11 @@ def _require(name: str, value: Any, expected: str, holds: Any) -> None:
         ok = False
     if not ok:
         raise ConfigError(f"Option {name}: expected {expected}, got {value!r}. Pass such a value.")
+
+
+def _require_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"Option {name}: expected True or False, got {value!r}. Pass one of them.")
 
 
 def _require_choice(name: str, value: Any, choices: Any) -> None:

@@ -2,14 +2,14 @@
 
 The path of one run:
 
-    open the source ► plan ► calibrate ► saliency sweep ► select ► reconstruct ► write
+    open the source ► plan ► calibrate ► saliency sweep ► decide ► refit ► write
 
 A checkpoint on disk is streamed: only a segment of its layers has weights in memory, and what waits is in a scratch
 folder, from which a run that was stopped goes on. A model in memory is cut in place.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,20 +22,17 @@ from minisp.config import MinifyConfig, Resources, split_options
 from minisp.device import CPU, compute_device, compute_dtype, computing_on, free_promptly
 from minisp.errors import ConfigError, UnsupportedModelError
 from minisp.evaluate.perplexity import checkpoint_bytes
-from minisp.export.folder import describe, export_checkpoint, export_module
-from minisp.methods.reconstruction import Reconstruction, reconstruct
-from minisp.methods.selection import allocate_widths, select, uniform_widths
-from minisp.models.families import cut_, record_widths_
+from minisp.export.folder import describe, write
+from minisp.models.objective import Objective
 from minisp.models.skeleton import frozen, load_model, skeleton
 from minisp.models.stream import Stream
-from minisp.phases.batches import Batches, make_batches
+from minisp.phases.batches import make_batches
 from minisp.phases.calibrate import calibrate
-from minisp.phases.refit import heal_sweep
-from minisp.phases.run import Progress, Workplace, record
+from minisp.phases.decide import decide
+from minisp.phases.refit import refit_structures
+from minisp.phases.run import Phase, Progress, Run
 from minisp.phases.saliency import saliency_sweep
-from minisp.phases.trials import layer_ratios
 from minisp.plan.planner import Plan, Source, make_plan
-from minisp.plan.rooms import HEAL, SWEEP, TRIALS
 from minisp.ranks import Ranks, joined
 from minisp.report.report import MinifyReport, make_report, progress_bar
 from minisp.store.checkpoint import Checkpoint
@@ -100,32 +97,34 @@ def minify(
         shared, own = stack.enter_context(open_scratch(target, resources, identity, ranks, made_plan.disk_room))
         shared.behind(made_plan.behind)
         tiers = Tiers(own, torch.device(made_plan.device), Room())
-        work = Workplace(shared, tiers, ranks, progress or stack.enter_context(progress_bar(quiet=not ranks.first)))
+        run = Run(shared, tiers, ranks, progress or stack.enter_context(progress_bar(quiet=not ranks.first)))
         with _timed(seconds, "loading"):
             stream = _open(model, checkpoint, made_plan)
-            stream.label_seed = config.seed if config.labels == "sampled" else None
             stack.enter_context(frozen(stream.model))
             if tokenizer is None and checkpoint is not None:
                 tokenizer = load_tokenizer(checkpoint.folder)
         with _timed(seconds, "calibration text"):
-            text = calibrate(stream, calibration, tokenizer, config, work, write_room=made_plan.write_room)
+            text = calibrate(stream, calibration, tokenizer, config, run, write_room=made_plan.write_room)
         batches = make_batches(text.windows, config, made_plan.batch, ranks)
         with _timed(seconds, "saliency sweep"):
-            tiers.room = made_plan.rooms.get(SWEEP, Room())
+            tiers.room = made_plan.rooms.get(Phase.SWEEP, Room())
             dense = made_plan.layout.dense is not None and tiers.free_bytes() >= 4 * made_plan.dense_bytes
-            saliency_sweep(stream, batches, made_plan.segments, work, gram=config.collects_gram, dense=dense)
+            objective = Objective(config.seed if config.labels == "sampled" else None)
+            gram, segments = config.collects_gram, made_plan.segments
+            saliency_sweep(stream, batches, segments, run, objective=objective, gram=gram, dense=dense)
             stream.release(made_plan.layout.layer_slots)
-        with _timed(seconds, "selection"):
-            tiers.room = made_plan.rooms.get(TRIALS, Room())
-            kept = _select(stream, text.windows, made_plan, work)
+        with _timed(seconds, "decision"):
+            tiers.room = made_plan.rooms.get(Phase.TRIALS, Room())
+            kept = decide(stream, text.windows, config, run)
             stream.release()
-        with _timed(seconds, "reconstruction"):
-            tiers.room = made_plan.rooms.get(HEAL, Room())
-            _reconstruct(stream, batches, kept, config, work)
+        with _timed(seconds, "refit"):
+            tiers.room = made_plan.rooms.get(Phase.REFIT_SWEEP, Room())
+            refit_structures(stream, batches.refit, kept, config, run)
+            stream.release()
         with _timed(seconds, "writing"):
             folder = stack.enter_context(output_folder(target)) if target is not None and ranks.first else None
-            digests = _write(stream, kept, work, folder)
-        results = [work.result(layer, weights=False) for layer in range(len(kept))]
+            results = [run.result(structure) for structure in stream.structures]
+            digests = write(stream, results, run.weight, folder)
         report = make_report(stream, made_plan, results, text, seconds, target)
         if folder is not None:
             report = replace(report, bytes=checkpoint_bytes(folder))
@@ -200,66 +199,6 @@ def _open(model: Any, checkpoint: Checkpoint | None, plan: Plan) -> Stream:
     return Stream.from_checkpoint(
         checkpoint, device, dtype, num_slots=layout.num_slots, stream_vocabulary=layout.stream_vocabulary
     )
-
-
-def _select(stream: Stream, windows: Tensor, plan: Plan, work: Workplace) -> list[Tensor]:
-    """The kept units (n,) of every layer, from the records that the saliency sweep has left."""
-    config = plan.config
-    scores = [work.statistics(layer, gram=False).score(config.saliency) for layer in range(len(plan.widths))]
-    if config.widths == "uniform":
-        widths = uniform_widths(plan.widths, config.keep, alignment=plan.alignment)
-    else:
-        if config.measures:
-            ratios = layer_ratios(stream, windows, scores, config, work)
-            scores = [score * ratio for score, ratio in zip(scores, ratios, strict=True)]
-        widths = allocate_widths(scores, config.keep, alignment=plan.alignment, min_keep=config.min_keep)
-    return select(scores, widths)
-
-
-def _reconstruct(
-    stream: Stream, batches: Batches, kept: Sequence[Tensor], config: MinifyConfig, work: Workplace
-) -> None:
-    """Leave a record of every layer's reconstruction, on the inputs that the config names."""
-    if config.heals:
-        heal_sweep(stream, batches.healed, kept, config, work)
-    else:
-        _reconstruct_dense(stream, kept, config, work)
-
-
-def _reconstruct_dense(stream: Stream, kept: Sequence[Tensor], config: MinifyConfig, work: Workplace) -> None:
-    """Leave a record of every layer's reconstruction from the Gram matrix of the dense model; layers are shared out."""
-    for layer in work.ranks.share(range(len(kept))):
-        if not work.shared.has(record("result", layer)):
-            work.keep_result(_reconstruct_layer(stream, layer, kept[layer], config, work))
-        work.progress("reconstruction", layer + 1, len(kept))
-    work.shared.settle()
-    work.ranks.wait()
-
-
-def _reconstruct_layer(
-    stream: Stream, layer: int, kept: Tensor, config: MinifyConfig, work: Workplace
-) -> Reconstruction:
-    """One layer's reconstruction; a model in memory is cut at once, and the record then goes without the weights."""
-    statistics = work.statistics(layer, gram=True, device=stream.device)
-    result = reconstruct(layer, statistics, kept, stream.down_weight(layer), config)
-    if stream.checkpoint is None and result.down is not None:
-        cut_(stream.layers[layer], stream.row, kept.to(stream.device), result.down)
-        return replace(result, down=None)
-    return result
-
-
-def _write(stream: Stream, kept: Sequence[Tensor], work: Workplace, folder: Path | None) -> dict[str, str]:
-    """The result, as a folder where there is one, and in the config of a model in memory; weight file → SHA-256."""
-    stream.release()
-    widths = [len(indices) for indices in kept]
-    if stream.checkpoint is None:
-        record_widths_(stream.model, stream.row, widths)
-    if folder is None:
-        return {}
-    if stream.checkpoint is None:
-        return export_module(folder, stream.model, widths)
-    results = (work.result(layer) for layer in range(len(kept)))
-    return export_checkpoint(folder, stream.checkpoint, stream.model, kept, results)
 
 
 @contextmanager

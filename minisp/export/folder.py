@@ -3,18 +3,17 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 import minisp
-from minisp.export.modeling import FILE_NAME, modeling_source, width_config
-from minisp.export.tensors import checkpoint_entries, checkpoint_tensors, module_entries, module_tensors
-from minisp.methods.reconstruction import Reconstruction
-from minisp.models.families import Architecture, architecture_of
+from minisp.export.modeling import FILE_NAME, modeling_source, sized_config
+from minisp.export.tensors import WeightOf, checkpoint_entries, checkpoint_tensors, module_entries, module_tensors
+from minisp.models.families import WIDTHS_KEY, size_keys
+from minisp.models.stream import Stream
+from minisp.phases.run import Result
 from minisp.report.report import MinifyReport, load_line, plot_layers
 from minisp.store.checkpoint import Checkpoint
 from minisp.store.writer import MANIFEST_NAME, MARKER, write_json, write_tensors
@@ -36,27 +35,37 @@ COMPANIONS = (
 )
 
 
-def export_checkpoint(
-    folder: Path, checkpoint: Checkpoint, model: Any, kept: Sequence[Tensor], results: Iterable[Reconstruction]
-) -> dict[str, str]:
-    """Write a streamed checkpoint: the source's tensors, cut and refitted as `results` come, layer after layer.
+def write(stream: Stream, results: Sequence[Result], weight_of: WeightOf, folder: Path | None) -> dict[str, str]:
+    """Write the result of a run: weights, config and, where layers differ, the modelling file.
+
+    A streamed checkpoint is read again, and cut and refitted layer after layer. A model in memory has been cut already:
+    its config is told.
+
+    Args:
+        results: of every structure.
+        folder: None writes nothing.
 
     Returns:
         Name of each weight file → its SHA-256.
     """
-    row = architecture_of(model.config)
-    entries = checkpoint_entries(checkpoint, model, row, kept)
-    digests = write_tensors(folder, entries, checkpoint_tensors(checkpoint, model, row, results))
-    _write_config(folder, model, row, checkpoint.raw_config, [len(indices) for indices in kept])
-    return digests
-
-
-def export_module(folder: Path, model: Any, widths: list[int]) -> dict[str, str]:
-    """Write a model in memory that has been cut already; returns what `export_checkpoint` does."""
-    tensors = module_tensors(model)
-    digests = write_tensors(folder, module_entries(tensors), tensors)
-    raw_config = {**model.config.to_dict(), "dtype": str(model.dtype).removeprefix("torch.")}
-    _write_config(folder, model, architecture_of(model.config), raw_config, widths)
+    model, checkpoint = stream.model, stream.checkpoint
+    keys = size_keys(stream.family, [len(result.kept) for result in results])
+    if checkpoint is None:
+        for key, value in keys.items():
+            setattr(model.config, key, value)
+    if folder is None:
+        return {}
+    if checkpoint is None:
+        tensors = module_tensors(model)
+        digests = write_tensors(folder, module_entries(tensors), tensors)
+        raw_config = {**model.config.to_dict(), "dtype": str(model.dtype).removeprefix("torch.")}
+    else:
+        entries = checkpoint_entries(checkpoint, model, results)
+        digests = write_tensors(folder, entries, checkpoint_tensors(checkpoint, model, results, weight_of))
+        raw_config = checkpoint.raw_config
+    write_json(folder / "config.json", sized_config(model, raw_config, keys))
+    if WIDTHS_KEY in keys:
+        (folder / FILE_NAME).write_text(modeling_source(model, stream.family), encoding="utf-8")
     return digests
 
 
@@ -86,12 +95,6 @@ def describe(
     write_json(folder / MANIFEST_NAME, {"minisp_version": minisp.__version__, **facts, "sha256": checksums})
 
 
-def _write_config(folder: Path, model: Any, row: Architecture, raw_config: dict[str, Any], widths: list[int]) -> None:
-    write_json(folder / "config.json", width_config(model, row, raw_config, widths))
-    if len(set(widths)) > 1:
-        (folder / FILE_NAME).write_text(modeling_source(model, row), encoding="utf-8")
-
-
 def _copy_companions(source: Path, folder: Path) -> None:
     """Copy tokenizer and generation settings from the source checkpoint, less the code that they point to."""
     for name in COMPANIONS:
@@ -110,7 +113,7 @@ def _write_card(folder: Path, report: MinifyReport) -> None:
     kept, units = sum(layer.kept for layer in report.layers), sum(layer.width for layer in report.layers)
     refit = (
         f"the down projections refitted in closed form (ridge, λ {config.damping}, shrinking to {config.shrink_to}, on "
-        f"{config.inputs} inputs)"
+        f"the {config.refit_on} model's activations{', drift corrected' if config.corrects else ''})"
         if config.reconstruct and kept < units
         else "no weight changed"
     )

@@ -5,12 +5,13 @@ into the checkpoint and needs transformers alone. The architecture name is one t
 vLLM and SGLang take their Transformers backend, which builds `AutoModel` from this file.
 """
 
+from collections.abc import Mapping
 from string import Template
 from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from minisp.models.families import WIDTHS_KEY, Architecture
+from minisp.models.families import WIDTHS_KEY, Family
 
 FILE_NAME = "modeling_minisp.py"
 
@@ -25,17 +26,17 @@ from torch import nn
 from transformers import $base, $causal
 from transformers.pytorch_utils import Conv1D
 
-ROWS = $rows  # modules whose outputs are units
+ROWS = $rows  # modules whose outputs are units: how many such blocks of units each has
 COLUMNS = "$down"  # the module whose inputs are units
 
 
 def set_widths(layers, widths):
     """Replace every layer's MLP weights by new ones of that layer's width."""
     for layer, width in zip(layers, widths, strict=True):
-        for path in ROWS:
+        for path, blocks in ROWS.items():
             old = layer.get_submodule(path)
             size_in = old.nx if isinstance(old, Conv1D) else old.in_features
-            layer.set_submodule(path, _like(old, size_in, width))
+            layer.set_submodule(path, _like(old, size_in, blocks * width))
         old = layer.get_submodule(COLUMNS)
         size_out = old.nf if isinstance(old, Conv1D) else old.out_features
         layer.set_submodule(COLUMNS, _like(old, width, size_out))
@@ -63,15 +64,15 @@ class MinispForCausalLM($causal):
 ''')
 
 
-def modeling_source(model: Any, row: Architecture) -> str:
-    """The text of the modelling file for a causal language model of this architecture."""
+def modeling_source(model: Any, family: Family) -> str:
+    """The text of the modelling file for a causal language model of this family."""
     return _SOURCE.substitute(
         causal=_stock(model),
         base=_stock(model, MODEL_MAPPING),
         prefix=model.base_model_prefix,
-        layers=row.layers,
-        rows=repr(row.row_modules),
-        down=row.down,
+        layers=family.layers,
+        rows=repr({rows.module: rows.parts for rows in family.mlp.writers}),
+        down=family.mlp.down,
         widths_key=WIDTHS_KEY,
     )
 
@@ -81,16 +82,19 @@ def _stock(model: Any, classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING) -> str:
     return str(classes[type(model.config)].__name__)
 
 
-def width_config(model: Any, row: Architecture, raw_config: dict[str, Any], widths: list[int]) -> dict[str, Any]:
-    """config.json of the result: the stock class where all layers have one width, else the modelling file's."""
+def sized_config(model: Any, raw_config: dict[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the result: the stock class where all layers have one width, else the modelling file's.
+
+    Args:
+        keys: what it says of the layers' sizes, see `families.size_keys`.
+    """
     config = dict(raw_config)
     for key in [key for key in config if key in ("auto_map", WIDTHS_KEY, "transformers_version") or "attn_impl" in key]:
         del config[key]
+    config.update(keys)
     config["architectures"] = [_stock(model)]
-    config[row.width_key] = max(widths)
-    if len(set(widths)) > 1:
+    if WIDTHS_KEY in keys:
         module = FILE_NAME.removesuffix(".py")
-        config[WIDTHS_KEY] = widths
         config["architectures"] = ["MinispForCausalLM"]
         config["auto_map"] = {
             "AutoModel": f"{module}.MinispModel",

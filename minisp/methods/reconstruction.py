@@ -1,4 +1,7 @@
-"""Refitting what is left: the kept columns of the down projection. Knows neither files nor models."""
+"""Refitting what is left: the kept columns of the consumer's weight. Knows neither files nor models.
+
+Shapes: X (T, m) the consumer's input, W (d, m) its weight, S the n kept columns, G = XᵀX (m, m).
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -8,20 +11,15 @@ from torch import Tensor
 
 from minisp import ops
 from minisp.config import MinifyConfig
-from minisp.errors import NumericalError
 from minisp.methods.damping import Curve, choose_damping
-from minisp.methods.statistics import LayerStatistics
 from minisp.ops.ridge import RidgeProblem, ridge_fit
 
 
 @dataclass(frozen=True)
-class Reconstruction:
-    """One layer after selection.
+class Fit:
+    """How a refit went.
 
     Attributes:
-        layer: index of the layer.
-        kept: (n,) int64 sorted.
-        down: (d, n), the new down projection in the dtype of the old one; None where nothing changed.
         residual: ‖X Wᵀ − X_S W'ᵀ‖ / ‖X Wᵀ‖ on the calibration tokens, of the refit: before drift is corrected.
         residual_sliced: the same without refitting, W' = W_S.
         damping: the ridge λ that was used, relative to the mean diagonal of G; 0 where nothing was refitted.
@@ -31,11 +29,8 @@ class Reconstruction:
             calibration tokens; 0 where nothing was corrected.
     """
 
-    layer: int
-    kept: Tensor
-    down: Tensor | None
-    residual: float
-    residual_sliced: float
+    residual: float = 0.0
+    residual_sliced: float = 0.0
     damping: float = 0.0
     damping_curve: Curve = ()
     backward_error: float = 0.0
@@ -43,62 +38,48 @@ class Reconstruction:
     drift_explained: float = 0.0
 
     def facts(self) -> dict[str, Any]:
-        """Everything but the tensors, as plain values; `from_facts` takes them back."""
-        return {key: value for key, value in asdict(self).items() if key not in ("kept", "down")}
+        """Plain values, which `from_facts` takes back."""
+        return asdict(self)
 
     @classmethod
-    def from_facts(cls, facts: Mapping[str, Any], kept: Tensor, down: Tensor | None) -> "Reconstruction":
-        """The record with these tensors and what `facts` gave."""
+    def from_facts(cls, facts: Mapping[str, Any]) -> "Fit":
+        """The record of which `facts` came."""
         curve = tuple((damping, error) for damping, error in facts["damping_curve"])
-        return cls(**{**facts, "damping_curve": curve}, kept=kept, down=down)
+        return cls(**{**facts, "damping_curve": curve})
 
 
-def reconstruct(
-    layer: int,
-    statistics: LayerStatistics,
-    kept: Tensor,
-    weight: Tensor,
-    config: MinifyConfig,
-    *,
-    residuals: bool = True,
-) -> Reconstruction:
-    """Refit one layer's down projection to what the whole layer computed.
+def refit(
+    gram: Tensor, kept: Tensor, weight: Tensor, num_tokens: int, config: MinifyConfig, *, residuals: bool = True
+) -> tuple[Tensor, Fit]:
+    """Refit the kept columns of a weight to what all of them computed.
 
     Args:
-        layer: index, for messages.
-        statistics: of the tokens to fit, with the Gram matrix (m, m) unless nothing was cut.
-        kept: (n,) int64 sorted.
-        weight: (d, m) the down projection.
+        gram: G (m, m) float32 of the tokens to fit.
+        kept: the kept columns (n,) int64 sorted, fewer than m.
+        weight: W (d, m).
+        num_tokens: T.
         config: damping, shrink_to, reconstruct.
         residuals: whether both residuals are wanted: they take about d m² FLOPs, and are NaN without.
 
+    Returns:
+        W' (d, n) in the dtype of the weight, and how the fit went.
+
     Raises:
-        NumericalError: the ridge system cannot be solved; the message names the layer.
+        NumericalError: the ridge system cannot be solved.
     """
-    if len(kept) == weight.shape[1]:
-        return Reconstruction(layer, kept, None, 0.0, 0.0)
-    gram = statistics.gram
-    assert gram is not None
-    on_device = kept.to(gram.device)
     total = ops.output_energy(gram, weight) if residuals else float("nan")
     # The choice of a damping goes by what is lost.
-    problem = RidgeProblem(gram, on_device, weight, energies=residuals or config.damping == "auto")
+    problem = RidgeProblem(gram, kept.to(gram.device), weight, energies=residuals or config.damping == "auto")
     if not config.reconstruct:
         residual = _relative(problem.energy_sliced, total)
-        return Reconstruction(layer, kept, problem.original.to(weight.dtype), residual, residual)
+        return problem.original.to(weight.dtype), Fit(residual, residual)
     to_zero = config.shrink_to == "zero"
     curve: Curve = ()
-    try:
-        if config.damping == "auto":
-            solution, curve = choose_damping(problem, statistics.num_tokens, to_zero=to_zero)
-        else:
-            solution = problem.solve(config.damping, to_zero=to_zero)
-    except NumericalError as error:
-        raise NumericalError(f"Layer {layer}: {error}") from error
-    return Reconstruction(
-        layer=layer,
-        kept=kept,
-        down=solution.down.to(weight.dtype),
+    if config.damping == "auto":
+        solution, curve = choose_damping(problem, num_tokens, to_zero=to_zero)
+    else:
+        solution = problem.solve(config.damping, to_zero=to_zero)
+    return solution.down.to(weight.dtype), Fit(
         residual=_relative(solution.energy, total),
         residual_sliced=_relative(solution.energy_sliced, total),
         damping=solution.damping,
@@ -109,9 +90,9 @@ def reconstruct(
 
 
 def correct(
-    result: Reconstruction, gram: Tensor, cross: Tensor, drift_energy: float, config: MinifyConfig
-) -> Reconstruction:
-    """Let a refitted down projection take over what it can of the drift that the layers below it have left.
+    weight: Tensor, fit: Fit, gram: Tensor, cross: Tensor, drift_energy: float, damping: float
+) -> tuple[Tensor, Fit]:
+    """Let a refitted weight take over what it can of the drift that the pruned layers below it have left.
 
     With E = H_dense − H_pruned the drift behind the layer, and X_S its kept activations in the pruned model,
 
@@ -121,27 +102,26 @@ def correct(
     takes far more damping than the refit does: with little, the fit is to chance, and the result is worse than none.
 
     Args:
-        result: the reconstruction on dense inputs, with its down projection (d, n).
+        weight: W' (d, n).
+        fit: how its refit went.
         gram: X_SᵀX_S (n, n) float32; overwritten.
         cross: EᵀX_S (d, n) float32.
         drift_energy: ‖E‖².
-        config: correction_damping.
+        damping: μ relative to the mean diagonal of the Gram matrix, above 0.
+
+    Returns:
+        W'' (d, n) in the dtype of the weight, and `fit` with the share of the drift that was explained.
 
     Raises:
-        NumericalError: the system cannot be solved; the message names the layer.
+        NumericalError: the system cannot be solved.
     """
-    assert result.down is not None
     if drift_energy <= 0:
-        return result
-    mu = config.correction_damping * float(gram.diagonal().mean())
-    try:
-        delta = ridge_fit(gram, cross, config.correction_damping)
-    except NumericalError as error:
-        raise NumericalError(f"Layer {result.layer}, correction: {error}") from error
+        return weight, fit
+    mu = damping * float(gram.diagonal().mean())
+    delta = ridge_fit(gram, cross, damping)
     # Δ G = C − μΔ, so that ‖E‖² − ‖E − X Δᵀ‖² = 2 tr ΔCᵀ − tr ΔGΔᵀ = tr ΔCᵀ + μ‖Δ‖².
     explained = float((delta * cross).sum() + mu * delta.square().sum()) / drift_energy
-    down = (result.down.to(delta) + delta).to(result.down.dtype)
-    return replace(result, down=down, drift_explained=explained)
+    return (weight.to(delta) + delta).to(weight.dtype), replace(fit, drift_explained=explained)
 
 
 def _relative(energy: float, total: float) -> float:

@@ -1,10 +1,15 @@
 """Which units stay: scores in, kept indices out. Knows neither files nor models.
 
-Scores are means over the same tokens of the same loss, so they compare across layers. A unit costs the same number of
-parameters in every layer, so keeping the most saliency under a budget is a knapsack of equal weights.
+Scores are means over the same tokens of the same loss, so they compare across structures. Keeping the most saliency in
+a budget of parameters is a knapsack: of all steps that are still possible, the one of most saliency per parameter is
+taken, until none fits.
+
+Shapes: u units of a structure, n kept ones.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from heapq import heapify, heappop, heappush
 from math import floor
 
@@ -12,6 +17,23 @@ import torch
 from torch import Tensor
 
 from minisp.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A structure that competes for the budget.
+
+    Attributes:
+        scores: (u,) saliency, non-negative.
+        parameters: of one unit.
+        step: units are kept in multiples of it, or all of them.
+        tie: structures of one tie keep equally many.
+    """
+
+    scores: Tensor
+    parameters: int
+    step: int
+    tie: str
 
 
 def default_alignment(width: int) -> int:
@@ -23,90 +45,113 @@ def default_alignment(width: int) -> int:
     return min(128, 1 << max(0, (width // 32).bit_length() - 1))
 
 
-def allocate_widths(scores: Sequence[Tensor], keep: float, *, alignment: int, min_keep: float) -> list[int]:
-    """Widths that keep the most total saliency: Σ widths ≤ keep · Σ m, each aligned, none under its lower bound.
+def allocate(candidates: Sequence[Candidate], keep: float, *, min_keep: float) -> list[int]:
+    """Numbers of units that keep the most saliency: at most `keep` of all parameters, none under its lower bound.
 
-    With a layer's units sorted, its saliency as a function of its width is concave, and so it stays when read at
-    multiples of the alignment; taking the next most valuable step of any layer is therefore optimal among equal steps
-    (Fox, 1966, "Discrete optimization via marginal analysis"). A step that no longer fits is passed over.
+    With a structure's units sorted, its saliency as a function of their number is concave, and so it stays when read at
+    multiples of the step, and summed over a tie. Taking the next most valuable step per parameter is therefore optimal
+    among equal steps (Fox, 1966, "Discrete optimization via marginal analysis"). A step that no longer fits is passed
+    over.
 
     Args:
-        scores: per layer (m_l,) saliency, non-negative.
-        keep: fraction of all units, in (0, 1].
-        alignment: every width is a multiple of it, or the layer's full width.
-        min_keep: lower bound of a layer's width as a fraction of it, rounded up to the alignment where the budget has
+        keep: share of the candidates' parameters, in (0, 1].
+        min_keep: lower bound of a structure's units as a share of them, rounded up to the step where the budget has
             room for that, else down to at least one step; at most `keep` is used.
 
+    Returns:
+        One number for each candidate.
+
     Raises:
-        ConfigError: the lower bounds alone exceed the budget.
+        ConfigError: the lower bounds alone exceed the budget, or structures of one tie differ in size.
     """
-    full = [len(score) for score in scores]
-    budget = floor(keep * sum(full) + 1e-9)
-    widths = [_lower_bound(m, min(min_keep, keep), alignment) for m in full]
-    if sum(widths) > budget:
+    curves = [_Curve.of(members) for members in _ties(candidates).values()]
+    total = sum(curve.cost * curve.units for curve in curves)
+    # What the caller wrote, as 0.7: the product of floats may fall short of a whole number. As may a third.
+    budget = floor(Fraction(repr(float(keep))) * total + Fraction(min(curve.cost for curve in curves), 10**9))
+    least = min(min_keep, keep)
+    sizes = [curve.lower_bound(least, up=True) for curve in curves]
+    if _cost(curves, sizes) > budget:
         # No room for bounds that are rounded up.
-        widths = [_lower_bound(m, min(min_keep, keep), alignment, up=False) for m in full]
-    room = budget - sum(widths)
+        sizes = [curve.lower_bound(least, up=False) for curve in curves]
+    room = budget - _cost(curves, sizes)
     if room < 0:
         raise ConfigError(
-            f"Widths: expected at most {budget} kept units (keep={keep}), got at least {sum(widths)} from the smallest "
-            f"aligned width of each of {len(full)} layers. Lower the alignment (now {alignment}) or keep more."
+            f"Budget: expected at most {budget:,} of {total:,} parameters to stay (keep={keep}), got at least "
+            f"{_cost(curves, sizes):,} from the smallest size of each of {len(candidates)} structures, "
+            f"{max(curve.step for curve in curves)} units. Lower the alignment or keep more."
         )
-    cumulative = [
-        torch.cat([torch.zeros(1, dtype=torch.float64), score.double().sort(descending=True).values.cumsum(0)])
-        for score in scores
-    ]
-
-    def next_step(layer: int) -> tuple[float, int, int] | None:
-        start = widths[layer]
-        stop = min(full[layer], (start // alignment + 1) * alignment)
-        if start == full[layer]:
-            return None
-        gain = float(cumulative[layer][stop] - cumulative[layer][start]) / (stop - start)
-        return (-gain, layer, stop)
-
-    steps = [step for layer in range(len(full)) if (step := next_step(layer)) is not None]
+    steps = [step for place, curve in enumerate(curves) if (step := curve.next_step(sizes[place], place)) is not None]
     heapify(steps)
     while steps:
-        _, layer, stop = heappop(steps)
-        if stop - widths[layer] > room:
+        _, place, stop = heappop(steps)
+        cost = curves[place].cost * (stop - sizes[place])
+        if cost > room:
             continue
-        room -= stop - widths[layer]
-        widths[layer] = stop
-        if (step := next_step(layer)) is not None:
+        room -= cost
+        sizes[place] = stop
+        if (step := curves[place].next_step(stop, place)) is not None:
             heappush(steps, step)
-    return widths
+    found = dict(zip(_ties(candidates), sizes, strict=True))
+    return [found[candidate.tie] for candidate in candidates]
 
 
-def uniform_widths(full: Sequence[int], keep: float, *, alignment: int) -> list[int]:
-    """The same aligned width for every layer, inside the budget.
-
-    Raises:
-        ConfigError: layers differ in width already, or no aligned width fits.
-    """
-    if len(set(full)) != 1:
-        raise ConfigError(
-            f"Uniform widths: expected layers of one width, got widths from {min(full)} to {max(full)}. "
-            "Use widths='per-layer' for this model."
-        )
-    width = full[0] if keep == 1 else floor(keep * full[0] / alignment + 1e-9) * alignment
-    if width < 1:
-        raise ConfigError(
-            f"Uniform widths: expected room for at least {alignment} units (the alignment), got keep={keep} of "
-            f"{full[0]}. Lower the alignment or keep more."
-        )
-    return [width] * len(full)
-
-
-def select(scores: Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:
-    """Per layer (n_l,) sorted int64: the `widths[l]` most salient units; of equal units the first ones stay."""
+def select(scores: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Per structure (n,) sorted int64: the `sizes[i]` most salient units; of equal units the first ones stay."""
     kept = []
-    for score, width in zip(scores, widths, strict=True):
+    for score, size in zip(scores, sizes, strict=True):
         order = torch.sort(score, descending=True, stable=True).indices
-        kept.append(order[:width].sort().values.cpu())
+        kept.append(order[:size].sort().values.cpu())
     return kept
 
 
-def _lower_bound(width: int, fraction: float, alignment: int, *, up: bool = True) -> int:
-    wanted = floor(fraction * width) + (alignment - 1 if up else 0)
-    return min(width, max(1, wanted // alignment) * alignment)
+@dataclass(frozen=True)
+class _Curve:
+    """What the structures of one tie are worth as a function of the units that each of them keeps.
+
+    Attributes:
+        worth: (u + 1,) float64.
+        cost: parameters of one unit of each.
+    """
+
+    worth: Tensor
+    cost: int
+    step: int
+
+    @classmethod
+    def of(cls, members: Sequence[Candidate]) -> "_Curve":
+        sizes = {len(member.scores) for member in members}
+        if len(sizes) > 1:
+            raise ConfigError(
+                f"Uniform widths: expected layers of one width, got widths from {min(sizes)} to {max(sizes)}. "
+                "Use widths='per-layer' for this model."
+            )
+        zero = torch.zeros(1, dtype=torch.float64)
+        worths = [torch.cat([zero, m.scores.double().cpu().sort(descending=True).values.cumsum(0)]) for m in members]
+        return cls(torch.stack(worths).sum(0), sum(m.parameters for m in members), members[0].step)
+
+    @property
+    def units(self) -> int:
+        return len(self.worth) - 1
+
+    def next_step(self, start: int, place: int) -> tuple[float, int, int] | None:
+        """(− saliency per parameter, place, where the step ends) of the step from `start` units; None at the end."""
+        if start == self.units:
+            return None
+        stop = min(self.units, (start // self.step + 1) * self.step)
+        gain = float(self.worth[stop] - self.worth[start]) / (stop - start)
+        return -gain / self.cost, place, stop
+
+    def lower_bound(self, share: float, *, up: bool) -> int:
+        wanted = floor(share * self.units) + (self.step - 1 if up else 0)
+        return min(self.units, max(1, wanted // self.step) * self.step)
+
+
+def _cost(curves: Sequence[_Curve], sizes: Sequence[int]) -> int:
+    return sum(curve.cost * size for curve, size in zip(curves, sizes, strict=True))
+
+
+def _ties(candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
+    found: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        found.setdefault(candidate.tie, []).append(candidate)
+    return found

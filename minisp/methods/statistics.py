@@ -1,6 +1,6 @@
-"""What one layer's calibration leaves behind: saliency sums and the Gram matrix. Sums only, so chunks and ranks add up.
+"""What calibration leaves of one structure: saliency sums and the Gram matrix. Sums only, so chunks and ranks add up.
 
-Life of a record: `LayerStatistics.empty` → `update_` per chunk of tokens → `finalize_` → `score`, `gram`.
+Life of a record: `Statistics.empty` → `update_` per chunk of tokens → `finalize_` → `score`, `gram`.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,13 +20,14 @@ PANEL_ROWS = 512
 
 
 @dataclass
-class LayerStatistics:
-    """Sums over calibration tokens for the m units of one layer.
+class Statistics:
+    """Sums over calibration tokens for the u units, of c columns each, of one structure.
 
     Attributes:
         num_tokens: tokens seen; num_scored: those of them that saliency was computed on.
-        saliency: (3, m) float64: Σ|p|, Σp², Σp of p = x ⊙ g, g the gradient of the summed negative log likelihood.
-        gram: (m, m) float32 G = XᵀX, or None where only saliency is wanted.
+        saliency: (3, u) float64: Σ|p|, Σp², Σp, where p is x ⊙ g summed over the columns of a unit, and g the gradient
+            of the summed negative log likelihood.
+        gram: (u·c, u·c) float32 G = XᵀX, or None where only saliency is wanted.
     """
 
     num_tokens: int
@@ -35,13 +36,14 @@ class LayerStatistics:
     num_scored: int = 0
 
     @classmethod
-    def empty(cls, width: int, *, gram: bool, device: torch.device | str = "cpu") -> "LayerStatistics":
-        """All sums zero for a layer of `width` units."""
+    def empty(cls, num_units: int, columns: int = 1, *, gram: bool, device: torch.device | str = "cpu") -> "Statistics":
+        """All sums zero for `num_units` units of `columns` columns each."""
+        width = num_units * columns
         matrix = torch.zeros(width, width, dtype=torch.float32, device=device) if gram else None
-        return cls(0, torch.zeros(3, width, dtype=torch.float64, device=device), matrix)
+        return cls(0, torch.zeros(3, num_units, dtype=torch.float64, device=device), matrix)
 
     def update_(self, x: Tensor, sums: Tensor | None) -> None:
-        """Add one chunk: activations x (T, m), and the saliency sums (3, m) of the same tokens where known."""
+        """Add one chunk: activations x (T, u·c), and the saliency sums (3, u) of the same tokens where known."""
         self.num_tokens += x.shape[0]
         if sums is not None:
             self.num_scored += x.shape[0]
@@ -54,27 +56,30 @@ class LayerStatistics:
         ranks.sum_(self.saliency, *([] if self.gram is None else [self.gram]))
         self.num_tokens, self.num_scored = ranks.total(self.num_tokens), ranks.total(self.num_scored)
 
-    def finalize_(self, layer: int) -> "LayerStatistics":
+    def finalize_(self, whose: object) -> "Statistics":
         """Complete the Gram matrix and check the sums.
 
+        Args:
+            whose: what a message calls the structure.
+
         Raises:
-            NumericalError: a sum is not finite; the message names the layer and counts the units.
+            NumericalError: a sum is not finite; the message names the structure and counts the units.
         """
         if self.gram is not None:
             ops.mirror_(self.gram)
         finite = torch.isfinite(self.saliency).all(0)
         if self.gram is not None:
             # A finite diagonal bounds the rest: |G_ij| ≤ √(G_ii G_jj).
-            finite &= torch.isfinite(self.gram.diagonal())
+            finite &= torch.isfinite(self.gram.diagonal()).view(len(finite), -1).all(1)
         if not finite.all():
             raise NumericalError(
-                f"Statistics of layer {layer}: expected finite sums, got {int((~finite).sum())} of {len(finite)} units "
+                f"{whose}: expected finite statistics, got {int((~finite).sum())} of {len(finite)} units "
                 "with NaN or infinity. Check the weights, or compute in float32 (dtype='float32')."
             )
         return self
 
     def score(self, kind: SaliencyScore) -> Tensor:
-        """Saliency (m,) float64, non-negative, over T scored tokens: `taylor` Σ|p|/T, `fisher` Σp²/T, `signed` |Σp|/T.
+        """Saliency (u,) float64, non-negative, over T scored tokens: `taylor` Σ|p|/T, `fisher` Σp²/T, `signed` |Σp|/T.
 
         First-order Taylor: removing unit j changes the loss by about −x_j g_j per token (Khasia, 2026; Molchanov et
         al., 2017). `fisher` is the diagonal of the empirical Fisher information of gates on the unit, one for every
@@ -92,10 +97,12 @@ class LayerStatistics:
                 yield f"gram_{start}", panel[:, : start + len(panel)]
 
     @classmethod
-    def from_tensors(cls, read: Callable[[str], Tensor], *, gram: bool, device: torch.device) -> "LayerStatistics":
+    def from_tensors(
+        cls, read: Callable[[str], Tensor], columns: int = 1, *, gram: bool, device: torch.device
+    ) -> "Statistics":
         """The record of which `tensors` were stored; `read` gives the tensor of a key. `gram`: with its Gram matrix."""
         saliency = read("saliency").to(device)
-        record = cls.empty(saliency.shape[1], gram=gram, device=device)
+        record = cls.empty(saliency.shape[1], columns, gram=gram, device=device)
         record.saliency = saliency
         record.num_tokens, record.num_scored = read("num_tokens").tolist()
         if record.gram is not None:

@@ -1,11 +1,10 @@
-"""Model families: one row of data each, and the few functions that read a model through its row.
+"""Model families: one row of data each, and the functions that read a model through its row.
 
 A unit of an MLP is one row of `up` (and of `gate`, where there is one) and one column of `down`. GPT-2 stores its
 weights transposed (`Conv1D`); `weight_view` shows every weight as (out, in), so nothing else has to care.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,71 +13,98 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from minisp.errors import UnsupportedModelError
+from minisp.models.edits import edits_of, replace_parameter_
+from minisp.models.structures import Slice, Structure
 
 CausalLM: TypeAlias = Any
 """A transformers causal language model; its `config` and forward carry no static types."""
 
 WIDTHS_KEY = "minisp_widths"
-"""Key in config.json that lists every layer's width where they differ."""
+"""Key in config.json that lists every layer's MLP width where they differ."""
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Rows:
+    """Rows of a linear map that are units, one each: all of its rows, or one of several equal parts of them.
+
+    Attributes:
+        module: path in the layer.
+        part, parts: as in 0 of 2, the first half.
+    """
+
+    module: str
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Mlp:
     """Where one family keeps its MLPs.
 
     Attributes:
-        model_types: the `model_type` values of config.json that this row serves.
-        layers: path of the decoder layers inside the base model.
-        gate, up, down: paths inside a layer; `gate` is None for a plain MLP, whose activation acts on `up`.
-        mlp: path of the module whose forward is the whole MLP; None where the layer itself calls the parts.
-        inline_activation: where `mlp` is None, path of the activation module that the layer calls between the parts.
+        up: what makes the units; the activation acts on it where there is no gate.
+        down: path in the layer of the linear map that reads the units.
+        gate: what else makes the units: the activation acts on it, and the result is multiplied with `up`.
+        module: path of the module whose forward is the whole MLP; None where the layer itself calls the parts.
+        inline_activation: where `module` is None, path of the activation that the layer calls between the parts.
         width_key, activation_key: names of the width and of the activation in the config.
     """
 
-    model_types: tuple[str, ...]
-    layers: str
-    up: str
+    up: Rows
     down: str
-    width_key: str
-    activation_key: str
-    gate: str | None = None
-    mlp: str | None = None
+    gate: Rows | None = None
+    module: str | None = "mlp"
     inline_activation: str | None = None
+    width_key: str = "intermediate_size"
+    activation_key: str = "hidden_act"
 
     @property
-    def row_modules(self) -> tuple[str, ...]:
-        """Paths of the modules whose output rows are units."""
+    def writers(self) -> tuple[Rows, ...]:
+        """What makes the units."""
         return (self.up,) if self.gate is None else (self.gate, self.up)
 
 
-ARCHITECTURES: tuple[Architecture, ...] = (
-    Architecture(
+@dataclass(frozen=True)
+class Family:
+    """One row: which models it serves, and where they keep what can be removed.
+
+    Attributes:
+        model_types: the `model_type` values of config.json.
+        mlp: where the MLPs are.
+        layers: path of the decoder layers inside the base model.
+    """
+
+    model_types: tuple[str, ...]
+    mlp: Mlp
+    layers: str = "layers"
+
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
         model_types=("llama", "mistral", "qwen2", "qwen3"),
-        layers="layers",
-        mlp="mlp",
-        gate="mlp.gate_proj",
-        up="mlp.up_proj",
-        down="mlp.down_proj",
-        width_key="intermediate_size",
-        activation_key="hidden_act",
+        mlp=Mlp(gate=Rows("mlp.gate_proj"), up=Rows("mlp.up_proj"), down="mlp.down_proj"),
     ),
-    Architecture(
+    Family(
         model_types=("opt",),
         layers="decoder.layers",
-        inline_activation="activation_fn",
-        up="fc1",
-        down="fc2",
-        width_key="ffn_dim",
-        activation_key="activation_function",
+        mlp=Mlp(
+            up=Rows("fc1"),
+            down="fc2",
+            module=None,
+            inline_activation="activation_fn",
+            width_key="ffn_dim",
+            activation_key="activation_function",
+        ),
     ),
-    Architecture(
+    Family(
         model_types=("gpt2",),
         layers="h",
-        mlp="mlp",
-        up="mlp.c_fc",
-        down="mlp.c_proj",
-        width_key="n_inner",
-        activation_key="activation_function",
+        mlp=Mlp(
+            up=Rows("mlp.c_fc"),
+            down="mlp.c_proj",
+            width_key="n_inner",
+            activation_key="activation_function",
+        ),
     ),
 )
 
@@ -97,46 +123,39 @@ ACTIVATIONS = {
 
 def known_model_types() -> list[str]:
     """All `model_type` values that can be minified, sorted."""
-    return sorted(name for row in ARCHITECTURES for name in row.model_types)
+    return sorted(name for family in FAMILIES for name in family.model_types)
 
 
-def architecture_of(config: Any) -> Architecture:
+def family_of(config: Any) -> Family:
     """The row for a transformers config.
 
     Raises:
-        UnsupportedModelError: unknown family (the message lists the known ones) or unknown activation.
+        UnsupportedModelError: unknown family; the message lists the known ones.
     """
-    for row in ARCHITECTURES:
-        if config.model_type in row.model_types:
-            activation_kind(config, row)
-            return row
+    for family in FAMILIES:
+        if config.model_type in family.model_types:
+            return family
     raise UnsupportedModelError(
         f"Model family: expected one of {', '.join(known_model_types())}, got {config.model_type!r}. "
         "Pass a model of a known family, or add a row to minisp/models/families.py."
     )
 
 
-def activation_kind(config: Any, row: Architecture) -> str:
-    """The engine's name of the MLP activation (see `minisp.ops.reference.activation`)."""
-    name = getattr(config, row.activation_key)
-    if name not in ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"MLP activation: expected one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}. "
-            "This activation has no derivative in the engine yet."
-        )
-    return ACTIVATIONS[name]
+def activation_kind(config: Any, family: Family) -> str | None:
+    """The engine's name of the MLP activation (see `minisp.ops.reference.activation`); None where it has none."""
+    return ACTIVATIONS.get(getattr(config, family.mlp.activation_key))
 
 
-def decoder_layers(model: CausalLM, row: Architecture) -> nn.ModuleList:
+def decoder_layers(model: CausalLM, family: Family) -> nn.ModuleList:
     """The list of decoder layers of a causal language model."""
-    layers = model.get_submodule(layers_path(model, row))
+    layers = model.get_submodule(layers_path(model, family))
     assert isinstance(layers, nn.ModuleList)
     return layers
 
 
-def layers_path(model: CausalLM, row: Architecture) -> str:
+def layers_path(model: CausalLM, family: Family) -> str:
     """Path of the decoder layers from the causal language model, such as `model.layers`."""
-    return f"{model.base_model_prefix}.{row.layers}"
+    return f"{model.base_model_prefix}.{family.layers}"
 
 
 def weight_view(module: nn.Module) -> Tensor:
@@ -144,6 +163,28 @@ def weight_view(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def structures_of(model: CausalLM, family: Family) -> list[Structure]:
+    """The structures of a model, whose weights may be on the meta device, in the order in which they compute."""
+    return [mlp_structure(layer, index, family.mlp) for index, layer in enumerate(decoder_layers(model, family))]
+
+
+def mlp_structure(layer: nn.Module, index: int, mlp: Mlp) -> Structure:
+    """The MLP of a layer: one unit is a row of each writer, with its bias, and a column of `down`."""
+    down = layer.get_submodule(mlp.down)
+    units = weight_view(down).shape[1]
+    slices, parameters = [], 0
+    for rows in mlp.writers:
+        module = layer.get_submodule(rows.module)
+        slices.append(Slice(f"{rows.module}.weight", 1 if isinstance(module, Conv1D) else 0, start=rows.part * units))
+        parameters += weight_view(module).shape[1]
+        if getattr(module, "bias", None) is not None:
+            slices.append(Slice(f"{rows.module}.bias", 0, start=rows.part * units))
+            parameters += 1
+    slices.append(Slice(f"{mlp.down}.weight", 0 if isinstance(down, Conv1D) else 1))
+    parameters += len(weight_view(down))
+    return Structure(index, "mlp", units, 1, tuple(slices), mlp.down, parameters)
 
 
 @dataclass(frozen=True)
@@ -158,91 +199,36 @@ class MlpWeights:
     down_bias: Tensor | None
 
 
-def mlp_weights(layer: nn.Module, row: Architecture) -> MlpWeights:
+def mlp_weights(layer: nn.Module, mlp: Mlp) -> MlpWeights:
     """Views of a layer's MLP tensors; nothing is copied."""
-    gate = layer.get_submodule(row.gate) if row.gate else None
-    up, down = layer.get_submodule(row.up), layer.get_submodule(row.down)
-    return MlpWeights(
-        gate=weight_view(gate) if gate is not None else None,
-        up=weight_view(up),
-        down=weight_view(down),
-        gate_bias=getattr(gate, "bias", None),
-        up_bias=getattr(up, "bias", None),
-        down_bias=getattr(down, "bias", None),
-    )
+    down = layer.get_submodule(mlp.down)
+    gate, gate_bias = _rows(layer, mlp.gate) if mlp.gate is not None else (None, None)
+    up, up_bias = _rows(layer, mlp.up)
+    return MlpWeights(gate, up, weight_view(down), gate_bias, up_bias, getattr(down, "bias", None))
 
 
-def unit_axes(layer: nn.Module, row: Architecture) -> dict[str, int]:
-    """Which axis of which parameter of a layer runs over units, by parameter name inside the layer."""
-    axes: dict[str, int] = {}
-    for path in row.row_modules:
-        module = layer.get_submodule(path)
-        axes[f"{path}.weight"] = 1 if isinstance(module, Conv1D) else 0
-        if getattr(module, "bias", None) is not None:
-            axes[f"{path}.bias"] = 0
-    axes[f"{row.down}.weight"] = 0 if isinstance(layer.get_submodule(row.down), Conv1D) else 1
-    return axes
+def _rows(layer: nn.Module, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    """Weight (m, d) and bias (m,), or None, of the rows of a linear map that are units."""
+    module = layer.get_submodule(rows.module)
+    weight, bias = weight_view(module), getattr(module, "bias", None)
+    if rows.parts == 1:
+        return weight, bias
+    part = slice(rows.part * len(weight) // rows.parts, (rows.part + 1) * len(weight) // rows.parts)
+    return weight[part], bias[part] if bias is not None else None
 
 
-def layer_widths(model: CausalLM, row: Architecture) -> list[int]:
-    """The width m of every layer."""
-    return [mlp_weights(layer, row).up.shape[0] for layer in decoder_layers(model, row)]
+def resize_(model: CausalLM, structures: Sequence[Structure], sizes: Sequence[int]) -> None:
+    """Give every structure its number of units, with uninitialised parameters where and of the type that they were."""
+    layers = decoder_layers(model, family_of(model.config))
+    for structure, size in zip(structures, sizes, strict=True):
+        layer = layers[structure.layer]
+        for edit in edits_of(structure, torch.arange(size)):
+            old = layer.get_parameter(edit.parameter)
+            new = torch.empty(edit.shape_after(old.shape), dtype=old.dtype, device=old.device)
+            replace_parameter_(layer, edit.parameter, new)
 
 
-def resize_(model: CausalLM, row: Architecture, widths: Sequence[int]) -> None:
-    """Give every layer its width, with uninitialised parameters on the device and in the dtype they had."""
-    for layer, width in zip(decoder_layers(model, row), widths, strict=True):
-        axes = unit_axes(layer, row)
-        for name, axis in axes.items():
-            parameter = layer.get_parameter(name)
-            shape = list(parameter.shape)
-            shape[axis] = width
-            replace_parameter_(layer, name, torch.empty(shape, dtype=parameter.dtype, device=parameter.device))
-
-
-def cut_(layer: nn.Module, row: Architecture, kept: Tensor, new_down: Tensor) -> None:
-    """Cut a layer in place down to the kept units (n,), with `new_down` (d, n) as its down projection.
-
-    A layer that has n units already was cut to these before, and only gets its new down projection.
-    """
-    for name, axis in unit_axes(layer, row).items():
-        parameter = layer.get_parameter(name)
-        if name == f"{row.down}.weight":
-            value = (new_down if axis == 1 else new_down.T).to(parameter.dtype, copy=True).contiguous()
-        elif parameter.shape[axis] == len(kept):
-            continue
-        else:
-            value = parameter.detach().index_select(axis, kept.to(parameter.device))
-        replace_parameter_(layer, name, value)
-
-
-@contextmanager
-def other_down(layer: nn.Module, row: Architecture, down: Tensor) -> Iterator[None]:
-    """Within the block, the layer's down projection is `down` (d, m)."""
-    name = f"{row.down}.weight"
-    axis = unit_axes(layer, row)[name]
-    before = layer.get_parameter(name).data
-    replace_parameter_(layer, name, (down if axis == 1 else down.T).to(before.dtype).contiguous())
-    try:
-        yield
-    finally:
-        replace_parameter_(layer, name, before)
-
-
-def record_widths_(model: CausalLM, row: Architecture, widths: Sequence[int]) -> None:
-    """Write the widths into the model's config: one number where all are equal, the list where they differ."""
-    setattr(model.config, row.width_key, max(widths))
-    if len(set(widths)) > 1:
-        setattr(model.config, WIDTHS_KEY, list(widths))
-
-
-def replace_parameter_(layer: nn.Module, name: str, value: Tensor) -> None:
-    """Put another tensor in a parameter's place and tell the module its new size."""
-    path, _, leaf = name.rpartition(".")
-    module = layer.get_submodule(path)
-    old = getattr(module, leaf)
-    setattr(module, leaf, nn.Parameter(value, requires_grad=old.requires_grad))
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, Conv1D):
-        module.nx, module.nf = module.weight.shape
+def size_keys(family: Family, sizes: Sequence[int]) -> Mapping[str, Any]:
+    """What config.json says of the layers' widths: one number where all are equal, and the list where they differ."""
+    keys: dict[str, Any] = {family.mlp.width_key: max(sizes)}
+    return keys if len(set(sizes)) == 1 else {**keys, WIDTHS_KEY: list(sizes)}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minisp import ops
 from minisp.models.attention import fast_attention
-from minisp.models.families import CausalLM, architecture_of, decoder_layers, layer_widths
+from minisp.models.families import CausalLM, activation_kind, decoder_layers, family_of, structures_of
 from minisp.ops.portable import capability_of, repeats_keys
 
 # Of a probe: rounding in float32 of sums of up to some 10⁴ terms; what computes something else is off by more.
@@ -72,8 +72,8 @@ def autograd_bytes(model: CausalLM, dtype: torch.dtype, device: torch.device) ->
     m without a gate). In float32: one number per row of a norm, two where it is a LayerNorm, and one per query head, of
     its softmax. Keys and values count as often as attention repeats them on `device`.
     """
-    config, row = model.config, architecture_of(model.config)
-    layer = decoder_layers(model, row)[0]
+    config, family = model.config, family_of(model.config)
+    layer = decoder_layers(model, family)[0]
     heads: int = config.num_attention_heads
     hidden: int = config.hidden_size
     kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
@@ -81,8 +81,12 @@ def autograd_bytes(model: CausalLM, dtype: torch.dtype, device: torch.device) ->
     of_heads = any(p.shape == (dim,) and "norm" in name for name, p in layer.named_parameters())
     normed = (heads + kv_heads) if of_heads else 0
     repeated = heads if repeats_keys(dtype, capability_of(device)) else kv_heads
-    width = max(layer_widths(model, row))
-    elements = 2 * hidden + (2 * heads + 2 * repeated + normed) * dim + (1 if row.gate is None else 2) * width
+    width = max(structure.width for structure in structures_of(model, family))
+    kept = len(family.mlp.writers)
+    if activation_kind(config, family) is None:
+        # The generic way: the activation function keeps its input and output, the product both factors and x.
+        kept = 2 if family.mlp.gate is None else 4
+    elements = 2 * hidden + (2 * heads + 2 * repeated + normed) * dim + kept * width
     return elements * dtype.itemsize + 4 * (2 * 2 + heads + normed)
 
 

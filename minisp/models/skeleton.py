@@ -8,14 +8,8 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
 from minisp.errors import CheckpointError, one_line
-from minisp.models.families import (
-    WIDTHS_KEY,
-    CausalLM,
-    architecture_of,
-    layer_widths,
-    replace_parameter_,
-    resize_,
-)
+from minisp.models.edits import replace_parameter_
+from minisp.models.families import WIDTHS_KEY, CausalLM, family_of, resize_, structures_of
 from minisp.store.checkpoint import FLOATING, Checkpoint
 
 
@@ -23,15 +17,15 @@ def skeleton(checkpoint: Checkpoint) -> CausalLM:
     """The transformers model of a checkpoint with every parameter on the meta device, frozen, in evaluation mode.
 
     Raises:
-        UnsupportedModelError: unknown family or activation.
+        UnsupportedModelError: unknown family.
         CheckpointError: the config contradicts itself or the stored tensors.
     """
-    row = architecture_of(checkpoint.config)
+    family = family_of(checkpoint.config)
     widths = checkpoint.raw_config.get(WIDTHS_KEY)
     where = f"{checkpoint.folder}/config.json"
     # Before the model is built: a billion layers would be built for hours.
     count = checkpoint.config.num_hidden_layers
-    more = f".{row.layers}.{count}."
+    more = f".{family.layers}.{count}."
     if not 0 < count <= len(checkpoint.tensors) or any(more in f".{name}" for name in checkpoint.tensors):
         raise CheckpointError(f"{where}: expected as many layers as are stored, at least one, got {count}. Correct it.")
     try:
@@ -40,13 +34,14 @@ def skeleton(checkpoint: Checkpoint) -> CausalLM:
     except Exception as error:
         raise CheckpointError(f"{where}: expected a buildable model, got: {one_line(error)} Correct it.") from error
     if widths is not None:
-        full = layer_widths(model, row)
-        if not isinstance(widths, list) or [type(w) is int and 0 < w <= full[0] for w in widths] != [True] * count:
+        structures = structures_of(model, family)
+        full = structures[0].num_units
+        if not isinstance(widths, list) or [type(w) is int and 0 < w <= full for w in widths] != [True] * count:
             raise CheckpointError(
-                f"{where}: expected {WIDTHS_KEY} to list {count} widths from 1 to {full[0]}, got {widths!r}. "
+                f"{where}: expected {WIDTHS_KEY} to list {count} widths from 1 to {full}, got {widths!r}. "
                 "It was written with the weights: restore it from there."
             )
-        resize_(model, row, widths)
+        resize_(model, structures, widths)
     model.tie_weights()
     model.requires_grad_(False)
     model.eval()

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,20 +20,14 @@ from torch import Tensor, nn
 from minisp import ops
 from minisp.device import trim_memory
 from minisp.errors import CheckpointError
-from minisp.models.families import (
-    Architecture,
-    CausalLM,
-    architecture_of,
-    decoder_layers,
-    layers_path,
-    mlp_weights,
-    replace_parameter_,
-    unit_axes,
-)
+from minisp.models.calls import LayerCall
+from minisp.models.edits import replace_parameter_
+from minisp.models.families import CausalLM, Family, decoder_layers, family_of, layers_path, structures_of, weight_view
 from minisp.models.loader import Loader
+from minisp.models.objective import Objective
 from minisp.models.skeleton import materialise_, skeleton, stored_names
+from minisp.models.structures import Structure
 from minisp.models.vocabulary import StreamedVocabulary
-from minisp.ops.sampling import draw_labels, label_numbers
 from minisp.store.checkpoint import DTYPE_OF, Checkpoint
 
 # Logits of one chunk of tokens: 16-bit logits and their gradient stay within this many bytes. A GPU reads the head's
@@ -42,38 +35,34 @@ from minisp.store.checkpoint import DTYPE_OF, Checkpoint
 LOGIT_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
 
 
-@dataclass(frozen=True)
-class LayerCall:
-    """The arguments, besides the hidden state, that the model passes to one decoder layer."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
 class Stream:
     """A causal language model whose decoder layers are materialised only while held.
 
     Attributes:
         model: the transformers model; parameters of layers that are not held are on the meta device.
-        row: its architecture.
+        family: its row of data.
+        structures: what can be removed from it, in the order in which it computes.
         device, dtype: where and in what type it computes.
         checkpoint: where the weights come from; None when the model was in memory to begin with.
         vocabulary: embeddings and head, where they are left on disk.
-        label_seed: seeds the labels that the model draws itself for its loss; None takes those of the text.
     """
 
     def __init__(self, model: CausalLM, device: torch.device, dtype: torch.dtype, checkpoint: Checkpoint | None):
         self.model = model
-        self.row: Architecture = architecture_of(model.config)
+        self.family: Family = family_of(model.config)
+        self.structures: list[Structure] = structures_of(model, self.family)
         self.device = device
         self.dtype = dtype
         self.checkpoint = checkpoint
-        self.layers = decoder_layers(model, self.row)
+        self.layers = decoder_layers(model, self.family)
         self.vocabulary: StreamedVocabulary | None = None
-        self.label_seed: int | None = None
         self._loader: Loader | None = None
         self._calls: dict[tuple[int, ...], list[LayerCall]] = {}
-        self._empty = [{name: p.data for name, p in layer.named_parameters()} for layer in self.layers]
+        self._calls_differ: bool | None = None
+        # What takes the weights' place when a layer is released. A model in memory is never released: its old weights
+        # must not be held here when it is cut.
+        kept = self.layers if checkpoint is not None else ()
+        self._empty = [{name: p.data for name, p in layer.named_parameters()} for layer in kept]
 
     @classmethod
     def from_checkpoint(
@@ -98,7 +87,7 @@ class Stream:
         model = skeleton(checkpoint)
         stream = cls(model, device, dtype, checkpoint)
         stream._loader = Loader(checkpoint, device, num_slots)
-        prefix = f"{layers_path(model, stream.row)}."
+        prefix = f"{layers_path(model, stream.family)}."
         left: set[str] = set()
         if stream_vocabulary:
             stream.vocabulary = StreamedVocabulary(checkpoint, model, device, dtype)
@@ -145,7 +134,7 @@ class Stream:
     def _start(self, segment: range) -> tuple[dict[str, list[str]], Future[dict[str, Tensor]]]:
         """Begin to read a segment: stored name → parameters that it is for, and what is being read."""
         assert self._loader is not None and self.checkpoint is not None
-        path = layers_path(self.model, self.row)
+        path = layers_path(self.model, self.family)
         names = [f"{path}.{index}.{name}" for index in segment for name in self._empty[index]]
         wanted = stored_names(self.checkpoint, self.model, names)
         return wanted, self._loader.start(list(wanted))
@@ -156,25 +145,38 @@ class Stream:
             for name in names:
                 replace_parameter_(self.model, name, tensors[stored].to(self.dtype))
 
-    def down_weight(self, index: int) -> Tensor:
-        """The down projection (d, m) of a layer, in the stored dtype (not the compute type), on the device.
+    def weight(self, structure: Structure) -> Tensor:
+        """The weight (d, u·c) of a structure's consumer, in the stored dtype (not the compute type), on the device.
 
         Where the layer is held and has it in that type, it is the layer's own, valid as long as that is.
         """
+        held = weight_view(self.layers[structure.layer].get_submodule(structure.consumer)).detach()
         if self.checkpoint is None:
-            return mlp_weights(self.layers[index], self.row).down.detach()
-        held = mlp_weights(self.layers[index], self.row).down.detach()
-        name = f"{layers_path(self.model, self.row)}.{index}.{self.row.down}.weight"
+            return held
+        name = f"{layers_path(self.model, self.family)}.{structure.layer}.{structure.weight}"
         stored = self.checkpoint.stored_name(name, self.model.base_model_prefix)
         if not held.is_meta and DTYPE_OF[self.checkpoint.tensors[stored].dtype] == held.dtype:
             return held
         ((_, weight),) = self.checkpoint.read([stored])
-        axis = unit_axes(self.layers[index], self.row)[f"{self.row.down}.weight"]
-        return (weight if axis == 1 else weight.T).to(self.device)
+        return (weight.T if structure.transposed else weight).to(self.device)
+
+    def structures_in(self, index: int) -> list[Structure]:
+        """The structures of one layer."""
+        return [structure for structure in self.structures if structure.layer == index]
 
     def calls(self, ids: Tensor) -> list[LayerCall]:
-        """What every layer is called with for windows of this shape (B, L)."""
-        if tuple(ids.shape) not in self._calls:
+        """What every layer is called with for windows (B, L).
+
+        Most families make it from the shape of the windows alone. That is tried once, on other tokens of the same
+        shape; where it depends on the tokens, it is made anew for all windows.
+        """
+        if self._calls_differ is None:
+            self.embed(ids)
+            first = self._calls[tuple(ids.shape)]
+            self.embed((ids + 1) % self.model.config.vocab_size)
+            others = self._calls[tuple(ids.shape)]
+            self._calls_differ = not all(call.equals(other) for call, other in zip(first, others, strict=True))
+        if self._calls_differ or tuple(ids.shape) not in self._calls:
             self.embed(ids)
         return self._calls[tuple(ids.shape)]
 
@@ -213,22 +215,22 @@ class Stream:
         """Bytes that the logits of one chunk of tokens may take."""
         return LOGIT_BYTES.get(self.device.type, LOGIT_BYTES["cpu"])
 
-    def loss_gradient(self, hidden: Tensor, ids: Tensor) -> tuple[float, Tensor]:
+    def loss_gradient(self, hidden: Tensor, ids: Tensor, objective: Objective) -> tuple[float, Tensor]:
         """Loss and its gradient at the last layer's output.
 
-        The loss is the summed negative log likelihood (nats) of tokens 2…L of each window, or of as many that the model
-        draws in their place (`label_seed`). Tokens go through the head in chunks, so that the logits stay within
-        `LOGIT_BYTES`; a streamed head takes all tokens at once, for it is read from disk each time.
+        Tokens go through the head in chunks, so that the logits stay within `LOGIT_BYTES`; a streamed head takes all
+        tokens at once, for it is read from disk each time.
 
         Args:
             hidden: (B, L, d) output of the last layer.
             ids: (B, L) tokens.
+            objective: what the loss is.
 
         Returns:
             The loss, and ∂loss/∂hidden (B, L, d) in the dtype of `hidden`.
         """
         ids = ids.to(self.device)
-        numbers = None if self.label_seed is None else label_numbers(ids, self.label_seed).to(self.device)
+        numbers = objective.numbers(ids)
         gradient = torch.zeros_like(hidden)
         step = hidden.shape[1]
         if self.vocabulary is None:
@@ -242,7 +244,7 @@ class Stream:
                 # Logits, or what the head would make them from where it is streamed.
                 leaving = self.model(input_ids=ids[:, start:stop], use_cache=False).logits
             if self.vocabulary is None:
-                targets = targets if drawn is None else draw_labels(leaving.detach(), drawn)
+                targets = objective.labels(leaving.detach(), targets, drawn)
                 chunk_loss, grad_leaving = ops.cross_entropy_gradient(leaving.detach(), targets)
             else:
                 flat = leaving.detach().reshape(-1, leaving.shape[-1])

@@ -1,9 +1,15 @@
-"""A layer's MLP, watched: the engine's own forward and backward in place of the model's, with statistics on the way.
+"""A structure's consumer, watched: what enters it, and the gradient there, without storing either for long.
 
-With W_gate, W_up (m, d), W_down (d, m):  gate = h W_gateᵀ, up = h W_upᵀ, x = act(gate) ⊙ up, y = x W_downᵀ.
-Backward from ∂L/∂y: g = ∂L/∂y W_down is the gradient of the activation x, so saliency needs no other pass; then
-∂L/∂h = ∂L/∂gate W_gate + ∂L/∂up W_up. Weights are frozen: their gradients are never formed, and h is not kept.
-x is recomputed from gate and up in the same pass that makes their gradients, in place.
+The generic tap is any linear map y = x Wᵀ + b. Its forward keeps x; its backward has g = ∂L/∂y W, which is the gradient
+of x, and so both sides of the product p = x ⊙ g. An MLP whose activation the engine knows goes a faster way: with
+W_gate, W_up (m, d) and W_down (d, m),
+
+    gate = h W_gateᵀ,  up = h W_upᵀ,  x = act(gate) ⊙ up,  y = x W_downᵀ,  ∂L/∂h = ∂L/∂gate W_gate + ∂L/∂up W_up.
+
+Its backward makes x again from gate and up in the pass that makes their gradients, in place: neither x nor h is kept.
+Weights are frozen in both: their gradients are never formed.
+
+Shapes: T tokens, d hidden size, m units of an MLP, u units of c columns, R outputs of a linear map.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,34 +22,126 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minisp import ops
-from minisp.models.families import Architecture, MlpWeights, mlp_weights
+from minisp.models.families import Mlp, MlpWeights, activation_kind, family_of, mlp_weights, weight_view
+from minisp.models.structures import Structure
 
 
 class Watcher(Protocol):
-    """Whoever is told what passes: x (T, m), and the saliency sums (3, m) of the same tokens after a backward."""
+    """Whoever is told what passes: x (T, u·c), and the saliency sums (3, u) of the same tokens after a backward."""
 
     def update_(self, x: Tensor, sums: Tensor | None) -> None: ...
 
 
+@contextmanager
+def watch(
+    layer: nn.Module,
+    structure: Structure,
+    config: Any,
+    watcher: Watcher,
+    *,
+    contributes: bool = True,
+    fused: bool = True,
+) -> Iterator[None]:
+    """Within the block, what enters a structure's consumer is told to `watcher`; the parameters must be frozen.
+
+    With gradients on, the backward tells it, with saliency sums; without, the forward does.
+
+    Args:
+        config: of the model, which says which activation its MLPs have.
+        contributes: whether the consumer's output is formed; else, without gradients, it is zero, its bias included.
+        fused: let an MLP go the faster way where it can.
+    """
+    mlp = family_of(config).mlp
+    kind = activation_kind(config, family_of(config))
+    if structure.name == "mlp" and fused and kind is not None:
+        replaced = _mlp_forwards(layer, mlp, WatchedMlp(mlp_weights(layer, mlp), kind, watcher, contributes))
+    else:
+        module = layer.get_submodule(structure.consumer)
+        replaced = {module: WatchedLinear(module, structure.columns, watcher, contributes).forward}
+    for module, forward in replaced.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in replaced:
+            del module.forward
+
+
+def _mlp_forwards(layer: nn.Module, mlp: Mlp, watched: "WatchedMlp") -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    if mlp.module is not None:
+        return {layer.get_submodule(mlp.module): watched.forward}
+    # The layer itself calls up, activation and down in turn: the first does it all, the others pass through.
+    assert mlp.inline_activation is not None
+    return {
+        layer.get_submodule(mlp.up.module): watched.forward,
+        layer.get_submodule(mlp.inline_activation): nn.Identity().forward,
+        layer.get_submodule(mlp.down): nn.Identity().forward,
+    }
+
+
+@dataclass(frozen=True)
+class WatchedLinear:
+    """A watched linear map: the module, the columns c of a unit, who is told, and whether its output is wanted."""
+
+    module: nn.Module
+    columns: int
+    watcher: Watcher
+    contributes: bool = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (…, R) for x (…, u·c)."""
+        if torch.is_grad_enabled():
+            leaving: Tensor = _LinearFunction.apply(x, self)
+            return leaving
+        self.watcher.update_(x.reshape(-1, x.shape[-1]), None)
+        if not self.contributes:
+            return x.new_zeros(()).expand(*x.shape[:-1], len(weight_view(self.module)))
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x Wᵀ + b."""
+        return functional.linear(x, weight_view(self.module), getattr(self.module, "bias", None))
+
+
+class _LinearFunction(torch.autograd.Function):
+    """See the module's docstring for the formulas."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: WatchedLinear) -> Tensor:
+        ctx.linear = linear
+        ctx.save_for_backward(x)
+        return linear.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (grad_y,), (x,) = grad_outputs, ctx.saved_tensors
+        linear: WatchedLinear = ctx.linear
+        grad_x = grad_y @ weight_view(linear.module)
+        flat = x.reshape(-1, x.shape[-1])
+        sums = ops.saliency_sums(flat, grad_x.reshape(flat.shape), linear.columns)
+        linear.watcher.update_(flat, sums)
+        return grad_x, None
+
+
 @dataclass(frozen=True)
 class WatchedMlp:
-    """What one watched MLP needs: its weights, its activation kind, who is told, and whether its output is wanted."""
+    """A watched MLP: its weights, its activation kind, who is told, and whether its output is wanted."""
 
     weights: MlpWeights
     kind: str
-    statistics: Watcher
+    watcher: Watcher
     contributes: bool = True
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """y (…, d) for h (…, d). With gradients on, the statistics are fed by the backward; without, by this call."""
+        """y (…, d) for h (…, d)."""
         if torch.is_grad_enabled():
-            leaving: Tensor = _WatchedFunction.apply(hidden, self)
+            leaving: Tensor = _MlpFunction.apply(hidden, self)
             return leaving
         flat = hidden.reshape(-1, hidden.shape[-1])
         gate, up = self.project(flat)
         # Nothing else needs the gate: x takes its place.
         x = ops.activation(gate, up, self.kind, out=gate)
-        self.statistics.update_(x, None)
+        self.watcher.update_(x, None)
         if not self.contributes:
             return hidden.new_zeros(()).expand_as(hidden)
         return functional.linear(x, self.weights.down, self.weights.down_bias).view_as(hidden)
@@ -57,7 +155,7 @@ class WatchedMlp:
         return functional.linear(flat, weights.gate, weights.gate_bias), up
 
 
-class _WatchedFunction(torch.autograd.Function):
+class _MlpFunction(torch.autograd.Function):
     """See the module's docstring for the formulas."""
 
     @staticmethod
@@ -74,37 +172,8 @@ class _WatchedFunction(torch.autograd.Function):
         ctx.gate = ctx.up = None
         grad_x = grad_y.reshape(-1, grad_y.shape[-1]) @ mlp.weights.down
         x, sums = ops.activation_backward_(gate, up, grad_x, mlp.kind)
-        mlp.statistics.update_(x, sums)
+        mlp.watcher.update_(x, sums)
         grad_hidden = gate @ (mlp.weights.up if up is None else mlp.weights.gate)
         if up is not None:
             grad_hidden = torch.addmm(grad_hidden, up, mlp.weights.up)
         return grad_hidden.view_as(grad_y), None
-
-
-@contextmanager
-def watch(
-    layer: nn.Module, row: Architecture, kind: str, statistics: Watcher, *, contributes: bool = True
-) -> Iterator[None]:
-    """Within the block, the layer's MLP feeds `statistics`; its parameters must be frozen.
-
-    Args:
-        contributes: whether the MLP's output is formed; else, without gradients, it is zero.
-    """
-    watched = WatchedMlp(mlp_weights(layer, row), kind, statistics, contributes)
-    if row.mlp is not None:
-        replaced: dict[nn.Module, Callable[[Tensor], Tensor]] = {layer.get_submodule(row.mlp): watched.forward}
-    else:
-        # The layer itself calls up, activation and down in turn: the first does it all, the others pass through.
-        assert row.inline_activation is not None
-        replaced = {
-            layer.get_submodule(row.up): watched.forward,
-            layer.get_submodule(row.inline_activation): nn.Identity().forward,
-            layer.get_submodule(row.down): nn.Identity().forward,
-        }
-    for module, forward in replaced.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module in replaced:
-            del module.forward

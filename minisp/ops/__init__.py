@@ -30,11 +30,14 @@ __all__ = [
     "ridge_solve",
     "rms_norm",
     "rotary",
+    "saliency_sums",
 ]
 
 
-def implementations(device: torch.device, dtype: torch.dtype, kind: str) -> dict[str, Impl]:
+def implementations(device: torch.device, dtype: torch.dtype, kind: str | None) -> dict[str, Impl]:
     """Who serves each operation of the engine on a device, for a dtype and an activation kind: "auto", answered.
+
+    A model whose activation the engine has no kind for (None) computes it itself.
 
     Asked of the same tests that the operations ask, with a tensor of one element there.
     """
@@ -95,6 +98,19 @@ def activation_backward_(
 
         return grad_x, kernel.activation_backward_(gate, up, grad_x, kind)
     return grad_x, portable.activation_backward_(gate, up, grad_x, kind)
+
+
+def saliency_sums(x: Tensor, grad: Tensor, columns: int = 1, *, impl: Impl = "auto") -> Tensor:
+    """The saliency sums (3, u) float32 of units of `columns` columns each; see `reference.saliency_sums`.
+
+    Args:
+        x, grad: (T, u·c) activations, and the gradient of the loss there, in any floating dtype.
+
+    Raises:
+        BackendError: `impl` cannot serve these tensors.
+    """
+    choose("saliency_sums", impl)
+    return portable.saliency_sums(x, grad, columns)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, *, impl: Impl = "auto") -> Tensor:

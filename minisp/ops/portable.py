@@ -56,6 +56,20 @@ def activation_backward_(gate: Tensor, up: Tensor | None, grad_x: Tensor, kind: 
     return sums
 
 
+def saliency_sums(x: Tensor, grad: Tensor, columns: int) -> Tensor:
+    """The sums (3, u) float32."""
+    sums = torch.zeros(3, x.shape[1] // columns, dtype=torch.float32, device=x.device)
+    for start in range(0, x.shape[0], ELEMENTWISE_ROWS):
+        rows = slice(start, start + ELEMENTWISE_ROWS)
+        product = x[rows].float() * grad[rows].float()
+        if columns > 1:
+            product = product.unflatten(1, (-1, columns)).sum(2)
+        sums[0] += product.abs().sum(0)
+        sums[1] += product.square().sum(0)
+        sums[2] += product.sum(0)
+    return sums
+
+
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """softmax(scale · Q Kᵀ) V over the tokens so far, differentiable."""
     if query.device.type == "cpu" and not all(bool(t.detach().sum().isfinite()) for t in (query, key, value)):

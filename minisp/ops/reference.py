@@ -53,6 +53,20 @@ def activation_backward(
     return x.detach(), grads[0], grads[1] if up is not None else None, sums
 
 
+def saliency_sums(x: Tensor, grad: Tensor, columns: int = 1) -> Tensor:
+    """Σ_t |p|, Σ_t p², Σ_t p (3, u) for units of c columns each: p_tj = Σ_i x_ti g_ti over the columns i of unit j.
+
+    First-order Taylor: without unit j, whose columns are then zero, the loss of token t changes by about −p_tj.
+
+    Args:
+        x: (T, u·c) activations.
+        grad: g = ∂L/∂x (T, u·c).
+        columns: c.
+    """
+    product = (x * grad).unflatten(1, (-1, columns)).sum(2)
+    return torch.stack([product.abs().sum(0), product.square().sum(0), product.sum(0)])
+
+
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """softmax(scale · Q Kᵀ) V, each token seeing itself and those before it (Vaswani et al., 2017).
 

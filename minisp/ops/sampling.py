@@ -1,9 +1,4 @@
-"""Tokens that a model draws from its own distribution: for text that it writes, and as labels of its loss.
-
-With labels drawn from the model, mean (x·g)² is the diagonal of the true Fisher information, which a second-order
-expansion of KL(before ‖ after) has; with the labels of a text it is the empirical one (Kunstner et al., 2019,
-"Limitations of the Empirical Fisher Approximation for Natural Gradient Descent", equations 2 and 3).
-"""
+"""Tokens drawn from a distribution of logits: for text that a model writes, and as labels of its loss."""
 
 from hashlib import blake2b
 

@@ -9,8 +9,8 @@ from minisp.config import MinifyConfig
 from minisp.ranks import Ranks
 from minisp.text.windows import spread
 
-# A window passes a corrected layer twice, in the dense and in the pruned model, beside the drift's sums. From twice so
-# many tokens on, every second window has to do, which bounds what the correction adds to a run. With 8192 instead of
+# Correction runs each window through a layer twice, in the dense and in the pruned model, beside the drift's sums. To
+# bound its cost it uses half of the windows, but at least so many tokens. With 8192 instead of
 # 16384 tokens, SmolLM2-135M at 80 % has ×1.227 or ×1.235 of its perplexity (the even or the odd windows) instead of
 # ×1.226, in half the time.
 FEW_TOKENS = 8192
@@ -21,36 +21,36 @@ class Batches:
     """One process's micro-batches.
 
     Attributes:
-        ids: windows (B, L) int64 of each; those of the heal sweep come first.
+        ids: windows (B, L) int64 of each; those of the refit sweep come first.
         scored: whether saliency is computed on each; the others only add to the Gram matrices.
-        heals: how many of them run through the heal sweep.
+        num_refit: how many of them run through the refit sweep.
     """
 
     ids: Sequence[Tensor]
     scored: Sequence[bool]
-    heals: int
+    num_refit: int
 
     @classmethod
     def scoring(cls, ids: Sequence[Tensor]) -> "Batches":
-        """Micro-batches that saliency is computed on, none of them for the heal sweep."""
+        """Micro-batches that saliency is computed on, none of them for the refit sweep."""
         return cls(ids, [True] * len(ids), 0)
 
     @property
-    def healed(self) -> Sequence[Tensor]:
-        """Those of the heal sweep."""
-        return self.ids[: self.heals]
+    def refit(self) -> Sequence[Tensor]:
+        """Those of the refit sweep."""
+        return self.ids[: self.num_refit]
 
 
-def heal_count(count: int, window: int, ranks: int = 1) -> int:
+def correction_count(count: int, window: int, ranks: int = 1) -> int:
     """On how many of the calibration windows a correction is made: at least one for every process."""
     return min(count, max(-(-count // 2), -(-FEW_TOKENS // window), ranks))
 
 
-def heal_windows(count: int, window: int, config: MinifyConfig, ranks: int = 1) -> list[int]:
-    """The rows of `count` calibration windows that run through the heal sweep, evenly spread: the same for everyone."""
-    if not config.heals:
+def refit_windows(count: int, window: int, config: MinifyConfig, ranks: int = 1) -> list[int]:
+    """The rows of `count` calibration windows of the refit sweep, evenly spread: the same for every process."""
+    if not config.refit_sweep:
         return []
-    return spread(count, heal_count(count, window, ranks) if config.inputs == "both" else count)
+    return spread(count, correction_count(count, window, ranks) if config.corrects else count)
 
 
 def make_batches(windows: Tensor, config: MinifyConfig, batch: int, ranks: Ranks) -> Batches:
@@ -60,7 +60,7 @@ def make_batches(windows: Tensor, config: MinifyConfig, batch: int, ranks: Ranks
     unfinished sweep, one tensor per micro-batch, then serve a run with another method (`reuse`).
     """
     count, window = windows.shape
-    corrected = set(spread(count, heal_count(count, window, ranks.size)))
+    corrected = set(spread(count, correction_count(count, window, ranks.size)))
     scored = set(spread(count, config.saliency_windows or count))
     ids: list[Tensor] = []
     flags: list[bool] = []
@@ -71,5 +71,5 @@ def make_batches(windows: Tensor, config: MinifyConfig, batch: int, ranks: Ranks
         ids += found
         flags += [kind[1]] * len(found)
         num_corrected += kind[0] * len(found)
-    heals = {"both": num_corrected, "pruned": len(ids)}.get(config.inputs, 0) if config.heals else 0
-    return Batches(ids, flags, heals)
+    num_refit = 0 if not config.refit_sweep else num_corrected if config.corrects else len(ids)
+    return Batches(ids, flags, num_refit)

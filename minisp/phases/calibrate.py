@@ -11,14 +11,11 @@ from torch import Tensor
 
 from minisp.config import MinifyConfig
 from minisp.errors import CalibrationError, OutputError
-from minisp.models.families import layer_widths
 from minisp.models.stream import Stream
-from minisp.phases.run import Workplace
+from minisp.phases.run import Run
+from minisp.store.names import Record
 from minisp.text.calibration import Calibration, load_calibration
 from minisp.text.written import TEXTS_PER_WINDOW, WRITTEN_AT_ONCE, describe, write_windows
-
-# The record of what the model wrote.
-WRITTEN = "written"
 
 # exp of the entropy of single tokens: 250 to 800 for prose, documentation and source code, below 20 for logs, tables
 # and text that repeats itself (SmolLM2's tokens, 4k to 65k of them). Small vocabularies, of bytes say, have less.
@@ -28,7 +25,7 @@ FEWEST_TOKENS_PER_UNIT = 2
 
 
 def calibrate(
-    stream: Stream, source: Any, tokenizer: Any, config: MinifyConfig, work: Workplace, *, write_room: int | None
+    stream: Stream, source: Any, tokenizer: Any, config: MinifyConfig, run: Run, *, write_room: int | None
 ) -> Calibration:
     """The calibration windows: those of the run that is continued, or new ones, which become a record.
 
@@ -40,35 +37,35 @@ def calibrate(
         CalibrationError: the text is missing, too short, or does not fit the model.
         OutputError: the earlier run had other windows.
     """
-    name = "windows"
-    if work.ranks.first and not (work.shared.has(name) and source is None):
-        text = _new_windows(stream, source, tokenizer, config, work, write_room)
-        width = max(layer_widths(stream.model, stream.row))
+    name = Record.WINDOWS.value
+    if run.ranks.first and not (run.shared.has(name) and source is None):
+        text = _new_windows(stream, source, tokenizer, config, run, write_room)
+        width = max(structure.width for structure in stream.structures)
         for sentence in narrowness(text.windows, width, stream.model.config.vocab_size):
             warnings.warn(sentence, stacklevel=3)
-        if work.shared.has(name):
-            if work.shared.facts(name)["fingerprint"] != text.fingerprint:
+        if run.shared.has(name):
+            if run.shared.facts(name)["fingerprint"] != text.fingerprint:
                 raise OutputError(
                     "Calibration text: expected that of the earlier run in the scratch folder, got another one. Pass "
                     "the same text, windows and generic share, leave calibration out, or use another scratch folder."
                 )
         else:
             facts = {"description": list(text.description), "fingerprint": text.fingerprint}
-            with work.shared.writing(name, **facts) as append:
+            with run.shared.writing(name, **facts) as append:
                 append("windows", text.windows)
-            work.shared.settle()
-    work.ranks.wait()
-    windows: Tensor = work.shared.read(name, "windows")
-    if len(windows) < work.ranks.size:
+            run.shared.settle()
+    run.ranks.wait()
+    windows: Tensor = run.shared.read(name, "windows")
+    if len(windows) < run.ranks.size:
         raise CalibrationError(
-            f"Calibration text: expected a window for each of {work.ranks.size} processes, got {len(windows)}. Pass "
+            f"Calibration text: expected a window for each of {run.ranks.size} processes, got {len(windows)}. Pass "
             "more text or shorter windows, or start fewer processes."
         )
-    return Calibration(windows, tuple(work.shared.facts(name)["description"]))
+    return Calibration(windows, tuple(run.shared.facts(name)["description"]))
 
 
 def _new_windows(
-    stream: Stream, source: Any, tokenizer: Any, config: MinifyConfig, work: Workplace, write_room: int | None
+    stream: Stream, source: Any, tokenizer: Any, config: MinifyConfig, run: Run, write_room: int | None
 ) -> Calibration:
     """The user's text and a share of generic text; where no source is given, generic text alone."""
     if source is None:
@@ -87,23 +84,23 @@ def _new_windows(
         window=config.window,
         vocab_size=stream.model.config.vocab_size,
         max_positions=getattr(stream.model.config, "max_position_embeddings", None),
-        writer=None if write_room is None else partial(_written, stream, tokenizer, config, work, write_room),
+        writer=None if write_room is None else partial(_written, stream, tokenizer, config, run, write_room),
         generic=config.generic,
     )
-    if not work.shared.has(WRITTEN):
+    if not run.shared.has(Record.WRITTEN.value):
         return text
     how = f"the model wrote {describe(tokenizer, stream.model.config.vocab_size)}"
     return replace(text, description=(*text.description, how))
 
 
 def _written(
-    stream: Stream, tokenizer: Any, config: MinifyConfig, work: Workplace, room: int, num_windows: int, window: int
+    stream: Stream, tokenizer: Any, config: MinifyConfig, run: Run, room: int, num_windows: int, window: int
 ) -> Tensor:
     """Windows (N, L) that the model has written; a record, so that a run that goes on does not write them again."""
     wanted = {"num_windows": num_windows, "window": window}
-    name = WRITTEN
-    if not work.shared.has(name) or {key: work.shared.facts(name).get(key) for key in wanted} != wanted:
-        work.shared.drop(name)
+    name = Record.WRITTEN.value
+    if not run.shared.has(name) or {key: run.shared.facts(name).get(key) for key in wanted} != wanted:
+        run.shared.drop(name)
         for _ in stream.visit([range(len(stream.layers))]):
             windows = write_windows(
                 stream.model,
@@ -111,12 +108,12 @@ def _written(
                 **wanted,
                 seed=config.seed,
                 batch=_written_at_once(stream, room, window),
-                on_progress=lambda done, total: work.progress("writing calibration text", done, total),
+                on_progress=lambda done, total: run.progress("writing calibration text", done, total),
             )
-        with work.shared.writing(name, **wanted) as append:
+        with run.shared.writing(name, **wanted) as append:
             append(name, windows)
-        work.shared.settle()
-    written: Tensor = work.shared.read(name, name)
+        run.shared.settle()
+    written: Tensor = run.shared.read(name, name)
     return written
 
 

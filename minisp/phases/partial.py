@@ -3,53 +3,55 @@
 Only of the first segment, which leaves no gradient: its sums alone say how far it got.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from minisp.methods.statistics import LayerStatistics
-from minisp.phases.run import record
+from minisp.methods.statistics import Statistics
+from minisp.models.structures import Structure
+from minisp.store.names import Record
 from minisp.store.tiers import Tiers
 
 # Written in turn, so that one of them is always whole.
-PARTIAL = (record("partial", 0), record("partial", 1))
+PARTIAL = (Record.PARTIAL.of(0), Record.PARTIAL.of(1))
 
 
 def begin(
-    own: Tiers, widths: Mapping[int, int], *, gram: bool, device: torch.device
-) -> tuple[dict[int, LayerStatistics], int]:
-    """The sums of a segment's layers to go on with, and the micro-batches that are in them already.
+    own: Tiers, structures: Sequence[Structure], *, gram: bool, device: torch.device
+) -> tuple[dict[Structure, Statistics], int]:
+    """The sums of a segment's structures to go on with, and the micro-batches that are in them already.
 
     Args:
-        widths: m of each layer of the segment, by its index.
+        structures: those of the segment.
         gram: whether Gram matrices are collected.
     """
-    facts = {name: own.facts(name) for name in PARTIAL if 0 in widths and own.has(name)}
-    usable = {name: found["batches"] for name, found in facts.items() if found["layers"] == len(widths)}
+    is_first = any(structure.layer == 0 for structure in structures)
+    facts = {name: own.facts(name) for name in PARTIAL if is_first and own.has(name)}
+    usable = {name: found["batches"] for name, found in facts.items() if found["structures"] == len(structures)}
     if not usable:
-        return {index: LayerStatistics.empty(m, gram=gram, device=device) for index, m in widths.items()}, 0
+        return {x: Statistics.empty(x.num_units, x.columns, gram=gram, device=device) for x in structures}, 0
     newest = max(usable, key=lambda name: usable[name])
 
-    def kept(index: int) -> LayerStatistics:
+    def kept(structure: Structure) -> Statistics:
         def read(key: str) -> Tensor:
-            return own.read(newest, f"{index} {key}")
+            return own.read(newest, f"{structure} {key}")
 
-        return LayerStatistics.from_tensors(read, gram=gram, device=device)
+        return Statistics.from_tensors(read, structure.columns, gram=gram, device=device)
 
-    return {index: kept(index) for index in widths}, usable[newest]
+    return {structure: kept(structure) for structure in structures}, usable[newest]
 
 
-def save(own: Tiers, records: Mapping[int, LayerStatistics], batches: int) -> None:
+def save(own: Tiers, records: Mapping[Structure, Statistics], batches: int) -> None:
     """Keep the sums of so many micro-batches, in place of the older ones of two, where the disk has ample room."""
     size = sum(tensor.nbytes for statistics in records.values() for _, tensor in statistics.tensors())
     if own.free_bytes() < 4 * size:
         return
     there = {name: own.facts(name)["batches"] if own.has(name) else 0 for name in PARTIAL}
-    with own.writing(min(there, key=lambda name: there[name]), batches=batches, layers=len(records)) as append:
-        for index, statistics in records.items():
+    with own.writing(min(there, key=lambda name: there[name]), batches=batches, structures=len(records)) as append:
+        for structure, statistics in records.items():
             for key, tensor in statistics.tensors():
-                append(f"{index} {key}", tensor)
+                append(f"{structure} {key}", tensor)
 
 
 def drop(own: Tiers) -> None:

@@ -1,13 +1,14 @@
-"""The pruned model's windows through one layer, with what its MLP adds told apart from what passes it by.
+"""The pruned model's windows through one layer, with what a structure adds told apart from what passes it by.
 
-With x (T, n) the activations, W (d, n) and b the down projection, and r (T, d) the stream that passes the MLP by, what
-leaves the layer is h = r + (x Wᵀ + b). x and r do not depend on W. So when W alone has changed, h takes one product,
-2nd FLOPs a token, instead of another pass through the layer, and is rounded as that pass would round it.
+With x (T, n) the consumer's input, W (d, n) and b its weight and bias, and r (T, d) the stream that passes the
+structure by, what leaves the layer is h = r + (x Wᵀ + b). x and r do not depend on W. So when W alone has changed, h
+takes one product, 2nd FLOPs a token, instead of another pass through the layer, and is rounded as that pass would round
+it.
 
-That the layer adds its MLP's output unscaled to the stream, with nothing behind it, is tried on a few tokens of every
-layer. A layer that does not (OPT with its norm behind the MLP) runs again.
+That the layer adds the structure's output unscaled to the stream, with nothing behind it, is tried on a few tokens of
+every layer. A layer that does not (OPT with its norm behind the MLP) runs again.
 
-Shapes: B windows, L tokens per window, T = B·L, d hidden size, n units that the layer has now.
+Shapes: B windows, L tokens per window, T = B·L, d hidden size, n columns that the consumer has now.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from minisp.models.families import activation_kind, mlp_weights
+from minisp.models.families import weight_view
 from minisp.models.stream import Stream
+from minisp.models.structures import Structure
 from minisp.models.watch import watch
-from minisp.phases.run import Workplace
+from minisp.phases.run import Run
 from minisp.phases.saliency import enter
+from minisp.store.names import Record
 
 # Tokens on which a layer is asked whether it adds up.
 TRIED_TOKENS = 16
@@ -42,17 +45,24 @@ class Passage:
 
     Args:
         batches: this process's windows (B, L) int64, one micro-batch each.
-        index: the layer, which must be held until the passage is done with.
-        kind: of the states that enter it, see `minisp.phases.run`.
+        structure: whose layer must be held until the passage is done with.
+        kind: of the states that enter the layer.
         again: whether `leaving` will be asked for after `run`.
     """
 
     def __init__(
-        self, stream: Stream, batches: Sequence[Tensor], work: Workplace, index: int, kind: str, *, again: bool
+        self,
+        stream: Stream,
+        batches: Sequence[Tensor],
+        run: Run,
+        structure: Structure,
+        kind: Record,
+        *,
+        again: bool,
     ):
-        self._stream, self._batches, self._work = stream, batches, work
-        self._index, self._kind = index, kind
-        self._layer = stream.layers[index]
+        self._stream, self._batches, self._own = stream, batches, run.own
+        self._structure, self._kind = structure, kind
+        self._layer = stream.layers[structure.layer]
         self._again, self._adds = again, False
         # What `leaving` yields waits until the next layer: it comes first where room is short.
         self._waits = sum(map(stream.state_bytes, batches))
@@ -64,29 +74,29 @@ class Passage:
         Where there is room, x and r stay for `leaving`.
 
         Args:
-            keep: the units (int64) of x that stay for it; None for all of them.
+            keep: the columns (int64) of x that stay for it; None for all of them.
         """
         for number, ids in enumerate(self._batches):
             x, passing = self._through(number, ids)
             yield number, x, passing
             width = x.shape[1] if keep is None else len(keep)
             size = x.shape[0] * width * x.element_size() + passing.nbytes
-            if self._again and self._adds and self._work.own.reserve(size, beside=self._waits):
+            if self._again and self._adds and self._own.reserve(size, beside=self._waits):
                 self._kept[number] = x if keep is None else x.index_select(1, keep), passing
 
     def leaving(self) -> Iterator[Tensor]:
         """h (B, L, d) of one micro-batch after the other, with the weights that the layer has now.
 
-        Since `run`, at most the down projection may have changed, and units outside `keep` may be gone.
+        Since `run`, at most the consumer's weight may have changed, and columns outside `keep` may be gone.
         """
         for number, ids in enumerate(self._batches):
             kept = self._kept.pop(number, None)
             yield self.join(*(self._through(number, ids) if kept is None else kept))
             if kept is not None:
-                self._work.own.give_back(sum(tensor.nbytes for tensor in kept))
+                self._own.give_back(sum(tensor.nbytes for tensor in kept))
 
     def join(self, x: Tensor, passing: Tensor) -> Tensor:
-        """h (B, L, d) of a micro-batch, with the down projection that the layer has now, from what `run` gave.
+        """h (B, L, d) of a micro-batch, with the weight that the consumer has now, from what `run` gave.
 
         Where a layer does not add up, what `run` gave beside x is h.
         """
@@ -94,23 +104,24 @@ class Passage:
 
     def _through(self, number: int, ids: Tensor) -> tuple[Tensor, Tensor]:
         """x and r of a micro-batch, or x and h."""
-        stream, index = self._stream, self._index
-        hidden = enter(stream, self._work.own, range(index, index + 1), number, ids, kind=self._kind)
+        index = self._structure.layer
+        hidden = enter(self._stream, self._own, range(index, index + 1), number, ids, kind=self._kind)
         if number == 0:
             self._adds = self._adds_up(hidden[:1, :TRIED_TOKENS], ids[:1, :TRIED_TOKENS])
         return self._pass(hidden, ids, contributes=not self._adds)
 
     def _pass(self, hidden: Tensor, ids: Tensor, *, contributes: bool) -> tuple[Tensor, Tensor]:
         stream, told = self._stream, _Told()
-        kind = activation_kind(stream.model.config, stream.row)
-        with watch(self._layer, stream.row, kind, told, contributes=contributes):
-            leaving = stream.run_layer(self._index, hidden, stream.calls(ids))
+        config = stream.model.config
+        with watch(self._layer, self._structure, config, told, contributes=contributes):
+            leaving = stream.run_layer(self._structure.layer, hidden, stream.calls(ids))
         assert told.x is not None
         return told.x, leaving
 
     def _sum(self, x: Tensor, passing: Tensor) -> Tensor:
-        weights = mlp_weights(self._layer, self._stream.row)
-        return passing + functional.linear(x, weights.down, weights.down_bias).view_as(passing)
+        consumer = self._layer.get_submodule(self._structure.consumer)
+        added = functional.linear(x, weight_view(consumer), getattr(consumer, "bias", None))
+        return passing + added.view_as(passing)
 
     def _adds_up(self, hidden: Tensor, ids: Tensor) -> bool:
         """Whether h = r + (x Wᵀ + b), bit for bit, for a few tokens (1, L, d)."""

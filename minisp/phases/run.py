@@ -1,20 +1,23 @@
 """What a run has besides the model: where records wait, who takes part, who is told.
 
-Everything that a phase finishes is a record of its layer: `states_0007`, the hidden states that enter layer 7, and
-`gradient_0007`, the gradient there, one tensor per micro-batch; `partial_…`, sums of an unfinished sweep;
-`statistics_0007`; `trials_0007`, the states of all trial cuts that enter layer 7; `result_0007`; `healed_0007`, the
-states that enter layer 7 in the pruned model, and `dense_0007`, those of the dense model beside it. The windows and the
-ratios that the trial cuts gave are records of the run.
+Everything that a phase finishes is a record, see `minisp.store.names`. A phase that finds records goes on from them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from minisp.methods.reconstruction import Reconstruction
-from minisp.methods.statistics import LayerStatistics
+from minisp.errors import NumericalError
+from minisp.methods.reconstruction import Fit
+from minisp.methods.statistics import Statistics
+from minisp.models.structures import Structure
 from minisp.ranks import Ranks
+from minisp.store.names import Record
 from minisp.store.records import Memory, Scratch
 from minisp.store.tiers import Room, Tiers
 
@@ -22,9 +25,43 @@ Progress = Callable[[str, int, int], None]
 """Called with the phase, the steps done and the steps in all."""
 
 
+class Phase(str, Enum):
+    """The phases of a run that the plan counts apart, as they are called where a person reads them."""
+
+    SWEEP = "saliency sweep"
+    HEAD = "head"
+    TRIALS = "trial cuts"
+    TRIAL_OUTPUTS = "trial outputs"
+    REFIT = "refit"
+    REFIT_SWEEP = "refit sweep"
+    WRITING = "writing"
+
+    def __str__(self) -> str:
+        return self.value
+
+
 @dataclass(frozen=True)
-class Workplace:
-    """What a sweep works with besides the model.
+class Result:
+    """What became of one structure.
+
+    Attributes:
+        kept: (n,) int64 sorted, the units that stay.
+        fit: how the refit of its consumer's weight went.
+    """
+
+    structure: Structure
+    kept: Tensor
+    fit: Fit
+
+    @property
+    def cut(self) -> bool:
+        """Whether units go."""
+        return len(self.kept) < self.structure.num_units
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a phase works with besides the model.
 
     Attributes:
         shared: records of the whole run: statistics and results.
@@ -39,10 +76,25 @@ class Workplace:
     progress: Progress
 
     @classmethod
-    def in_memory(cls, progress: Progress = lambda phase, done, total: None) -> "Workplace":
+    def in_memory(cls, progress: Progress = lambda phase, done, total: None) -> "Run":
         """One process, whose records wait in memory."""
         memory = Memory()
         return cls(memory, Tiers(memory, torch.device("cpu"), Room(device=2**63)), Ranks(), progress)
+
+    def once(self, name: str, make: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> None:
+        """See to it that a shared record is there: the first process makes its tensors and facts, unless it is.
+
+        All processes call this together, and all can read the record afterwards.
+        """
+        # Asked together: what the first process has just written, a slower one must not take for an earlier run's.
+        if self.ranks.most(not self.shared.has(name)):
+            if self.ranks.first:
+                tensors, facts = make()
+                with self.shared.writing(name, **facts) as append:
+                    for key, tensor in tensors.items():
+                        append(key, tensor)
+                self.shared.settle()
+            self.ranks.wait()
 
     def save_if_due(self, *names: str) -> None:
         """Every few minutes, have this process's records in its folder, from which a run that is killed goes on."""
@@ -52,35 +104,49 @@ class Workplace:
             self.ranks.wait()
             self.own.forget(*names)
 
-    def statistics(self, layer: int, *, gram: bool, device: torch.device | str = "cpu") -> LayerStatistics:
-        """The statistics of a layer that the saliency sweep has left; `gram`: with the Gram matrix."""
-        name = record("statistics", layer)
-        return LayerStatistics.from_tensors(
+    def statistics(self, structure: Structure, *, gram: bool, device: torch.device | str = "cpu") -> Statistics:
+        """The statistics that the saliency sweep has left of a structure; `gram`: with the Gram matrix."""
+        name = Record.STATISTICS.of(structure.layer, structure.name)
+        return Statistics.from_tensors(
             lambda key: self.shared.read(name, key, ahead=key.startswith("gram")),
+            structure.columns,
             gram=gram,
             device=torch.device(device),
         )
 
-    def keep_statistics(self, layer: int, statistics: LayerStatistics) -> None:
-        """Make a layer's finalized statistics a record."""
-        with self.shared.writing(record("statistics", layer)) as append:
+    def keep_statistics(self, structure: Structure, statistics: Statistics) -> None:
+        """Make a structure's finalized statistics a record."""
+        with self.shared.writing(Record.STATISTICS.of(structure.layer, structure.name)) as append:
             for key, tensor in statistics.tensors():
                 append(key, tensor)
 
-    def result(self, layer: int, *, weights: bool = True) -> Reconstruction:
-        """The reconstruction of a layer; without `weights`, its down projection is not read."""
-        name = record("result", layer)
-        down = self.shared.read(name, "down") if weights and "down" in self.shared.keys(name) else None
-        return Reconstruction.from_facts(self.shared.facts(name), self.shared.read(name, "kept"), down)
+    def result(self, structure: Structure) -> Result:
+        """What became of a structure."""
+        name = Record.RESULT.of(structure.layer, structure.name)
+        return Result(structure, self.shared.read(name, "kept"), Fit.from_facts(self.shared.facts(name)))
 
-    def keep_result(self, result: Reconstruction) -> None:
-        """Make a layer's reconstruction a record."""
-        with self.shared.writing(record("result", result.layer), **result.facts()) as append:
+    def weight(self, structure: Structure) -> Tensor | None:
+        """The consumer's new weight (d, n·c), in the stored dtype; None where the old one is to be sliced."""
+        name = Record.RESULT.of(structure.layer, structure.name)
+        return self.shared.read(name, "weight") if "weight" in self.shared.keys(name) else None
+
+    def has_result(self, structure: Structure) -> bool:
+        """Whether it is known what became of a structure."""
+        return self.shared.has(Record.RESULT.of(structure.layer, structure.name))
+
+    def keep_result(self, result: Result, weight: Tensor | None) -> None:
+        """Make what became of a structure a record, with the consumer's new weight where it has one."""
+        name = Record.RESULT.of(result.structure.layer, result.structure.name)
+        with self.shared.writing(name, **result.fit.facts()) as append:
             append("kept", result.kept)
-            if result.down is not None:
-                append("down", result.down)
+            if weight is not None:
+                append("weight", weight)
 
 
-def record(kind: str, layer: int) -> str:
-    """The name of a record of one layer."""
-    return f"{kind}_{layer:04d}"
+@contextmanager
+def naming(structure: Structure, what: str = "") -> Iterator[None]:
+    """Within the block, a numerical failure says of which structure it is."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{structure}{what}: {error}") from error

@@ -6,7 +6,7 @@ whole model needs no forward pass of its own; one layer per segment needs the le
 P parameters: forward 2P and backward 2P FLOPs, plus 2P·(1 − 1/segments) of recomputing, plus m² for the Gram matrix.
 Windows that only add to the Gram matrices have neither the backward pass nor a loss.
 
-What is finished is a record, see `minisp.phases.run`: a sweep that finds records goes on from them, to the same bits
+What is finished is a record, see `minisp.store.names`: a sweep that finds records goes on from them, to the same bits
 (on a GPU as far as the backward of its attention adds up in a fixed order, which torch does not promise).
 The first segment, which is the only one where the model fits in memory whole, leaves no gradient, so that its sums can
 be kept every few minutes before it is finished.
@@ -22,19 +22,22 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from minisp.methods.statistics import LayerStatistics
-from minisp.models.families import activation_kind, mlp_weights
+from minisp.methods.statistics import Statistics
 from minisp.models.layers import fast_layers
+from minisp.models.objective import Objective
 from minisp.models.stream import Stream
+from minisp.models.structures import Structure
 from minisp.models.watch import watch
 from minisp.phases import partial
 from minisp.phases.batches import Batches
-from minisp.phases.run import Workplace, record
+from minisp.phases.run import Run
 from minisp.store import tiers
+from minisp.store.names import Record
 from minisp.store.tiers import Tiers
 
 # Tokens that a streamed head takes at least at once: each time, its weights are read twice.
 HEAD_TOKENS = 2048
+NEXT_TOKEN = Objective()
 Told: TypeAlias = Callable[[int, Tensor], None]
 """Told a layer and the states that leave it."""
 
@@ -44,13 +47,16 @@ class _Sweep:
     """What every pass of one sweep needs.
 
     Attributes:
-        gram: whether Gram matrices are collected; dense: whether the heal sweep's states stay, of every layer.
+        objective: what is differentiated.
+        gram: whether Gram matrices are collected.
+        dense: whether the states of the refit sweep's windows stay, of every layer.
         advance: told the phase and the segment after every micro-batch.
     """
 
     stream: Stream
     batches: Batches
-    work: Workplace
+    run: Run
+    objective: Objective
     gram: bool
     dense: bool
     advance: Callable[[str, range], None]
@@ -66,37 +72,45 @@ class _Sweep:
 
 
 def saliency_sweep(
-    stream: Stream, batches: Batches, segments: Sequence[range], work: Workplace, *, gram: bool, dense: bool = False
+    stream: Stream,
+    batches: Batches,
+    segments: Sequence[range],
+    run: Run,
+    *,
+    objective: Objective = NEXT_TOKEN,
+    gram: bool,
+    dense: bool = False,
 ) -> None:
-    """Leave a record of statistics for every layer.
+    """Leave a record of statistics for every structure.
 
     Args:
         batches: this process's calibration windows.
         segments: consecutive layers held together, in forward order; they cover all layers.
+        objective: what is differentiated.
         gram: collect Gram matrices too.
-        dense: keep the states that leave each layer, of the windows of the heal sweep, as records `dense_…`.
+        dense: keep the states that leave each layer, of the windows of the refit sweep, as `Record.DENSE`.
 
     Raises:
         NumericalError: statistics that are not finite.
     """
-    segments = _unfinished(segments, work)
+    segments = _unfinished(segments, stream, run)
     if not segments:
         return
-    head_first, forward = _forward_passes(stream, segments, work)
+    head_first, forward = _forward_passes(stream, segments, run)
     done = 0
 
     def advance(phase: str, segment: range) -> None:
         nonlocal done
         done += len(segment)
-        work.progress(f"{phase}, layers {segment.start}-{segment.stop - 1}", done, steps)
+        run.progress(f"{phase}, layers {segment.start}-{segment.stop - 1}", done, steps)
 
-    sweep = _Sweep(stream, batches, work, gram, dense, advance)
+    sweep = _Sweep(stream, batches, run, objective, gram, dense, advance)
     steps = sum(len(segment) * len(sweep.through(segment)) for segment in forward)
     steps += len(batches.ids) * sum(map(len, segments))
     visits = stream.visit([*forward, *reversed(segments)])
     for segment in islice(visits, len(forward)):
         _run_forward(sweep, segment)
-        work.save_if_due(record("states", segment.stop))
+        run.save_if_due(Record.STATES.of(segment.stop))
     if head_first:
         _head_gradient(sweep)
     behind: range | None = None
@@ -104,50 +118,51 @@ def saliency_sweep(
         records = _run_backward(sweep, segment)
         # What the segment before has left is written by now: nobody waits for the disk.
         if behind is not None:
-            _finish(behind, work)
-        for index in reversed(segment):
-            statistics = records.pop(index)
-            statistics.sum_over_(work.ranks)
-            statistics.finalize_(index)
-            if work.ranks.first:
-                work.keep_statistics(index, statistics)
+            _finish(behind, run)
+        for structure in reversed(list(records)):
+            statistics = records.pop(structure)
+            statistics.sum_over_(run.ranks)
+            statistics.finalize_(structure)
+            if run.ranks.first:
+                run.keep_statistics(structure, statistics)
             del statistics
         behind = segment
-    _finish(segment, work)
-    work.own.forget()
+    _finish(segment, run)
+    run.own.forget()
 
 
-def _finish(segment: range, work: Workplace) -> None:
+def _finish(segment: range, run: Run) -> None:
     """Wait until the statistics of a segment's layers are written; drop what they were made from."""
-    work.shared.settle()
-    work.own.settle()
-    work.ranks.wait()
-    work.own.drop(record("states", segment.start))
-    work.own.drop(record("gradient", segment.stop))
+    run.shared.settle()
+    run.own.settle()
+    run.ranks.wait()
+    run.own.drop(Record.STATES.of(segment.start))
+    run.own.drop(Record.GRADIENT.of(segment.stop))
     if segment.start:
-        work.save_if_due(record("gradient", segment.start))
+        run.save_if_due(Record.GRADIENT.of(segment.start))
         return
-    partial.drop(work.own)
+    partial.drop(run.own)
 
 
-def _unfinished(segments: Sequence[range], work: Workplace) -> list[range]:
+def _unfinished(segments: Sequence[range], stream: Stream, run: Run) -> list[range]:
     """The segments, or parts of them, whose statistics no earlier run has left, together with the gradient to go on."""
     count = segments[-1].stop
-    there = [work.shared.has(record("statistics", layer)) for layer in range(count)]
-    known = [all(there[i:]) and (i == 0 or work.own.has(record("gradient", i))) for i in range(count)]
-    lowest = work.ranks.everywhere([*known, True]).index(True)
+    missing = {x.layer for x in stream.structures if not run.shared.has(Record.STATISTICS.of(x.layer, x.name))}
+    there = [layer not in missing for layer in range(count)]
+    known = [all(there[i:]) and (i == 0 or run.own.has(Record.GRADIENT.of(i))) for i in range(count)]
+    lowest = run.ranks.everywhere([*known, True]).index(True)
     return [range(s.start, min(s.stop, lowest)) for s in segments if s.start < lowest]
 
 
-def _forward_passes(stream: Stream, segments: Sequence[range], work: Workplace) -> tuple[bool, list[range]]:
+def _forward_passes(stream: Stream, segments: Sequence[range], run: Run) -> tuple[bool, list[range]]:
     """Whether the head stands between the passes, and the segments that run forward first.
 
     What one process lacks, all compute again: a boundary is saved by all together, so they have to meet at each.
     """
-    own, last = work.own, len(stream.layers)
+    own, last = run.own, len(stream.layers)
     # A streamed head is read for many windows at once.
-    known, *there = work.ranks.everywhere(
-        [own.has(record("gradient", last)), *(own.has(record("states", segment.stop)) for segment in segments)]
+    known, *there = run.ranks.everywhere(
+        [own.has(Record.GRADIENT.of(last)), *(own.has(Record.STATES.of(segment.stop)) for segment in segments)]
     )
     head_first = stream.vocabulary is not None and segments[-1].stop == last and not known
     through = segments if head_first else segments[:-1]
@@ -156,8 +171,8 @@ def _forward_passes(stream: Stream, segments: Sequence[range], work: Workplace) 
 
 def _run_forward(sweep: _Sweep, segment: range) -> None:
     """Keep the states that leave a segment."""
-    stream, own, numbers = sweep.stream, sweep.work.own, sweep.through(segment)
-    keeping = own.writing(record("states", segment.stop), sizes=sweep.sizes(numbers))
+    stream, own, numbers = sweep.stream, sweep.run.own, sweep.through(segment)
+    keeping = own.writing(Record.STATES.of(segment.stop), sizes=sweep.sizes(numbers))
     with keeping as append, torch.no_grad(), fast_layers(stream.model):
         for number in numbers:
             ids = sweep.batches.ids[number]
@@ -179,33 +194,34 @@ def head_tokens(hidden: int) -> int:
 
 def _head_gradient(sweep: _Sweep) -> None:
     """Keep the gradient at the last layer's output, many windows at a time."""
-    stream, work, ids = sweep.stream, sweep.work, sweep.batches.ids
+    stream, run, ids = sweep.stream, sweep.run, sweep.batches.ids
     last = len(stream.layers)
     numbers = sweep.through(range(last))
     per_group = max(1, head_tokens(stream.model.config.hidden_size) // max(part.numel() for part in ids))
-    with work.own.writing(record("gradient", last), sizes=sweep.sizes(numbers)) as append:
+    with run.own.writing(Record.GRADIENT.of(last), sizes=sweep.sizes(numbers)) as append:
         for start in range(0, len(numbers), per_group):
             group = numbers[start : start + per_group]
-            hidden = [work.own.read(record("states", last), str(number), ahead=True) for number in group]
-            _, gradient = stream.loss_gradient(torch.cat(hidden), torch.cat([ids[number] for number in group]))
+            hidden = [run.own.read(Record.STATES.of(last), str(number), ahead=True) for number in group]
+            windows = torch.cat([ids[number] for number in group])
+            _, gradient = stream.loss_gradient(torch.cat(hidden), windows, sweep.objective)
             for number, part in zip(group, gradient.split([len(ids[number]) for number in group]), strict=True):
                 append(str(number), part)
-            work.progress("head", min(start + per_group, len(numbers)), len(numbers))
-    work.own.drop(record("states", last))
+            run.progress("head", min(start + per_group, len(numbers)), len(numbers))
+    run.own.drop(Record.STATES.of(last))
 
 
-def _run_backward(sweep: _Sweep, segment: range) -> dict[int, LayerStatistics]:
-    """The statistics of a segment's layers; keeps the gradient at its input."""
-    stream, own, scored = sweep.stream, sweep.work.own, sweep.batches.scored
-    widths = {i: mlp_weights(stream.layers[i], stream.row).up.shape[0] for i in segment}
-    records, first = partial.begin(own, widths, gram=sweep.gram, device=stream.device)
+def _run_backward(sweep: _Sweep, segment: range) -> dict[Structure, Statistics]:
+    """The statistics of a segment's structures; keeps the gradient at its input."""
+    stream, own, scored = sweep.stream, sweep.run.own, sweep.batches.scored
+    structures = [structure for structure in stream.structures if structure.layer in segment]
+    records, first = partial.begin(own, structures, gram=sweep.gram, device=stream.device)
     saved = time.monotonic()
-    source = record("gradient", segment.stop)
+    source = Record.GRADIENT.of(segment.stop)
     known = own.has(source)
     assert known or segment.stop == len(stream.layers), f"no gradient behind layer {segment.stop - 1}"
     sizes = sweep.sizes([number for number, flag in enumerate(scored) if flag])
     keeping = (
-        own.writing(record("gradient", segment.start), sizes=sizes)
+        own.writing(Record.GRADIENT.of(segment.start), sizes=sizes)
         if segment.start
         else nullcontext(lambda key, tensor: None)
     )
@@ -215,7 +231,7 @@ def _run_backward(sweep: _Sweep, segment: range) -> dict[int, LayerStatistics]:
                 hidden = enter(stream, own, segment, number, ids)
                 if scored[number]:
                     above = own.read(source, str(number), ahead=True) if known else None
-                    append(str(number), _forward_backward(stream, segment, hidden, ids, above, told(number)))
+                    append(str(number), _forward_backward(sweep, segment, hidden, ids, above, told(number)))
                 else:
                     _forward(stream, segment, hidden, ids, told(number))
             sweep.advance("saliency", segment)
@@ -229,27 +245,29 @@ def _run_backward(sweep: _Sweep, segment: range) -> dict[int, LayerStatistics]:
 @contextmanager
 def _passing(sweep: _Sweep, segment: range, first: int) -> Iterator[Callable[[int], Told]]:
     """Within the block, layers compute as they do in every sweep; gives who is told what a micro-batch leaves."""
-    heals, own = sweep.batches.heals, sweep.work.own
+    num_refit, own = sweep.batches.num_refit, sweep.run.own
     with ExitStack() as stack:
         stack.enter_context(fast_layers(sweep.stream.model))
         # A sweep that goes on in the middle of a segment has passed some windows before: their states are gone.
         appends = {
-            index: stack.enter_context(own.writing(record("dense", index + 1), sizes=sweep.sizes(range(heals))))
-            for index in (segment if sweep.dense and heals and first == 0 else ())
+            index: stack.enter_context(own.writing(Record.DENSE.of(index + 1), sizes=sweep.sizes(range(num_refit))))
+            for index in (segment if sweep.dense and num_refit and first == 0 else ())
         }
 
         def told(number: int) -> Told:
-            wanted = appends and number < heals
+            wanted = appends and number < num_refit
             return lambda index, leaving: appends[index](str(number), leaving.detach()) if wanted else None
 
         yield told
 
 
-def enter(stream: Stream, own: Tiers, segment: range, number: int, ids: Tensor, *, kind: str = "states") -> Tensor:
+def enter(
+    stream: Stream, own: Tiers, segment: range, number: int, ids: Tensor, *, kind: Record = Record.STATES
+) -> Tensor:
     """The hidden state that enters a segment: embedded anew for the first one, kept for the others."""
     if segment.start == 0:
         return stream.embed(ids)
-    return own.read(record(kind, segment.start), str(number), ahead=True)
+    return own.read(kind.of(segment.start), str(number), ahead=True)
 
 
 @torch.no_grad()
@@ -261,9 +279,10 @@ def _forward(stream: Stream, segment: range, hidden: Tensor, ids: Tensor, told: 
 
 
 def _forward_backward(
-    stream: Stream, segment: range, hidden: Tensor, ids: Tensor, gradient: Tensor | None, told: Told
+    sweep: _Sweep, segment: range, hidden: Tensor, ids: Tensor, gradient: Tensor | None, told: Told
 ) -> Tensor:
     """Gradient at the segment's input, given the one at its output (or, for the last segment, the loss)."""
+    stream = sweep.stream
     hidden = hidden.detach().requires_grad_()
     with torch.enable_grad():
         leaving = hidden
@@ -271,13 +290,12 @@ def _forward_backward(
             leaving = stream.run_layer(index, leaving, stream.calls(ids))
             told(index, leaving)
     if gradient is None:
-        _, gradient = stream.loss_gradient(leaving.detach(), ids)
+        _, gradient = stream.loss_gradient(leaving.detach(), ids, sweep.objective)
     return torch.autograd.grad(leaving, hidden, gradient)[0]
 
 
-def _watch_all(stream: Stream, records: dict[int, LayerStatistics]) -> ExitStack:
-    kind = activation_kind(stream.model.config, stream.row)
+def _watch_all(stream: Stream, records: dict[Structure, Statistics]) -> ExitStack:
     stack = ExitStack()
-    for index, statistics in records.items():
-        stack.enter_context(watch(stream.layers[index], stream.row, kind, statistics))
+    for structure, statistics in records.items():
+        stack.enter_context(watch(stream.layers[structure.layer], structure, stream.model.config, statistics))
     return stack

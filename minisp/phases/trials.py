@@ -1,17 +1,18 @@
-"""How much of a layer's saliency is real: cutting each layer alone, and measuring what that does to the model's output.
+"""Trial cuts: cut each structure alone, and measure the KL divergence of the model's output.
 
-Scores compare the units of one layer well, and layers less well: they are a second-order estimate around the dense
-model, for units that go without a refit, from the gradients of single labels. So every layer l is tried once: the
-units P_l with the least saliency, a third of them, are cut and the rest refitted, and
+Scores compare the units of one structure well, and structures less well: they are a second-order estimate around the
+dense model, for units that go without a refit, from the gradients of single labels. So every structure i is tried once:
+the units P_i with the least saliency, a third of them, are cut and the rest refitted, and
 
-    r_l = mean over tokens of KL(dense ‖ l cut) / Σ_{j ∈ P_l} s_j
+    r_i = mean over tokens of KL(dense ‖ i cut) / Σ_{j ∈ P_i} s_j
 
-turns its scores into nats. One ranking of r_l·s_j over all layers then sets the widths, which takes for granted that
-the costs of layers add up. On SmolLM2-135M, r of the first seven layers is about 0.2, from layer 11 on 0.3 to 0.42.
+turns its scores into nats. One ranking of r_i·s_j over all structures then sets their sizes, which takes for granted
+that the costs of structures add up. On SmolLM2-135M, r of the MLPs of the first seven layers is about 0.2, from layer
+11 on 0.3 to 0.42.
 
-All trials run in one forward sweep: at layer l the dense states pass, so do those of the l trials of the layers below,
-and a new trial begins. Work: L²/2 layers for `trial_tokens`; the trials' states wait in the scratch folder, where a run
-that was stopped finds those of the last layer that was finished.
+All trials run in one forward sweep: the dense states pass a layer, so do those of the trials of the layers below, and
+the trials of its own structures begin. Work: for n structures in L layers, n·L/2 layers for `trial_tokens`. The trials'
+states wait in the scratch folder, where a run that was stopped finds those of the last layer that was finished.
 
 Shapes: B windows, L tokens per window, d hidden size, V vocabulary.
 """
@@ -22,14 +23,15 @@ import torch
 from torch import Tensor
 
 from minisp.config import MinifyConfig
-from minisp.methods.reconstruction import reconstruct
-from minisp.models.families import other_down
+from minisp.methods.reconstruction import refit
+from minisp.models.edits import rewrite, tried
 from minisp.models.layers import fast_layers
 from minisp.models.stream import Stream
-from minisp.phases.run import Workplace, record
+from minisp.models.structures import Structure
+from minisp.phases.run import Phase, Run, naming
+from minisp.store.names import Record
 from minisp.text.windows import spread
 
-RATIOS = "ratios"
 # Of the record of the trials: the dense states beside theirs, and the saliency that every trial so far has removed.
 DENSE, REMOVED = "dense", "removed"
 # With other windows of so many tokens, most ratios of SmolLM2-135M were the same within a tenth.
@@ -45,75 +47,92 @@ TRIAL_CUT = 1 / 3
 LARGEST_FACTOR = 8.0
 
 
-def layer_ratios(
-    stream: Stream, windows: Tensor, scores: Sequence[Tensor], config: MinifyConfig, work: Workplace
+def trial_ratios(
+    stream: Stream, windows: Tensor, scores: Sequence[Tensor], config: MinifyConfig, run: Run
 ) -> list[float]:
     """`measure_ratios`, run by the first process of a run; a record of its own, which the others read."""
-    if work.ranks.first and not work.shared.has(RATIOS):
-        measured = measure_ratios(stream, windows, scores, config, work)
-        with work.shared.writing(RATIOS) as append:
-            append(RATIOS, torch.tensor(measured, dtype=torch.float64))
-        work.shared.settle()
-    work.ranks.wait()
-    found: list[float] = work.shared.read(RATIOS, RATIOS).tolist()
+    name = Record.RATIOS.value
+
+    def make() -> tuple[dict[str, Tensor], dict[str, float]]:
+        return {name: torch.tensor(measure_ratios(stream, windows, scores, config, run), dtype=torch.float64)}, {}
+
+    run.once(name, make)
+    found: list[float] = run.shared.read(name, name).tolist()
     return found
 
 
 @torch.no_grad()
 def measure_ratios(
-    stream: Stream, windows: Tensor, scores: Sequence[Tensor], config: MinifyConfig, work: Workplace
+    stream: Stream, windows: Tensor, scores: Sequence[Tensor], config: MinifyConfig, run: Run
 ) -> list[float]:
-    """r_l of every layer, in nats per unit of saliency.
+    """r_i of every structure, in nats per unit of saliency.
 
     Args:
         windows: (N, L) calibration windows; a few, spread evenly, are used.
-        scores: per layer (m_l,) saliency.
-        work: holds the statistics of every layer, Gram matrices included.
+        scores: per structure (u_i,) saliency.
+        run: holds the statistics of every structure, Gram matrices included.
 
     Raises:
         NumericalError: a ridge system cannot be solved.
     """
-    count = len(scores)
-    tokens = trial_tokens(windows.numel(), count)
+    tokens = trial_tokens(windows.numel(), len(scores))
     ids = windows[spread(len(windows), max(1, tokens // windows.shape[1])), :tokens]
-    own, size = work.own, stream.state_bytes(ids)
-    first = max((index for index in range(count + 1) if own.has(record("trials", index))), default=0)
-    dense = own.read(record("trials", first), DENSE) if first else stream.embed(ids)
-    removed: list[float] = list(own.facts(record("trials", first))[REMOVED]) if first else []
-    for segment in stream.visit([range(index, index + 1) for index in range(first, count)]):
-        index, calls = segment.start, stream.calls(ids)
-        order = scores[index].argsort(descending=True, stable=True)
-        kept = order[: len(order) - max(1, int(TRIAL_CUT * len(order)))].sort().values.cpu()
-        removed.append(float(scores[index].sum() - scores[index][kept].sum()))
-        keeping = own.writing(record("trials", index + 1), sizes=[size] * (index + 2), **{REMOVED: removed})
-        with keeping as append, fast_layers(stream.model):
-            for trial in range(index):
-                states = own.read(record("trials", index), str(trial), ahead=True)
-                append(str(trial), stream.run_layer(index, states, calls))
-            with other_down(stream.layers[index], stream.row, _trial_down(stream, index, kept, config, work)):
-                append(str(index), stream.run_layer(index, dense, calls))
-            dense = stream.run_layer(index, dense, calls)
-            append(DENSE, dense)
-        own.drop(record("trials", index))
-        if own.due:
-            # Without the other processes, which wait for the ratios.
-            own.save(record("trials", index + 1))
-            own.forget(record("trials", index + 1))
-        work.progress("trial cuts", index + 1, count)
+    removed = _run_trials(stream, ids, scores, config, run)
+    own, last = run.own, Record.TRIALS.of(len(stream.layers))
+    dense = own.read(last, DENSE)
     measured: list[float] = []
     few = slice(None, None, TRIAL_STRIDE)
-    for start in range(0, count, COMPARED_AT_ONCE):
-        names = map(str, range(start, min(start + COMPARED_AT_ONCE, count)))
-        trials = [own.read(record("trials", count), name)[:, few] for name in names]
+    for start in range(0, len(scores), COMPARED_AT_ONCE):
+        names = map(str, range(start, min(start + COMPARED_AT_ONCE, len(scores))))
+        trials = [own.read(last, name)[:, few] for name in names]
         measured += divergences(stream, dense[:, few], trials, ids[:, few])
-    own.drop(record("trials", count))
+    own.drop(last)
     own.forget()
     return ratios(measured, removed)
 
 
-def trial_tokens(tokens: int, num_layers: int) -> int:
-    """On how many tokens to try: on a deep model and few calibration tokens, trials would cost more than the sweeps."""
-    return min(TRIAL_TOKENS, max(FEWEST_TRIAL_TOKENS, tokens // num_layers), tokens)
+def _run_trials(stream: Stream, ids: Tensor, scores: Sequence[Tensor], config: MinifyConfig, run: Run) -> list[float]:
+    """Leave the states behind the last layer of every trial and of the dense model; gives the saliency removed."""
+    own, size, count = run.own, stream.state_bytes(ids), len(stream.layers)
+    first = max((index for index in range(count + 1) if own.has(Record.TRIALS.of(index))), default=0)
+    dense = own.read(Record.TRIALS.of(first), DENSE) if first else stream.embed(ids)
+    removed: list[float] = list(own.facts(Record.TRIALS.of(first))[REMOVED]) if first else []
+    for segment in stream.visit([range(index, index + 1) for index in range(first, count)]):
+        index, calls, before = segment.start, stream.calls(ids), len(removed)
+        mine = [place for place, structure in enumerate(stream.structures) if structure.layer == index]
+        cuts = {place: _trial_units(scores[place]) for place in mine}
+        removed += [float(scores[place].sum() - scores[place][kept].sum()) for place, kept in cuts.items()]
+        sizes = [size] * (len(removed) + 1)
+        keeping = own.writing(Record.TRIALS.of(index + 1), sizes=sizes, **{REMOVED: removed})
+        with keeping as append, fast_layers(stream.model):
+            for trial in range(before):
+                states = own.read(Record.TRIALS.of(index), str(trial), ahead=True)
+                append(str(trial), stream.run_layer(index, states, calls))
+            for place, kept in cuts.items():
+                structure = stream.structures[place]
+                edit = rewrite(structure, _trial_weight(stream, structure, kept, config, run))
+                with tried(stream.layers[index], [edit]):
+                    append(str(place), stream.run_layer(index, dense, calls))
+            dense = stream.run_layer(index, dense, calls)
+            append(DENSE, dense)
+        own.drop(Record.TRIALS.of(index))
+        if own.due:
+            # Without the other processes, which wait for the ratios.
+            own.save(Record.TRIALS.of(index + 1))
+            own.forget(Record.TRIALS.of(index + 1))
+        run.progress(Phase.TRIALS, index + 1, count)
+    return removed
+
+
+def _trial_units(scores: Tensor) -> Tensor:
+    """The units (n,) that stay in a trial, sorted."""
+    order = scores.argsort(descending=True, stable=True)
+    return order[: len(order) - max(1, int(TRIAL_CUT * len(order)))].sort().values.cpu()
+
+
+def trial_tokens(tokens: int, num_trials: int) -> int:
+    """On how many tokens to try: with many trials and few calibration tokens, they would cost more than the sweeps."""
+    return min(TRIAL_TOKENS, max(FEWEST_TRIAL_TOKENS, tokens // num_trials), tokens)
 
 
 def ratios(measured: Sequence[float], removed: Sequence[float]) -> list[float]:
@@ -146,12 +165,13 @@ def divergences(stream: Stream, dense: Tensor, trials: Sequence[Tensor], ids: Te
     return [total / ids.numel() for total in totals]
 
 
-def _trial_down(stream: Stream, index: int, kept: Tensor, config: MinifyConfig, work: Workplace) -> Tensor:
-    """The refitted down projection (d, m) at full width, zero where units are removed."""
-    weight = stream.down_weight(index)
-    statistics = work.statistics(index, gram=True, device=stream.device)
-    result = reconstruct(index, statistics, kept, weight, config, residuals=False)
-    down = torch.zeros_like(weight)
-    assert result.down is not None
-    down[:, kept.to(down.device)] = result.down.to(down)
-    return down
+def _trial_weight(stream: Stream, structure: Structure, kept: Tensor, config: MinifyConfig, run: Run) -> Tensor:
+    """The refitted weight (d, u·c) of the consumer at full width, zero where units are removed."""
+    weight, columns = stream.weight(structure), structure.columns_of(kept)
+    found = run.statistics(structure, gram=True, device=stream.device)
+    assert found.gram is not None
+    with naming(structure):
+        fitted, _ = refit(found.gram, columns, weight, found.num_tokens, config, residuals=False)
+    whole = torch.zeros_like(weight)
+    whole[:, columns.to(whole.device)] = fitted.to(whole)
+    return whole

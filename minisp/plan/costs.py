@@ -4,19 +4,17 @@ from collections.abc import Sequence
 
 from minisp.config import MinifyConfig
 from minisp.methods.statistics import PANEL_ROWS
-from minisp.models.families import CausalLM, architecture_of, decoder_layers, layer_widths
-from minisp.phases.batches import heal_count
+from minisp.models.families import CausalLM, decoder_layers, family_of, structures_of
+from minisp.phases.batches import correction_count
+from minisp.phases.run import Phase
 from minisp.phases.saliency import head_tokens
 from minisp.phases.trials import TRIAL_CUT, trial_tokens
 from minisp.plan.layout import Layout
 from minisp.plan.rooms import (
-    HEAL,
-    SWEEP,
-    TRIALS,
     Rooms,
     dense_bytes,
-    heal_states,
     passes,
+    refit_states,
     spilled,
     states,
     trial_states,
@@ -29,10 +27,11 @@ def sweep_flops(model: CausalLM, config: MinifyConfig, layout: Layout, again: fl
     """Floating-point operations of the sweeps and the trial cuts of all processes, two a multiply-add.
 
     Args:
-        again: share of the heal sweep's windows that pass a cut layer twice, for want of room.
+        again: share of the refit sweep's windows that pass a cut layer twice, for want of room.
     """
-    row = architecture_of(model.config)
-    layers, widths = decoder_layers(model, row), layer_widths(model, row)
+    family = family_of(model.config)
+    layers, structures = decoder_layers(model, family), structures_of(model, family)
+    widths = [structure.width for structure in structures]
     tokens = config.num_windows * config.window
     inside = sum(p.numel() for p in layers.parameters())
     head = model.config.vocab_size * model.config.hidden_size
@@ -46,13 +45,13 @@ def sweep_flops(model: CausalLM, config: MinifyConfig, layout: Layout, again: fl
         total += (tokens - scored) * 2 * inside * (1 + recompute)
     # A passage through a layer that is cut, and, of its windows, the last product or another passage; what leaves the
     # last layer is not wanted.
-    cut = 2 * (inside - (1 - config.keep) * (len(row.row_modules) + 1) * down)
+    cut = 2 * (inside - (1 - config.keep) * sum(x.parameters * x.num_units for x in structures))
     second = (1 - 1 / len(layers)) * (again * cut + (1 - again) * 2 * config.keep * down)
-    if config.heals and config.inputs == "pruned":
+    if config.refit_sweep and not config.corrects:
         total += tokens * (2 * (inside - down) + sum(m * m for m in widths) + second)
-    if config.heals and config.inputs == "both":
+    if config.corrects:
         # The dense model, the pruned one, the drift's Gram matrix and cross product.
-        heals = heal_count(config.num_windows, config.window, ranks) * config.window
+        heals = correction_count(config.num_windows, config.window, ranks) * config.window
         total += heals * (
             (0 if layout.dense else 2 * inside) + cut + second + config.keep**2 * gram + 2 * config.keep * down
         )
@@ -76,7 +75,7 @@ def solve_flops(widths: Sequence[int], config: MinifyConfig, hidden: int) -> flo
     for m in widths:
         for n in (keep * m for keep in cuts):
             total += n**3 / 3 + 2 * n * n * hidden + 2 * (m - n) * n * hidden + 2 * m * m * hidden
-        if config.inputs == "both":
+        if config.corrects:
             n = config.keep * m
             total += n**3 / 3 + 2 * n * n * hidden
     return total
@@ -90,26 +89,28 @@ def disk_traffic(shape: Shape, layout: Layout, rooms: Rooms, widths: Sequence[in
     if not shape.writes:
         return {}
 
-    def share(phase: str) -> float:
+    def share(phase: Phase) -> float:
         return spilled(shape, layout, rooms, phase)
 
     segments, forward = passes(shape, layout)
     layers = shape.num_layers * shape.layer * shape.stored_item
     vocabulary = shape.vocabulary_weights * shape.stored_item
     heads = -(-shape.tokens // max(head_tokens(shape.hidden), shape.batch_tokens))
-    visits = 1 + forward / segments + (shape.trials > 0) + (shape.heals > 0)
+    visits = 1 + forward / segments + (shape.trials > 0) + (shape.refits > 0)
     return {
         # The sweeps, and what is copied to the result.
         "weights read": int(layers * (visits + 1)) + vocabulary * (1 + (2 * heads if layout.stream_vocabulary else 1))
         if shape.streams
         else 0,
         # States are written once and read on both ways, gradients written and read.
-        "states": int(share(SWEEP) * states(shape) * (2 * forward + 3 * (segments - 1))),
+        "states": int(share(Phase.SWEEP) * states(shape) * (2 * forward + 3 * (segments - 1))),
         # The states of every trial below a layer pass it.
-        "trials": int(share(TRIALS) * shape.num_layers * (shape.num_layers + 2) * trial_states(shape)),
+        "trials": int(share(Phase.TRIALS) * shape.num_layers * (shape.num_layers + 2) * trial_states(shape)),
         "dense states": 2 * dense_bytes(shape) if layout.dense == "disk" else 0,
         # Of the pruned model, and of the dense one where it runs again: written once and read twice.
-        "heal states": int(share(HEAL) * (3 if layout.dense else 6) * shape.num_layers * heal_states(shape)),
+        "refit states": int(
+            share(Phase.REFIT_SWEEP) * (3 if layout.dense else 6) * shape.num_layers * refit_states(shape)
+        ),
         "statistics": 2 * _panels(shape, widths),
         "refitted": 2 * sum(widths) * shape.hidden * shape.stored_item,
         "result": bytes_after,
@@ -122,8 +123,8 @@ def scratch_room(shape: Shape, layout: Layout, rooms: Rooms, widths: Sequence[in
         return 0
     # The boundary that is saved and the one that replaces it. Where states have no room in memory, the one that was
     # saved last stays beside them.
-    saved = {SWEEP: 2 * states(shape), TRIALS: 2 * (shape.num_layers + 1) * trial_states(shape)}
-    saved[HEAL] = 4 * heal_states(shape)
+    saved = {Phase.SWEEP: 2 * states(shape), Phase.TRIALS: 2 * (shape.num_layers + 1) * trial_states(shape)}
+    saved[Phase.REFIT_SWEEP] = 4 * refit_states(shape)
     passing = [
         saved[phase] if spilled(shape, layout, rooms, phase) == 0 else waiting + saved[phase] // 2
         for phase, waiting in waiting_bytes(shape, layout).items()

@@ -13,6 +13,7 @@ from minisp.errors import ConfigError
 from minisp.methods.statistics import PANEL_ROWS
 from minisp.models.vocabulary import BLOCK_BYTES
 from minisp.ops.ridge import ROWS
+from minisp.phases.run import Phase
 from minisp.phases.saliency import head_tokens
 from minisp.phases.trials import COMPARED_AT_ONCE, TRIAL_CUT
 from minisp.plan.shape import Shape
@@ -31,7 +32,7 @@ BY_BATCH = ("activations", "boundary states", "states and gradients")
 # Where states that wait in memory are counted among a phase's.
 HELD = "waiting states"
 
-Peaks = dict[str, dict[str, int]]
+Peaks = dict[Phase, dict[str, int]]
 """Phase → purpose → bytes."""
 
 
@@ -44,8 +45,8 @@ class Layout:
         num_slots: segments in memory at once; 2 reads ahead.
         stream_vocabulary: whether embeddings and head stay on disk.
         peaks: bytes by phase and purpose, beside the process itself.
-        dense: where the dense model's states of the heal sweep's windows wait from the saliency sweep on, for every
-            layer: "memory" or "disk"; None: nowhere, the heal sweep computes them again.
+        dense: where the dense model's states of the refit sweep's windows wait from the saliency sweep on, for every
+            layer: "memory" or "disk"; None: nowhere, the refit sweep computes them again.
     """
 
     segment: int
@@ -141,17 +142,17 @@ def _peaks(shape: Shape, segment: int, num_slots: int, stream_vocabulary: bool) 
     # One layer at a time, in the order of the layers.
     slots = min(2, num_slots * segment)
     again = after | {"weights": slots * shape.layer * stored + converted} if shape.streams else after
-    peaks = {"saliency sweep": resident | _sweep(shape, segment, stream_vocabulary)}
+    peaks = {Phase.SWEEP: resident | _sweep(shape, segment, stream_vocabulary)}
     if stream_vocabulary:
-        peaks["head"] = resident | _head(shape)
-    peaks["reconstruction"] = after | _reconstruction(shape, shape.kept)
+        peaks[Phase.HEAD] = resident | _head(shape)
+    peaks[Phase.REFIT] = after | _reconstruction(shape, shape.kept)
     if shape.trials:
         peaks |= _trials(shape, again, stream_vocabulary)
-    if shape.heals:
-        peaks["heal sweep"] = again | _heal(shape)
+    if shape.refits:
+        peaks[Phase.REFIT_SWEEP] = again | _refit_sweep(shape)
     if shape.writes:
         copied = {"a layer": 2 * shape.layer * shape.stored_item, "pieces": _pieces(shape)}
-        peaks["writing"] = after | copied
+        peaks[Phase.WRITING] = after | copied
     return peaks
 
 
@@ -182,7 +183,7 @@ def _head(shape: Shape) -> dict[str, int]:
     return {"states and gradients": states, "logits": (4 + 2) * BLOCK_BYTES}
 
 
-def _heal(shape: Shape) -> dict[str, int]:
+def _refit_sweep(shape: Shape) -> dict[str, int]:
     """The refit, or, at full width, X_SᵀX_S, X_SᵀE and its transpose: of layers that are not cut too."""
     d, m, item = shape.hidden, shape.width, shape.item
     drift = {
@@ -191,7 +192,7 @@ def _heal(shape: Shape) -> dict[str, int]:
         "cut layer": (3 * item + 2 * shape.stored_item) * d * m,
     }
     # Into and out of a layer, of the dense and of the pruned model.
-    waiting = {} if shape.writes else {HELD: 4 * shape.heals * d * item}
+    waiting = {} if shape.writes else {HELD: 4 * shape.refits * d * item}
     return max(_reconstruction(shape, shape.kept), drift, key=lambda part: sum(part.values())) | waiting
 
 
@@ -207,8 +208,8 @@ def _trials(shape: Shape, again: dict[str, int], stream_vocabulary: bool) -> Pea
     compared = (6 + 2) * BLOCK_BYTES if stream_vocabulary else 4 * logits + logits // 2
     kept = shape.width - int(TRIAL_CUT * shape.width)
     return {
-        "trial cuts": again | down | max(_reconstruction(shape, kept), passing, key=lambda part: sum(part.values())),
-        "trial outputs": again
+        Phase.TRIALS: again | down | max(_reconstruction(shape, kept), passing, key=lambda part: sum(part.values())),
+        Phase.TRIAL_OUTPUTS: again
         | blas
         | {HELD: waiting // 2, "states": (COMPARED_AT_ONCE + 2) * states, "logits": compared},
     }

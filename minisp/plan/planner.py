@@ -8,16 +8,19 @@ import torch
 from minisp.config import MinifyConfig, Resources, parse_size
 from minisp.device import MEMORY_SHARE, free_main_memory, memory_limit
 from minisp.errors import ConfigError
-from minisp.methods.selection import allocate_widths, default_alignment, uniform_widths
-from minisp.models.families import CausalLM, activation_kind, architecture_of, decoder_layers, layer_widths, unit_axes
+from minisp.methods.selection import default_alignment
+from minisp.models.families import CausalLM, activation_kind, decoder_layers, family_of, structures_of
 from minisp.models.layers import autograd_bytes
 from minisp.models.stream import LOGIT_BYTES
+from minisp.models.structures import Structure
 from minisp.ops import implementations
-from minisp.phases.batches import heal_count
+from minisp.phases.batches import correction_count
+from minisp.phases.decide import sizes_of
+from minisp.phases.run import Phase
 from minisp.phases.trials import trial_tokens
 from minisp.plan.costs import disk_traffic, scratch_room, solve_flops, sweep_flops
 from minisp.plan.layout import Layout, choose_layout, staging
-from minisp.plan.rooms import HEAL, dense_bytes, make_rooms, passage_bytes, waiting_bytes, writes_behind
+from minisp.plan.rooms import dense_bytes, make_rooms, passage_bytes, waiting_bytes, writes_behind
 from minisp.plan.shape import Shape, shape_of
 from minisp.store.checkpoint import DTYPE_OF, Checkpoint
 from minisp.store.tiers import Room
@@ -115,7 +118,7 @@ class Plan:
     batch: int
     segments: tuple[range, ...]
     layout: Layout
-    rooms: dict[str, Room]
+    rooms: dict[Phase, Room]
     behind: int
     streams: bool
     device: str
@@ -138,7 +141,7 @@ class Plan:
         """Bytes for the caches of what the model writes, beside its weights; None where it writes nothing."""
         if not self.writes_text:
             return None
-        sweep = self.layout.peaks["saliency sweep"]
+        sweep = self.layout.peaks[Phase.SWEEP]
         return sum(sweep.values()) - sweep["weights"] - sweep["embeddings and head"]
 
     @property
@@ -168,14 +171,15 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
         CalibrationError: windows longer than the model's positions.
     """
     model = source.model
-    row = architecture_of(model.config)
-    widths = layer_widths(model, row)
+    family = family_of(model.config)
+    structures = structures_of(model, family)
+    widths = [structure.num_units for structure in structures]
     check_window(config.window, getattr(model.config, "max_position_embeddings", None))
     alignment = config.alignment or default_alignment(min(widths))
-    kept_units = _kept_units(widths, config, alignment)
+    kept_units = _kept_units(structures, config, alignment)
     parameters = sum(p.numel() for p in model.parameters())
-    layers = decoder_layers(model, row)
-    per_unit = sum(layers[0].get_parameter(n).numel() for n in unit_axes(layers[0], row)) // widths[0]
+    layers = decoder_layers(model, family)
+    per_unit = structures[0].parameters
     after = parameters - per_unit * (sum(widths) - kept_units)
     base = psutil.Process().memory_info().rss
     kept = max(widths) - (alignment if config.keep < 1 else 0)
@@ -184,9 +188,11 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     layout, rooms = make_rooms(
         shape, layout, _room_limit(source, resources, layout, base), host, on_disk=source.device.type == "cpu"
     )
-    waits = waiting_bytes(shape, layout).get(HEAL, 0) + (dense_bytes(shape) if layout.dense == "memory" else 0)
+    waits = waiting_bytes(shape, layout).get(Phase.REFIT_SWEEP, 0) + (
+        dense_bytes(shape) if layout.dense == "memory" else 0
+    )
     passage = passage_bytes(shape)
-    again = 1 - max(0, min(passage, rooms.get(HEAL, Room()).device - waits)) / passage if passage else 0.0
+    again = 1 - max(0, min(passage, rooms.get(Phase.REFIT_SWEEP, Room()).device - waits)) / passage if passage else 0.0
     segments = tuple(range(i, min(i + layout.segment, len(layers))) for i in range(0, len(layers), layout.segment))
     stored_bytes = source.stored_bytes
     bytes_after = round(stored_bytes * after / parameters)
@@ -211,7 +217,7 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
         streams=source.streams,
         device=str(source.device),
         dtype=str(source.dtype).removeprefix("torch."),
-        implementations=dict(implementations(source.device, source.dtype, activation_kind(model.config, row))),
+        implementations=dict(implementations(source.device, source.dtype, activation_kind(model.config, family))),
         flops=sweep_flops(model, config, layout, again, ranks),
         solve_flops=solve_flops(widths, config, shape.hidden),
         traffic=disk_traffic(shape, layout, rooms, widths, bytes_after),
@@ -260,7 +266,7 @@ def _host_room(source: Source, resources: Resources, shape: Shape, layout: Layou
 
 
 def _shape(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: int) -> Shape:
-    layers = decoder_layers(source.model, architecture_of(source.model.config))
+    layers = decoder_layers(source.model, family_of(source.model.config))
     return shape_of(
         source.model,
         tokens=-(-config.num_windows // ranks) * config.window,
@@ -272,8 +278,8 @@ def _shape(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: i
         kept=kept,
         gram=config.collects_gram,
         trials=trial_tokens(config.num_windows * config.window, len(layers)) if config.measures else 0,
-        heals=_heal_tokens(config, ranks),
-        corrects=config.heals and config.inputs == "both",
+        refits=_refit_tokens(config, ranks),
+        corrects=config.corrects,
         logits=LOGIT_BYTES.get(source.device.type, LOGIT_BYTES["cpu"]),
         loaded=source.checkpoint is None,
         streams=source.streams,
@@ -281,23 +287,20 @@ def _shape(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: i
     )
 
 
-def _heal_tokens(config: MinifyConfig, ranks: int) -> int:
-    if not config.heals:
+def _refit_tokens(config: MinifyConfig, ranks: int) -> int:
+    if not config.refit_sweep:
         return 0
-    count = heal_count(config.num_windows, config.window, ranks) if config.inputs == "both" else config.num_windows
+    count = correction_count(config.num_windows, config.window, ranks) if config.corrects else config.num_windows
     return -(-count // ranks) * config.window
 
 
-def _kept_units(widths: list[int], config: MinifyConfig, alignment: int) -> int:
-    if config.keep < 1 and alignment >= max(widths):
+def _kept_units(structures: list[Structure], config: MinifyConfig, alignment: int) -> int:
+    units = [structure.num_units for structure in structures]
+    if config.keep < 1 and alignment >= max(units):
         raise ConfigError(
-            f"Alignment: expected less than the largest layer width, {max(widths)}, got {alignment}. Pass a smaller "
+            f"Alignment: expected less than the largest layer width, {max(units)}, got {alignment}. Pass a smaller "
             "alignment; layers of one unit cannot be cut."
         )
-    if config.widths == "uniform":
-        return sum(uniform_widths(widths, config.keep, alignment=alignment))
-    # Whatever the saliency will be: refused now rather than after the sweep where no widths fit the budget.
-    allocate_widths(
-        [torch.zeros(width) for width in widths], config.keep, alignment=alignment, min_keep=config.min_keep
-    )
-    return int(config.keep * sum(widths) + 1e-9)
+    # Whatever the saliency will be: refused now rather than after the sweep where no sizes fit the budget.
+    sizes = sizes_of(structures, [torch.zeros(count) for count in units], config)
+    return sum(sizes) if config.widths == "uniform" else int(config.keep * sum(units) + 1e-9)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from minisp.models.families import CausalLM, architecture_of, decoder_layers, layer_widths
+from minisp.models.families import CausalLM, decoder_layers, family_of, structures_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Shape:
         kept: units that stay at most, in one layer that is cut.
         gram: whether the saliency sweep collects Gram matrices.
         trials: tokens on which trial cuts are made; 0 where none is.
-        heals: tokens of this process on which layers are refitted or corrected on the pruned model; 0 where none is.
+        refits: tokens of this process on which layers are refitted or corrected on the pruned model; 0 where none is.
         corrects: whether these tokens run through the dense model beside the pruned one.
         logits: bytes that a chunk of logits may take.
         loaded: whether the model was in memory before the run: its weights are then no part of what the run needs.
@@ -45,7 +45,7 @@ class Shape:
     kept: int
     gram: bool
     trials: int
-    heals: int
+    refits: int
     corrects: bool
     logits: int
     loaded: bool
@@ -55,15 +55,15 @@ class Shape:
 
 def shape_of(model: CausalLM, *, tokens: int, batch_tokens: int, item: int, stored_item: int, **rest: int) -> Shape:
     """The shape of a model, whose weights may be on the meta device; `rest`:
-    tokenizer, autograd, kept, gram, trials, heals, corrects, logits, loaded, streams, writes."""
-    row = architecture_of(model.config)
-    layers = decoder_layers(model, row)
+    tokenizer, autograd, kept, gram, trials, refits, corrects, logits, loaded, streams, writes."""
+    family = family_of(model.config)
+    layers = decoder_layers(model, family)
     parameters = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     ends = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     return Shape(
         num_layers=len(layers),
         hidden=model.config.hidden_size,
-        width=max(layer_widths(model, row)),
+        width=max(structure.width for structure in structures_of(model, family)),
         vocabulary=model.config.vocab_size,
         layer=max(parameters),
         vocabulary_weights=sum(ends.values()),

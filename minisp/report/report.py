@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from minisp.methods.reconstruction import Reconstruction
 from minisp.models.stream import Stream
 from minisp.phases.run import Progress as ProgressFunction
+from minisp.phases.run import Result
 from minisp.plan.planner import Plan
 from minisp.report.tables import plan_dict
 from minisp.text.calibration import Calibration
@@ -30,13 +30,14 @@ SECONDS_PER_LINE = 30.0
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer: width before and after, the relative residual of its output with and without refitting, its solve.
+    """One structure of a layer: units before and after, its residual with and without refitting, its solve.
 
     `damping_curve` lists (damping, cross-validated relative residual) where damping was chosen; `backward_error` and
     `shift` are those of `minisp.ops.cholesky.Solved`; `drift_explained` is the share of the drift that was corrected.
     """
 
     layer: int
+    structure: str
     width: int
     kept: int
     residual: float
@@ -101,26 +102,21 @@ class MinifyReport:
 def make_report(
     stream: Stream,
     plan: Plan,
-    results: Sequence[Reconstruction],
+    results: Sequence[Result],
     calibration: Calibration,
     seconds: dict[str, float],
     out: Path | None,
 ) -> MinifyReport:
-    """Gather the report of a run whose results, in layer order, are computed and will stand at `out`."""
+    """Gather the report of a run whose results are computed and will stand at `out`."""
     layers = tuple(
         LayerReport(
-            layer=r.layer,
-            width=width,
-            kept=len(r.kept),
-            residual=r.residual,
-            residual_sliced=r.residual_sliced,
-            damping=r.damping,
-            damping_curve=r.damping_curve,
-            backward_error=r.backward_error,
-            shift=r.shift,
-            drift_explained=r.drift_explained,
+            layer=result.structure.layer,
+            structure=result.structure.name,
+            width=result.structure.num_units,
+            kept=len(result.kept),
+            **result.fit.facts(),
         )
-        for r, width in zip(results, plan.widths, strict=True)
+        for result in results
     )
     cut = plan.parameters_per_unit * sum(layer.width - layer.kept for layer in layers)
     on_gpu = stream.device.type == "cuda"

@@ -54,7 +54,8 @@ def plan_table(plan: Plan, seconds: float | None = None) -> Table:
     for place, line in enumerate(_calibration(plan)):
         table.add_row("" if place else "calibration", line)
     damping = "by cross-validation" if config.damping == "auto" else f"= {config.damping:g}"
-    refit = f"ridge λ {damping} on {config.inputs} inputs" if config.reconstruct else "slicing only"
+    drift = ", drift corrected" if config.corrects else ""
+    refit = f"ridge λ {damping} on the {config.refit_on} model{drift}" if config.reconstruct else "slicing only"
     table.add_row(
         "method",
         f"{config.saliency} saliency{', labels drawn by the model' if config.labels == 'sampled' else ''}, {refit}",

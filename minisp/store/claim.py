@@ -20,13 +20,11 @@ import minisp
 from minisp.config import Resources
 from minisp.errors import CheckpointError, ConfigError, NumericalError, OutputError
 from minisp.ranks import Ranks
+from minisp.store.names import ANY, REUSABLE, SWEEP, Record
 from minisp.store.records import DATA, INDEX, Folder, Memory, Scratch, no_room
 
 IDENTITY, LOCK = "minisp-run.json", "minisp-lock"
-# What a later run with other ratios can use; everything else goes when a run ends well.
-TEXT = "windows"
-REUSABLE = re.compile(rf"(statistics_\d+|{TEXT}|written)")
-RECORD = re.compile(rf"(statistics|partial|states|gradient|result|healed|dense|trials)_\d+|{TEXT}|written|ratios")
+TEXT = Record.WINDOWS.value
 
 # How a run is made to be the earlier one.
 SAME = {
@@ -115,9 +113,9 @@ def _folders(path: Path, resources: Resources, ranks: Ranks) -> Iterator[tuple[F
                 _drop_useless(folder, resources)
             ranks.wait()
             if not shared.has(TEXT):
-                # Nothing says any more what text the others came from.
+                # Without the windows nobody knows which text the other records belong to.
                 for folder in mine:
-                    for name in folder.names(RECORD):
+                    for name in folder.names(ANY):
                         folder.drop(name)
             ranks.wait()
             yield shared, own
@@ -130,7 +128,7 @@ def _folders(path: Path, resources: Resources, ranks: Ranks) -> Iterator[tuple[F
 
 def _check_room(path: Path, needed_bytes: int) -> None:
     """Raise `OutputError` where the disk has no room for what will wait there, beside what waits there already."""
-    there = sum(file.stat().st_size for file in path.rglob(f"*{DATA}") if RECORD.fullmatch(file.stem))
+    there = sum(file.stat().st_size for file in path.rglob(f"*{DATA}") if ANY.fullmatch(file.stem))
     free = shutil.disk_usage(path).free
     if free + there < needed_bytes:
         raise OutputError(
@@ -145,7 +143,9 @@ def _worth_keeping(path: Path, error: BaseException) -> bool:
     Once all statistics are there, a failed solve may be tried with other options.
     """
     if isinstance(error, CheckpointError | NumericalError):
-        return isinstance(error, NumericalError) and any(file.stem == "statistics_0000" for file in _records(path))
+        return isinstance(error, NumericalError) and any(
+            file.stem.startswith(Record.STATISTICS.of(0)) for file in _records(path)
+        )
     return any(file.stem != TEXT or isinstance(error, KeyboardInterrupt) for file in _records(path))
 
 
@@ -184,8 +184,8 @@ def _claim(path: Path, identity: Identity | None, resources: Resources) -> None:
 
 def _drop_useless(folder: Folder, resources: Resources) -> None:
     """Drop records that a power failure has torn, and results where only statistics are wanted."""
-    for name in folder.names(RECORD):
-        if resources.reuse and not REUSABLE.fullmatch(name) and not name.startswith(("partial", "states", "gradient")):
+    for name in folder.names(ANY):
+        if resources.reuse and not (REUSABLE.fullmatch(name) or SWEEP.fullmatch(name)):
             folder.drop(name)
         elif not folder.intact(name):
             what = "everything" if name == TEXT else name
@@ -217,7 +217,7 @@ def holds_records(path: Path) -> bool:
 
 def _records(path: Path) -> Iterator[Path]:
     """The index files of the records of a run, which prove that there is something to continue."""
-    return (file for file in path.glob(f"*{INDEX}") if RECORD.fullmatch(file.stem))
+    return (file for file in path.glob(f"*{INDEX}") if ANY.fullmatch(file.stem))
 
 
 @contextmanager
@@ -279,7 +279,7 @@ def _clear(path: Path, keep: re.Pattern[str] | None = None) -> None:
             _clear(folder)
             folder.rmdir()
     for file in list(path.iterdir()):
-        ours = RECORD.fullmatch(file.stem) and file.suffix in (DATA, INDEX, ".unfinished")
+        ours = ANY.fullmatch(file.stem) and file.suffix in (DATA, INDEX, ".unfinished")
         if ours and not (keep and keep.fullmatch(file.stem) and file.suffix != ".unfinished"):
             file.unlink(missing_ok=True)
     if keep is None:

@@ -5,7 +5,6 @@ Every few minutes, one boundary's states are saved to the folder as well; from t
 have, a run that was killed goes on to the same bits. Where there is no room, every boundary is in the folder.
 """
 
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minisp.store.names import STATES
 from minisp.store.records import Append, Folder, Scratch
 from minisp.store.transit import Transit
 
-STATES = re.compile(r"(states|gradient|trials|healed|dense)_\d+")
 # What a run that is killed loses at most of a pass over the layers.
 SAVE_SECONDS = 180.0
 

@@ -1,0 +1,32 @@
+"""What a model calls its decoder layers with, besides the hidden state."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """The arguments, besides the hidden state, that the model passes to one decoder layer."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def equals(self, other: "LayerCall") -> bool:
+        """Whether the other call has the same arguments, bit for bit."""
+        return _equal(self.args, other.args) and _equal(self.kwargs, other.kwargs)
+
+
+def _equal(first: Any, second: Any) -> bool:
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, Tensor):
+        return first.shape == second.shape and first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
+    # Of other objects, such as a config, nothing is known but that they were made in the same way.
+    return not isinstance(first, (int, float, str)) or first == second
