@@ -27,7 +27,7 @@ from minify_cpu import PAPER
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from tests.models import MODEL_TYPES, save_checkpoint, tiny_model
+from tests.tiny import MODEL_TYPES, save_checkpoint, tiny_model
 
 RECIPES: dict[str, dict[str, Any]] = {"defaults": {}, "uniform": {"widths": "uniform"}, "paper": PAPER}
 KEEP, WINDOWS, LENGTH = 0.6, 16, 32

@@ -13,7 +13,7 @@ from typing import Any
 
 from synthetic import SHAPES
 
-from minisp.phases.batches import heal_count
+from minisp.phases.batches import correction_count
 from minisp.phases.trials import TRIAL_CUT, trial_tokens
 
 TARGET = Path(__file__).parent.parent / "docs" / "gpu_budgets.md"
@@ -164,7 +164,7 @@ def phases(
         "Gram": done["Gram"] / gram,
     }
     trials = trial_tokens(WINDOWS * WINDOW, layers)
-    heals = heal_count(WINDOWS, WINDOW) * WINDOW
+    heals = correction_count(WINDOWS, WINDOW) * WINDOW
     dense, cut = passing(case, heals, norms), passing(case, heals, norms, KEEP)
     heal = {name: dense[name] + cut[name] for name in dense}
     heal["Gram, XᵀE"] = heals * layers * (n * n / gram + 2 * n * d / RATES["XᵀY"])

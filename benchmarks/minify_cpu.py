@@ -24,7 +24,7 @@ from contenders import Contender, agreement, judged, opponent, print_correctness
 
 HERE = Path(__file__).parent
 PAPER = {
-    "saliency": "taylor", "allocation": "score", "inputs": "dense",
+    "saliency": "taylor", "allocation": "score", "correct_drift": False,
     "shrink_to": "zero", "alignment": 1, "min_keep": 0.0, "damping": naive.DAMPING,
 }  # fmt: skip
 

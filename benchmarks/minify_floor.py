@@ -42,7 +42,7 @@ class Work:
 
 def work(config: Any, windows: int, window: int, keep: float) -> dict[str, Work]:
     """The formulas above for a Llama-shaped transformers config."""
-    from minisp.phases.batches import heal_count
+    from minisp.phases.batches import correction_count
     from minisp.phases.trials import trial_tokens
 
     d, m, num_layers, heads = (
@@ -56,7 +56,7 @@ def work(config: Any, windows: int, window: int, keep: float) -> dict[str, Work]
     layers = mlps + num_layers * 2 * d * head_dim * (heads + config.num_key_value_heads)
     head, attention = d * config.vocab_size, 2 * num_layers * window * heads * head_dim
     tokens, cut = windows * window, keep * m
-    trials, heals = trial_tokens(tokens, num_layers), heal_count(windows, window) * window
+    trials, heals = trial_tokens(tokens, num_layers), correction_count(windows, window) * window
 
     def solves(*sizes: float) -> float:
         return num_layers * sum(n**3 / 3 + 2 * n * n * d + 2 * (m - n) * n * d for n in sizes)

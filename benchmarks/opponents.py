@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from minisp.methods.selection import select
-from minisp.methods.statistics import LayerStatistics
-from minisp.models.families import cut_, decoder_layers, mlp_weights
+from minisp.methods.statistics import Statistics
+from minisp.models.edits import apply_, edits_of
+from minisp.models.families import decoder_layers, family_of, mlp_weights, structures_of
 from minisp.ops.ridge import ridge_solve
+from minisp.phases.run import Run
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Layer:
     gate: Tensor
     up: Tensor
     down: Tensor
-    statistics: LayerStatistics
+    statistics: Statistics
     mean: Tensor
 
     @property
@@ -50,24 +52,29 @@ OSSCAR_DAMPING = 0.01
 Method = Callable[[Sequence[Layer], float], list[Cut]]
 
 
-def look_at(model: Any, row: Any, statistics: Sequence[LayerStatistics], means: Sequence[Tensor]) -> list[Layer]:
-    """The layers of a dense model, for the methods."""
-    found = []
-    for layer, record, mean in zip(decoder_layers(model, row), statistics, means, strict=True):
-        w = mlp_weights(layer, row)
+def look_at(model: Any, run: Run, means: Sequence[Tensor]) -> list[Layer]:
+    """The layers of a dense model, for the methods, with the statistics that are recorded of them."""
+    family, found = family_of(model.config), []
+    layers = decoder_layers(model, family)
+    for structure, mean in zip(structures_of(model, family), means, strict=True):
+        w = mlp_weights(layers[structure.layer], family.mlp)
         assert w.gate is not None
+        record = run.statistics(structure, gram=True)
         found.append(Layer(w.gate.float(), w.up.float(), w.down.float(), record, mean))
     return found
 
 
 @torch.no_grad()
-def apply_(model: Any, row: Any, cuts: Sequence[Cut]) -> None:
+def cut_(model: Any, cuts: Sequence[Cut]) -> None:
     """Cut a dense model in place."""
-    for layer, cut in zip(decoder_layers(model, row), cuts, strict=True):
-        down = mlp_weights(layer, row).down
-        cut_(layer, row, cut.kept, down[:, cut.kept] if cut.down is None else cut.down)
+    family = family_of(model.config)
+    layers = decoder_layers(model, family)
+    for structure, cut in zip(structures_of(model, family), cuts, strict=True):
+        layer = layers[structure.layer]
+        apply_(layer, edits_of(structure, cut.kept, cut.down))
         if cut.bias is not None:
-            layer.get_submodule(row.down).bias = nn.Parameter(cut.bias.to(down.dtype), requires_grad=False)
+            consumer = layer.get_submodule(structure.consumer)
+            consumer.bias = nn.Parameter(cut.bias.to(consumer.weight.dtype), requires_grad=False)
 
 
 def magnitude(layers: Sequence[Layer], keep: float) -> list[Cut]:

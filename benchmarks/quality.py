@@ -16,7 +16,7 @@ every residual connection that stock classes do not have; no equal budget could 
 import argparse
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Any
 import harness
 import torch
 from naive import EVALUATION
-from opponents import OPPONENTS, Layer, apply_, look_at
+from opponents import OPPONENTS, Layer, cut_, look_at
 from texts import calibration_windows, data_arguments, evaluation_texts, measured_on
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -33,28 +33,26 @@ from transformers import AutoTokenizer
 from minisp.config import MinifyConfig
 from minisp.device import compute_dtype
 from minisp.evaluate.perplexity import perplexity
-from minisp.methods.reconstruction import reconstruct
-from minisp.methods.selection import allocate_widths, default_alignment, select
-from minisp.methods.statistics import LayerStatistics
-from minisp.models.families import architecture_of, cut_, decoder_layers
+from minisp.methods.statistics import Statistics
 from minisp.models.layers import fast_layers
 from minisp.models.skeleton import frozen, load_model
 from minisp.models.stream import Stream
-from minisp.phases.batches import Batches, heal_windows
-from minisp.phases.refit import heal_sweep
-from minisp.phases.run import Workplace, record
+from minisp.phases.batches import Batches, refit_windows
+from minisp.phases.decide import decide
+from minisp.phases.refit import refit_structures
+from minisp.phases.run import Run
 from minisp.phases.saliency import saliency_sweep
-from minisp.phases.trials import layer_ratios
 from minisp.store.checkpoint import Checkpoint
+from minisp.store.names import Record
 
 CPU = torch.device("cpu")
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 OURS: dict[str, dict[str, Any]] = {
-    "minisp: score only": {"reconstruct": False, "inputs": "dense", "allocation": "score"},
-    "minisp: + refit": {"inputs": "dense", "allocation": "score"},
-    "minisp: + trial cuts": {"inputs": "dense", "allocation": "measured"},
-    "minisp: + correction": {"inputs": "both", "allocation": "measured"},
+    "minisp: score only": {"reconstruct": False, "correct_drift": False, "allocation": "score"},
+    "minisp: + refit": {"correct_drift": False, "allocation": "score"},
+    "minisp: + trial cuts": {"correct_drift": False, "allocation": "measured"},
+    "minisp: + correction": {"correct_drift": True, "allocation": "measured"},
 }
 
 
@@ -63,7 +61,7 @@ class Kit:
     """What all rows share: the dense model, its records, its layers for the opponents, texts, windows."""
 
     model: Any
-    work: Workplace
+    run: Run
     layers: list[Layer]
     windows: Tensor
     texts: dict[str, tuple[Tensor, int]]
@@ -86,33 +84,33 @@ def load_dense(name: str) -> Any:
     return load_model(Checkpoint.open(name), CPU, compute_dtype(MinifyConfig(), CPU))
 
 
-def collect(model: Any, windows: Tensor, cache: Path) -> tuple[Workplace, list[Tensor], float]:
-    """Records of every layer's statistics, the mean activations (m,), and the seconds that they took."""
-    work = Workplace.in_memory()
+def collect(model: Any, windows: Tensor, cache: Path) -> tuple[Run, list[Tensor], float]:
+    """Records of every structure's statistics, the mean activations (m,), and the seconds that they took."""
+    run, stream = Run.in_memory(), Stream.from_module(model)
     name = cache / f"{harness.digest([*model.parameters(), windows])}.pt"
-    row = architecture_of(model.config)
-    count = len(decoder_layers(model, row))
     if name.exists():
         saved = torch.load(name, weights_only=True)
-        for index, (tokens, saliency, gram) in enumerate(saved["layers"]):
-            work.keep_statistics(index, LayerStatistics(tokens, saliency, gram, tokens))
-        return work, saved["means"], saved["seconds"]
+        for structure, (tokens, saliency, gram) in zip(stream.structures, saved["layers"], strict=True):
+            run.keep_statistics(structure, Statistics(tokens, saliency, gram, tokens))
+        return run, saved["means"], saved["seconds"]
     start = time.perf_counter()
     with frozen(model):
-        saliency_sweep(Stream.from_module(model), Batches.scoring(windows.split(1)), [range(count)], work, gram=True)
+        segments = [range(len(stream.layers))]
+        saliency_sweep(stream, Batches.scoring(windows.split(1)), segments, run, gram=True)
     seconds = time.perf_counter() - start
     # The means, which FLAP alone needs, and its time has no share in.
-    means = _means(model, row, windows)
-    found = [work.statistics(index, gram=True) for index in range(count)]
+    means = _means(stream, windows)
+    found = [run.statistics(structure, gram=True) for structure in stream.structures]
     layers = [(x.num_tokens, x.saliency, x.gram) for x in found]
     cache.mkdir(parents=True, exist_ok=True)
     torch.save({"layers": layers, "means": means, "seconds": seconds}, name)
-    return work, means, seconds
+    return run, means, seconds
 
 
 @torch.no_grad()
-def _means(model: Any, row: Any, windows: Tensor) -> list[Tensor]:
-    downs = [layer.get_submodule(row.down) for layer in decoder_layers(model, row)]
+def _means(stream: Stream, windows: Tensor) -> list[Tensor]:
+    model = stream.model
+    downs = [stream.layers[x.layer].get_submodule(x.consumer) for x in stream.structures]
     sums = [torch.zeros(down.in_features) for down in downs]
 
     def add(total: Tensor, _: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -129,41 +127,20 @@ def _means(model: Any, row: Any, windows: Tensor) -> list[Tensor]:
 
 def ours(kit: Kit, keep: float, options: dict[str, Any]) -> Any:
     """A copy of the model, minified by the engine with these options from the statistics at hand."""
-    config = MinifyConfig(keep=keep, **options)
-    scores = [layer.statistics.score(config.saliency) for layer in kit.layers]
-    if config.measures:
-        with frozen(kit.model):
-            measured = layer_ratios(Stream.from_module(kit.model), kit.windows, scores, config, kit.work)
-        scores = [score * ratio for score, ratio in zip(scores, measured, strict=True)]
-    alignment = config.alignment or default_alignment(min(len(score) for score in scores))
-    kept = select(scores, allocate_widths(scores, keep, alignment=alignment, min_keep=config.min_keep))
-    if not config.heals:
-        return refitted(kit, kept, config)
-    model = kit.fresh()
-    for layer in range(len(kept)):
-        kit.work.shared.drop(record("result", layer))
-    with frozen(model):
-        batches = kit.windows[heal_windows(*kit.windows.shape, config)].split(1)
-        heal_sweep(Stream.from_module(model), batches, kept, config, kit.work)
-    return model
-
-
-def refitted(kit: Kit, kept: Sequence[Tensor], config: MinifyConfig) -> Any:
-    """A copy of the model with these units, refitted on the dense model's activations."""
-    model = kit.fresh()
+    config, model = MinifyConfig(keep=keep, **options), kit.fresh()
     stream = Stream.from_module(model)
+    for structure in stream.structures:
+        kit.run.shared.drop(Record.RESULT.of(structure.layer, structure.name))
+    batches = kit.windows[refit_windows(*kit.windows.shape, config)].split(1)
     with frozen(model):
-        for index, layer in enumerate(kit.layers):
-            result = reconstruct(index, layer.statistics, kept[index], stream.down_weight(index), config)
-            if result.down is not None:
-                cut_(stream.layers[index], stream.row, kept[index], result.down)
+        refit_structures(stream, batches, decide(stream, kit.windows, config, kit.run), config, kit.run)
     return model
 
 
 def theirs(kit: Kit, keep: float, name: str) -> Any:
     """A copy of the model after an opponent."""
     model = kit.fresh()
-    apply_(model, architecture_of(model.config), OPPONENTS[name](kit.layers, keep))
+    cut_(model, OPPONENTS[name](kit.layers, keep))
     return model
 
 
@@ -226,11 +203,8 @@ def main() -> None:
     # Before the sweep: rows of something else are refused at once.
     identity = measured_on(model, windows, texts)
     result = harness.resume_json(name, identity)
-    work, means, seconds = collect(model, windows, arguments.cache)
-    row = architecture_of(model.config)
-    statistics = [work.statistics(index, gram=True) for index in range(len(means))]
-    layers = look_at(model, row, statistics, means)
-    kit = Kit(model, work, layers, windows, texts)
+    run, means, seconds = collect(model, windows, arguments.cache)
+    kit = Kit(model, run, look_at(model, run, means), windows, texts)
     if not result:
         dense = kit.perplexities(model)
         result = {"measured on": identity, "tokens": windows.numel(), "seconds": seconds, "dense": dense, "rows": {}}

@@ -151,7 +151,7 @@ def real_systems(model: str, calibration: Path, windows: int) -> list[dict[str, 
 
     from minisp.models.stream import Stream
     from minisp.phases.batches import Batches
-    from minisp.phases.run import Workplace
+    from minisp.phases.run import Run
     from minisp.phases.saliency import saliency_sweep
     from minisp.store.checkpoint import Checkpoint
 
@@ -160,7 +160,7 @@ def real_systems(model: str, calibration: Path, windows: int) -> list[dict[str, 
     layers = len(stream.layers)
     batches = Batches.scoring(list(torch.tensor(tokens).view(windows, 1, 512)))
     rows = []
-    work = Workplace.in_memory()
+    work = Run.in_memory()
     saliency_sweep(stream, batches, [range(layers)], work, gram=True)
     for layer in (0, layers // 2, layers - 1):
         statistics_ = work.statistics(layer, gram=True)

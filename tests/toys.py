@@ -11,9 +11,9 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from minisp.methods.statistics import LayerStatistics
+from minisp.methods.statistics import Statistics
 from minisp.ops.sampling import label_numbers
-from tests.models import VOCABULARY
+from tests.tiny import VOCABULARY
 
 # Always the same examples, and no time limit: a slow machine is no failure.
 toy_examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -53,10 +53,10 @@ def units_of(model: Any, layer: int) -> list[Tensor]:
     return [parameter.movedim(axis, 0) for parameter, axis in parameters]
 
 
-def statistics_of(x: Tensor, gradient: Tensor) -> LayerStatistics:
+def statistics_of(x: Tensor, gradient: Tensor) -> Statistics:
     """The finished sums of activations x and their gradient, both (T, m), in their dtype."""
     p = (x * gradient).double()
-    return LayerStatistics(len(x), torch.stack([p.abs().sum(0), p.square().sum(0), p.sum(0)]), x.T @ x, len(x))
+    return Statistics(len(x), torch.stack([p.abs().sum(0), p.square().sum(0), p.sum(0)]), x.T @ x, len(x))
 
 
 def least_squares(x: Tensor, target: Tensor, mu: float, origin: Tensor) -> Tensor:

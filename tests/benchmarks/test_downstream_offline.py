@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models import char_tokenizer, save_checkpoint, tiny_model
+from tests.tiny import char_tokenizer, save_checkpoint, tiny_model
 
 
 def made_text() -> str:

@@ -28,7 +28,7 @@ def test_the_work_of_the_sweep_is_what_the_planner_counts(budget: Any, case: int
     with torch.device("meta"):
         model = LlamaForCausalLM(importlib.import_module("synthetic").llama_config(found.size))
     config = MinifyConfig(
-        num_windows=budget.WINDOWS, window=budget.WINDOW, keep=budget.KEEP, allocation="score", inputs="dense"
+        num_windows=budget.WINDOWS, window=budget.WINDOW, keep=budget.KEEP, allocation="score", correct_drift=False
     )
     segments = -(-model.config.num_hidden_layers // found.segment)
     layout = Layout(segment=found.segment, num_slots=2, stream_vocabulary=False, peaks={})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisp.methods.statistics import LayerStatistics
+from minisp.methods.statistics import Statistics
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import opponents
@@ -29,7 +29,7 @@ def layer_of(seed: int = 0) -> opponents.Layer:
     generator = torch.Generator().manual_seed(seed + 100)
     gate, up, down = (torch.randn(*shape, generator=generator) for shape in ((WIDTH, 2), (WIDTH, 2), (HIDDEN, WIDTH)))
     saliency = torch.stack([p.abs().sum(0), p.square().sum(0), p.sum(0)])
-    return opponents.Layer(gate, up, down, LayerStatistics(TOKENS, saliency, x.T @ x), x.mean(0))
+    return opponents.Layer(gate, up, down, Statistics(TOKENS, saliency, x.T @ x), x.mean(0))
 
 
 def test_elimination_removes_what_least_squares_misses_least() -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.models import tiny_model
+from tests.tiny import tiny_model
 
 WORKERS = ("optipfair", "torch_pruning", "fmchisel", "minisp")
 

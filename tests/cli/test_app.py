@@ -22,7 +22,7 @@ from minisp import errors, fast
 from minisp.cli.app import app
 from minisp.config import MinifyConfig, Resources
 from minisp.report.tables import plan_dict
-from tests.models import WIDTH, save_checkpoint, tiny_model
+from tests.tiny import WIDTH, save_checkpoint, tiny_model
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 SMALL = ("--window", "32", "--num-windows", "8", "--dtype", "float32")

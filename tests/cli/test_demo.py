@@ -11,7 +11,7 @@ from minisp.cli import demo
 from minisp.config import MinifyConfig
 from minisp.evaluate import measure
 from minisp.evaluate.speed import Generation, throughput
-from tests.models import save_checkpoint, tiny_model
+from tests.tiny import save_checkpoint, tiny_model
 
 
 def test_before_and_after_are_taken_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 from minisp.evaluate import measure, speed
 from minisp.report import report
 from tests.cli.test_app import SMALL, run
-from tests.models import WIDTH, save_checkpoint, tiny_model
+from tests.tiny import WIDTH, save_checkpoint, tiny_model
 
 BRIEF = ("--window", "32", "--max-windows", "3", "--no-speed", "--questions", "0", "--dtype", "float32")
 

@@ -15,7 +15,7 @@ from torch import nn
 from minisp.errors import CalibrationError, ConfigError
 from minisp.evaluate import measure, speed, tables
 from minisp.evaluate.speed import MIN_TURNS, Generation, interval_place, paired_ratio, throughput
-from tests.models import POSITIONS, save_checkpoint, tiny_model
+from tests.tiny import POSITIONS, save_checkpoint, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minisp.errors import ConfigError
-from minisp.methods.selection import allocate_widths, default_alignment, select, uniform_widths
+from minisp.methods.selection import Candidate, allocate, default_alignment, select
 from tests.toys import toy_examples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,6 +41,17 @@ def ragged_steps(draw: st.DrawFn) -> tuple[list[Tensor], float, int, float]:
         alignment,
         draw(st.floats(0, 1)),
     )
+
+
+def allocate_widths(scores: list[Tensor], keep: float, *, alignment: int, min_keep: float, cost: int = 3) -> list[int]:
+    """Layers whose units cost the same."""
+    candidates = [Candidate(score, cost, alignment, str(place)) for place, score in enumerate(scores)]
+    return allocate(candidates, keep, min_keep=min_keep)
+
+
+def uniform_widths(full: list[int], keep: float, *, alignment: int) -> list[int]:
+    """Layers that are tied."""
+    return allocate([Candidate(torch.ones(size), 3, alignment, "mlp") for size in full], keep, min_keep=0.1)
 
 
 def worth(score: Tensor, width: int) -> int:
@@ -90,7 +101,7 @@ def test_widths_stay_inside_the_budget_and_use_all_of_it_that_fits(toy: tuple[li
     budget = floor(keep * sum(full) + 1e-9)
     smallest = lower_bounds(scores, keep, alignment, min_keep, budget)
     if sum(smallest) > budget:
-        with pytest.raises(ConfigError, match=f"at most {budget} kept units .* at least {sum(smallest)} "):
+        with pytest.raises(ConfigError, match=f"at most {3 * budget}(?!,)|at least {3 * sum(smallest)} "):
             allocate_widths(scores, keep, alignment=alignment, min_keep=min_keep)
         return
     widths = allocate_widths(scores, keep, alignment=alignment, min_keep=min_keep)
@@ -152,8 +163,63 @@ def test_uniform_widths() -> None:
     assert uniform_widths([50, 50, 50], 1.0, alignment=8) == [50, 50, 50]
     with pytest.raises(ConfigError, match="from 40 to 48"):
         uniform_widths([40, 48], 0.5, alignment=8)
-    with pytest.raises(ConfigError, match=r"at least 8 units .* keep=0.1 of 48"):
+    with pytest.raises(ConfigError, match=r"at most 28 of 288 parameters .* at least 48 from .*, 8 units"):
         uniform_widths([48, 48], 0.1, alignment=8)
+
+
+def test_saliency_is_weighed_against_parameters() -> None:
+    # Ten units each; one of the first costs three parameters, one of the second one. Per unit the first are worth more,
+    # per parameter the second.
+    dear, cheap = torch.full((10,), 5.0), torch.full((10,), 2.0)
+    candidates = [Candidate(dear, 3, 1, "attention"), Candidate(cheap, 1, 1, "mlp")]
+    # Half of 40 parameters: all that is cheap, and three of the dear ones.
+    assert allocate(candidates, 0.5, min_keep=0) == [3, 10]
+    equal = [Candidate(dear, 1, 1, "attention"), Candidate(cheap, 1, 1, "mlp")]
+    assert allocate(equal, 0.5, min_keep=0) == [9, 1]
+
+
+@toy_examples
+@given(
+    st.lists(st.tuples(st.lists(POINTS, min_size=1, max_size=6), st.integers(1, 5)), min_size=1, max_size=3), st.data()
+)
+def test_a_budget_of_parameters_is_filled_by_worth_per_parameter(
+    structures: list[tuple[list[int], int]], data: st.DataObject
+) -> None:
+    keep = data.draw(st.floats(0.2, 1))
+    candidates = [
+        Candidate(torch.tensor(points, dtype=torch.float64), cost, 1, str(place))
+        for place, (points, cost) in enumerate(structures)
+    ]
+    total = sum(cost * len(points) for points, cost in structures)
+    smallest = sum(cost for _, cost in structures)
+    if smallest > floor(keep * total + 1e-9):
+        with pytest.raises(ConfigError, match="Budget"):
+            allocate(candidates, keep, min_keep=0)
+        return
+    sizes = allocate(candidates, keep, min_keep=0)
+    spent = sum(cost * size for (_, cost), size in zip(structures, sizes, strict=True))
+    room = floor(keep * total + 1e-9) - spent
+    assert room >= 0
+    gains = []
+    for (points, cost), size in zip(structures, sizes, strict=True):
+        ranked = sorted(points, reverse=True)
+        taken = [point / cost for point in ranked[1:size]]
+        # What is left does not fit, or nothing of it is left.
+        assert size == len(points) or cost > room
+        gains.append((taken, ranked[size] / cost if size < len(points) else None, cost))
+    for taken, _, cost in gains:
+        for _, left, other in gains:
+            # A unit that was taken is worth no less per parameter than one that was left and costs no more.
+            if taken and left is not None and other <= cost:
+                assert min(taken) >= left - 1e-12 or room + cost < other
+
+
+def test_structures_of_one_tie_keep_equally_many() -> None:
+    scores = [torch.tensor([9.0, 8.0, 7.0, 0.0]), torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.full((4,), 3.0)]
+    candidates = [Candidate(score, 1, 1, tie) for score, tie in zip(scores, ("a", "a", "b"), strict=True)]
+    # The third unit of both of "a" is worth 8 for two parameters, a unit of "b" 3 for one.
+    assert allocate(candidates, 0.75, min_keep=0) == [3, 3, 3]
+    assert allocate(candidates, 5 / 12, min_keep=0) == [2, 2, 1]
 
 
 @toy_examples

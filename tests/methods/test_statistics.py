@@ -10,7 +10,8 @@ from minisp import ops
 from minisp.config import SaliencyScore
 from minisp.errors import NumericalError
 from minisp.methods import statistics
-from minisp.methods.statistics import LayerStatistics
+from minisp.methods.statistics import Statistics
+from minisp.ops import reference
 from tests.toys import score, statistics_of, toy_examples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,7 +39,7 @@ def test_scores_from_the_engine_s_pass_are_the_definition(kind: SaliencyScore) -
     # ReLU of what is positive is the identity: the raw activations pass unchanged.
     x, gradient = raw(300, 5)
     x = x.abs()
-    record = LayerStatistics.empty(5, gram=True)
+    record = Statistics.empty(5, gram=True)
     for chunk, slope in zip(x.split(77), gradient.split(77), strict=True):
         record.update_(*ops.activation_backward_(chunk.float(), None, slope.float(), "relu"))
     record.finalize_(0)
@@ -76,7 +77,7 @@ def test_products_that_cancel_count_for_all_but_the_signed_score() -> None:
 
 
 def test_no_token_gives_no_score() -> None:
-    record = LayerStatistics.empty(3, gram=False)
+    record = Statistics.empty(3, gram=False)
     record.update_(torch.empty(0, 3), torch.zeros(3, 3))
     assert record.gram is None
     assert all(torch.equal(record.score(kind), torch.zeros(3, dtype=torch.float64)) for kind in KINDS)
@@ -84,7 +85,7 @@ def test_no_token_gives_no_score() -> None:
 
 def test_activations_alone_leave_the_saliency_as_it_is() -> None:
     x, _ = raw()
-    record = LayerStatistics.empty(7, gram=True)
+    record = Statistics.empty(7, gram=True)
     record.update_(x.float(), None)
     assert record.num_tokens == 40 and not record.saliency.any() and record.gram is not None and record.gram.any()
 
@@ -99,8 +100,30 @@ def test_sums_that_are_not_finite_are_refused_by_layer(where: str) -> None:
         record.saliency[2, 5] = torch.nan
     else:
         record.gram[2, 2], record.gram[5, 5] = torch.nan, torch.inf
-    with pytest.raises(NumericalError, match="layer 4: expected finite sums, got 2 of 7 units"):
-        record.finalize_(4)
+    with pytest.raises(NumericalError, match=r"^Layer 4, mlp: expected finite statistics, got 2 of 7 units"):
+        record.finalize_("Layer 4, mlp")
+
+
+@pytest.mark.parametrize("columns", [1, 4])
+def test_the_saliency_of_a_unit_is_summed_over_its_columns_first(columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = torch.randn(2, 300, 3 * columns, generator=generator)
+    exact = reference.saliency_sums(x.double(), gradient.double(), columns)
+    # Zeroing the columns of a unit changes the first-order loss of token t by the sum of its products.
+    zeroed = x.view(300, 3, columns).double().clone()
+    zeroed[:, 1] = 0
+    change = ((x.double() - zeroed.view(300, -1)) * gradient.double()).sum(1)
+    torch.testing.assert_close(exact[:, 1], torch.stack([change.abs().sum(), change.square().sum(), change.sum()]))
+    torch.testing.assert_close(ops.saliency_sums(x, gradient, columns).double(), exact, rtol=1e-5, atol=1e-3)
+    record = Statistics.empty(3, columns, gram=True)
+    record.update_(x, ops.saliency_sums(x, gradient, columns))
+    record.finalize_("toy")
+    assert record.gram is not None and record.gram.shape == (3 * columns, 3 * columns)
+    back = Statistics.from_tensors(dict(record.tensors()).__getitem__, columns, gram=True, device=torch.device("cpu"))
+    assert back.gram is not None and torch.equal(back.gram, record.gram)
+    record.gram[columns, columns] = torch.inf
+    with pytest.raises(NumericalError, match="got 1 of 3 units"):
+        record.finalize_("toy")
 
 
 @pytest.mark.parametrize("panel", [1, 3, 7, 512])
@@ -113,8 +136,8 @@ def test_a_record_comes_back_whole_from_what_is_stored(panel: int, monkeypatch: 
     # As far as the diagonal reaches: the lower half, and what its panels have above it.
     size = sum(t.numel() for key, t in stored.items() if key.startswith("gram"))
     assert size == sum((min(i + panel, 7) - i) * min(i + panel, 7) for i in range(0, 7, panel))
-    back = LayerStatistics.from_tensors(stored.__getitem__, gram=True, device=torch.device("cpu"))
+    back = Statistics.from_tensors(stored.__getitem__, gram=True, device=torch.device("cpu"))
     assert back.num_tokens == 40 and back.gram is not None
     assert torch.equal(back.saliency, record.saliency) and torch.equal(back.gram, record.gram)
-    without = LayerStatistics.from_tensors(stored.__getitem__, gram=False, device=torch.device("cpu"))
+    without = Statistics.from_tensors(stored.__getitem__, gram=False, device=torch.device("cpu"))
     assert without.gram is None and torch.equal(without.saliency, record.saliency)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minisp import ops
 from minisp.models.attention import NAME, fast_attention
-from tests.models import MODEL_TYPES, tiny_model
+from tests.tiny import MODEL_TYPES, tiny_model
 
 LENGTH = 60
 

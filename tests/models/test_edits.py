@@ -9,21 +9,20 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from minisp.errors import UnsupportedModelError
+from minisp.models.edits import Edit, apply_, edits_of, rewrite, tried
 from minisp.models.families import (
     ACTIVATIONS,
     WIDTHS_KEY,
     activation_kind,
-    architecture_of,
-    cut_,
-    layer_widths,
+    family_of,
     mlp_weights,
-    other_down,
-    record_widths_,
     resize_,
-    unit_axes,
+    size_keys,
+    structures_of,
 )
+from minisp.models.structures import Slice, Structure
 from minisp.ops import reference
-from tests.models import HIDDEN, LAYERS, MODEL_TYPES, VOCABULARY, WIDTH, tiny_model
+from tests.tiny import HIDDEN, LAYERS, MODEL_TYPES, VOCABULARY, WIDTH, tiny_model
 from tests.toys import UNIT_AXES, down_of, layers_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,11 +47,14 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize(("model_type", "overrides"), MODELS)
 def test_a_cut_layer_has_the_kept_units_and_the_new_columns(model_type: str, overrides: dict[str, Any]) -> None:
     model, whole = tiny_model(model_type, **overrides), tiny_model(model_type, **overrides)
-    row, axes = architecture_of(model.config), axes_of(model_type, overrides)
+    family, axes = family_of(model.config), axes_of(model_type, overrides)
+    structure = structures_of(model, family)[1]
     new = torch.randn(HIDDEN, len(KEPT), dtype=torch.float64)
     layer, before = layers_of(model)[1], dict(layers_of(whole)[1].named_parameters())
-    assert unit_axes(layer, row) == axes
-    cut_(layer, row, KEPT, new)
+    assert {part.parameter: part.axis for part in structure.slices} == axes
+    assert structure.parameters == sum(before[name].numel() for name in axes) // WIDTH
+    edits = edits_of(structure, KEPT, new)
+    apply_(layer, edits)
     down = list(UNIT_AXES[model_type])[-1]
     for name, parameter in layer.named_parameters():
         if name == down:
@@ -62,7 +64,15 @@ def test_a_cut_layer_has_the_kept_units_and_the_new_columns(model_type: str, ove
         assert torch.equal(parameter, wanted) and parameter.is_contiguous(), name
         assert parameter.requires_grad and parameter.dtype == torch.float32
     assert torch.equal(down_of(model, 1), new.float())
-    assert layer_widths(model, row) == [WIDTH, len(KEPT), WIDTH]
+    assert [x.num_units for x in structures_of(model, family)] == [WIDTH, len(KEPT), WIDTH]
+    # Told of the shapes alone, or of the stored tensors, the edits say the same.
+    for edit in edits:
+        assert edit.shape_after(before[edit.parameter].shape) == layer.get_parameter(edit.parameter).shape
+        assert torch.equal(edit.applied(before[edit.parameter].detach()), layer.get_parameter(edit.parameter))
+    # A layer that was cut already stays as it is.
+    once = {name: p.clone() for name, p in layer.named_parameters()}
+    apply_(layer, edits)
+    assert all(torch.equal(p, once[name]) for name, p in layer.named_parameters())
     # The modules know their sizes.
     for module in layer.modules():
         if isinstance(module, nn.Linear):
@@ -79,26 +89,29 @@ def test_a_cut_layer_has_the_kept_units_and_the_new_columns(model_type: str, ove
 @pytest.mark.parametrize(("model_type", "overrides"), MODELS)
 def test_a_cut_model_computes_what_zero_columns_compute(model_type: str, overrides: dict[str, Any]) -> None:
     model, masked = (tiny_model(model_type, **overrides).double() for _ in range(2))
-    row = architecture_of(model.config)
+    structures = structures_of(model, family_of(model.config))
     for layer in range(LAYERS):
         gone = torch.ones(WIDTH, dtype=torch.bool).index_fill(0, KEPT, False)
-        cut_(layers_of(model)[layer], row, KEPT, down_of(model, layer)[:, KEPT])
+        apply_(layers_of(model)[layer], edits_of(structures[layer], KEPT))
         down_of(masked, layer)[:, gone] = 0
     torch.testing.assert_close(logits(model), logits(masked))
     assert float((logits(model) - logits(tiny_model(model_type, **overrides).double())).abs().max()) > 0.1
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_another_down_projection_is_there_for_a_block_only(model_type: str) -> None:
+def test_another_weight_is_there_for_a_block_only(model_type: str) -> None:
     model = tiny_model(model_type)
-    row, layer = architecture_of(model.config), layers_of(model)[1]
+    family, layer = family_of(model.config), layers_of(model)[1]
+    structure = structures_of(model, family)[1]
     before, new = down_of(model, 1).clone(), torch.randn(HIDDEN, WIDTH, dtype=torch.float64)
     dense = logits(model)
-    with other_down(layer, row, new):
-        assert torch.equal(down_of(model, 1), new.float()) and torch.equal(mlp_weights(layer, row).down, new.float())
+    with tried(layer, [rewrite(structure, new)]):
+        assert torch.equal(down_of(model, 1), new.float()) and torch.equal(
+            mlp_weights(layer, family.mlp).down, new.float()
+        )
         assert float((logits(model) - dense).abs().max()) > 0.1
     assert torch.equal(down_of(model, 1), before) and torch.equal(logits(model), dense)
-    with pytest.raises(KeyError), other_down(layer, row, new):
+    with pytest.raises(KeyError), tried(layer, edits_of(structure, KEPT)):
         raise KeyError
     assert torch.equal(down_of(model, 1), before)
 
@@ -106,14 +119,14 @@ def test_another_down_projection_is_there_for_a_block_only(model_type: str) -> N
 @pytest.mark.parametrize(("model_type", "overrides"), MODELS)
 def test_the_tensors_of_an_mlp_are_what_it_computes_with(model_type: str, overrides: dict[str, Any]) -> None:
     model = tiny_model(model_type, **overrides)
-    row, layer = architecture_of(model.config), layers_of(model)[0]
-    weights = mlp_weights(layer, row)
+    mlp, layer = family_of(model.config).mlp, layers_of(model)[0]
+    weights = mlp_weights(layer, mlp)
     assert weights.up.shape == (WIDTH, HIDDEN) and weights.down.shape == (HIDDEN, WIDTH)
     assert (weights.gate is None) == (model_type in ("opt", "gpt2"))
-    down_bias = layer.state_dict().get(f"{row.down}.bias")
+    down_bias = layer.state_dict().get(f"{mlp.down}.bias")
     assert (weights.down_bias is None) == (down_bias is None)
     # An input of zeros leaves the biases alone.
-    up = layer.get_submodule(row.up)
+    up = layer.get_submodule(mlp.up.module)
     assert (weights.up_bias is None) == (model_type not in ("opt", "gpt2") and not overrides)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -122,17 +135,17 @@ def test_the_tensors_of_an_mlp_are_what_it_computes_with(model_type: str, overri
         if weights.gate is not None:
             gate_bias = 0 if weights.gate_bias is None else weights.gate_bias
             torch.testing.assert_close(layer.mlp.gate_proj(torch.eye(HIDDEN)), weights.gate.T + gate_bias)
-        down = layer.get_submodule(row.down)
+        down = layer.get_submodule(mlp.down)
         torch.testing.assert_close(down(torch.eye(WIDTH)), weights.down.T + (0 if down_bias is None else down_bias))
 
 
 @pytest.mark.parametrize(("model_type", "overrides"), MODELS)
 def test_a_resized_model_has_other_widths_and_nothing_else(model_type: str, overrides: dict[str, Any]) -> None:
     model, axes = tiny_model(model_type, **overrides), axes_of(model_type, overrides)
-    row, widths = architecture_of(model.config), [7, WIDTH, 1]
+    family, widths = family_of(model.config), [7, WIDTH, 1]
     before = [{name: p.shape for name, p in layer.named_parameters()} for layer in layers_of(model)]
-    resize_(model, row, widths)
-    assert layer_widths(model, row) == widths
+    resize_(model, structures_of(model, family), widths)
+    assert [x.num_units for x in structures_of(model, family)] == widths
     for layer, shapes, width in zip(layers_of(model), before, widths, strict=True):
         for name, parameter in layer.named_parameters():
             wanted = list(shapes[name])
@@ -143,29 +156,55 @@ def test_a_resized_model_has_other_widths_and_nothing_else(model_type: str, over
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_widths_in_the_config_are_a_number_or_a_list(model_type: str) -> None:
-    model = tiny_model(model_type)
-    row = architecture_of(model.config)
+    family = family_of(tiny_model(model_type).config)
     key = {"opt": "ffn_dim", "gpt2": "n_inner"}.get(model_type, "intermediate_size")
-    record_widths_(model, row, [40, 40, 40])
-    assert getattr(model.config, key) == 40 and not hasattr(model.config, WIDTHS_KEY)
-    record_widths_(model, row, [40, 16, 44])
-    assert getattr(model.config, key) == 44 and getattr(model.config, WIDTHS_KEY) == [40, 16, 44]
+    assert size_keys(family, [40, 40, 40]) == {key: 40}
+    assert size_keys(family, [40, 16, 44]) == {key: 44, WIDTHS_KEY: [40, 16, 44]}
+
+
+# Two units of two columns each: in a fused parameter, its rows 4 to 7 and, alternating with others, its rows 0 and 2.
+FUSED = (
+    Slice("fused.weight", 0, size=2, start=4, stride=2),
+    Slice("fused.weight", 0, start=0, stride=2),
+    Slice("fused.weight", 0, start=1, stride=2),
+    Slice("out.weight", 1, size=2, stride=2),
+)
+
+
+def test_slices_of_one_parameter_are_cut_together() -> None:
+    structure = Structure(0, "toy", 2, 2, FUSED, "out", parameters=0)
+    fused, out = edits_of(structure, torch.tensor([1]))
+    assert (fused.parameter, fused.axis, out.parameter, out.axis) == ("fused.weight", 0, "out.weight", 1)
+    rows = torch.arange(8.0)[:, None].expand(8, 3)
+    assert fused.applied(rows)[:, 0].tolist() == [2, 3, 6, 7] and fused.shape_after((8, 3)) == (4, 3)
+    assert (
+        structure.columns_of(torch.tensor([1])).tolist() == [2, 3] == out.applied(torch.arange(4.0)[None])[0].tolist()
+    )
+    assert (structure.width, structure.weight, structure.transposed) == (4, "out.weight", False)
+    new = torch.tensor([[5.0, 6.0]])
+    assert torch.equal(edits_of(structure, torch.tensor([1]), new)[1].applied(torch.zeros(1, 4)), new)
+
+
+def test_an_edit_that_changes_nothing_gives_the_tensor_itself() -> None:
+    tensor = torch.arange(6.0).view(2, 3)
+    assert Edit("w", 1, torch.arange(3)).applied(tensor) is tensor
+    assert Edit("w", 1).applied(tensor) is tensor and Edit("w", 1).shape_after((2, 3)) == (2, 3)
+    assert Edit("w", 0, value=torch.ones(2, 3, dtype=torch.float64)).applied(tensor).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_an_activation_is_transformers_own(name: str) -> None:
     config = tiny_model("llama", hidden_act=name).config
     z = torch.linspace(-6, 6, 101, dtype=torch.float64)
-    found = reference.activation(z, None, activation_kind(config, architecture_of(config)))
+    found = reference.activation(z, None, activation_kind(config, family_of(config)))
     # The exact and the approximate GELU differ by up to 5e-4.
     torch.testing.assert_close(found, ACT2FN[name](z), rtol=0, atol=1e-6)
 
 
-def test_unknown_families_and_activations_are_refused() -> None:
+def test_unknown_families_are_refused_and_unknown_activations_have_no_kind() -> None:
     config = tiny_model("llama").config
     config.hidden_act = "tanh"
-    with pytest.raises(UnsupportedModelError, match="got 'tanh'"):
-        architecture_of(config)
+    assert activation_kind(config, family_of(config)) is None
     config.model_type = "mamba"
     with pytest.raises(UnsupportedModelError, match=r"gpt2, llama, .* got 'mamba'"):
-        architecture_of(config)
+        family_of(config)

@@ -15,16 +15,15 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from minisp import fast, ops
-from minisp.methods.statistics import LayerStatistics
+from minisp.methods.statistics import Statistics
 from minisp.models.attention import fast_attention
-from minisp.models.families import activation_kind, layer_widths
 from minisp.models.layers import NormKind, autograd_bytes, fast_layers, is_rotary, norm_kind
 from minisp.models.skeleton import frozen
 from minisp.models.stream import Stream
 from minisp.models.watch import watch
 from minisp.ops import reference
 from minisp.phases import refit, saliency, trials
-from tests.models import LAYERS, MODEL_TYPES, VOCABULARY, tiny_model
+from tests.tiny import LAYERS, MODEL_TYPES, VOCABULARY, tiny_model
 
 LENGTH = 60
 # Of a layer: norms, and rotary calls.
@@ -196,17 +195,16 @@ def kept_bytes(model: Any, dtype: torch.dtype) -> float:
     """Bytes per token and layer that autograd holds after a forward through all layers, their MLPs watched."""
     stream = Stream.from_module(model.to(dtype))
     ids = ids_for(model)
-    (width,) = set(layer_widths(model, stream.row))
+    (width,) = {structure.num_units for structure in stream.structures}
     found: list[Tensor] = []
     with frozen(model):
         hidden, calls = stream.embed(ids).requires_grad_(), stream.calls(ids)
         shared = [*model.parameters(), *(t for c in calls for t in c.kwargs.get("position_embeddings") or ())]
-        statistics = {i: LayerStatistics.empty(width, gram=False, device=stream.device) for i in range(LAYERS)}
+        statistics = {i: Statistics.empty(width, gram=False, device=stream.device) for i in range(LAYERS)}
         with saved_tensors_hooks(lambda t: found.append(t) or t, lambda t: t), fast_layers(model):
             leaving = hidden
             for index in range(LAYERS):
-                kind = activation_kind(model.config, stream.row)
-                with watch(stream.layers[index], stream.row, kind, statistics[index]):
+                with watch(stream.layers[index], stream.structures[index], model.config, statistics[index]):
                     leaving = stream.run_layer(index, leaving, calls)
     # The watched MLP keeps its pre-activations itself, on its node of the graph.
     nodes, seen = [leaving.grad_fn], set()

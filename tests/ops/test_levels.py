@@ -40,7 +40,7 @@ def run_python(*arguments: str, cap: str) -> subprocess.CompletedProcess[str]:
 def test_the_operations_at(level: str) -> None:
     if level not in machine_levels():
         pytest.skip(f"this processor has no {level}")
-    code = "from minisp import native; print(native.level())"
+    code = "from minisp.ops import native; print(native.level())"
     assert run_python("-c", code, cap=level).stdout.split() == [level]
     result = run_python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS, cap=level)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
@@ -48,7 +48,7 @@ def test_the_operations_at(level: str) -> None:
 
 @needs_extension
 def test_a_cap_that_names_no_level_is_an_error_that_lists_them() -> None:
-    code = "import torch; from minisp import native; native.serves_gram(torch.zeros(1, 1))"
+    code = "import torch; from minisp.ops import native; native.serves_gram(torch.zeros(1, 1))"
     result = run_python("-c", code, cap="sse9")
     assert result.returncode != 0
     assert "BackendError" in result.stderr
@@ -57,7 +57,7 @@ def test_a_cap_that_names_no_level_is_an_error_that_lists_them() -> None:
 
 @needs_extension
 def test_a_cap_above_the_machine_changes_nothing() -> None:
-    code = "from minisp import native; print(native.level())"
+    code = "from minisp.ops import native; print(native.level())"
     expected = native.extension().build_info()["machine_level"]
     assert run_python("-c", code, cap="amx").stdout.split() == [expected]
 

@@ -5,10 +5,11 @@ import torch
 
 from minisp import fast
 from minisp.errors import NumericalError
+from minisp.models.objective import Objective
 from minisp.models.stream import Stream
 from minisp.ops.sampling import DRAWN_ELEMENTS, draw_labels, label_numbers
 from tests.counting import Counted
-from tests.models import tiny_model
+from tests.tiny import tiny_model
 
 
 def test_labels_follow_the_distribution_of_the_logits() -> None:
@@ -61,11 +62,10 @@ def test_the_gradient_over_many_draws_is_none() -> None:
     ids = torch.randint(model.config.vocab_size, (1, 24), generator=torch.Generator().manual_seed(1))
     hidden = torch.randn(1, 24, model.config.hidden_size, generator=torch.Generator().manual_seed(2))
     stream = Stream.from_module(model)
-    _, of_text = stream.loss_gradient(hidden, ids)
+    _, of_text = stream.loss_gradient(hidden, ids, Objective())
     total = torch.zeros_like(of_text)
     for seed in range(200):
-        stream.label_seed = seed
-        total += stream.loss_gradient(hidden, ids)[1]
+        total += stream.loss_gradient(hidden, ids, Objective(seed))[1]
     assert (total / 200).norm() < 0.2 * of_text.norm()
 
 

@@ -10,17 +10,17 @@ from torch import Tensor
 from minisp import fast
 from minisp.config import MinifyConfig
 from minisp.errors import ConfigError
-from minisp.methods.selection import allocate_widths
+from minisp.methods.selection import Candidate, allocate
 from minisp.models.skeleton import frozen
 from minisp.models.stream import Stream
 from minisp.phases import trials
 from minisp.phases.batches import Batches
-from minisp.phases.run import Workplace
+from minisp.phases.run import Run
 from minisp.phases.saliency import saliency_sweep
 from minisp.phases.trials import divergences, measure_ratios, ratios, trial_tokens
 from minisp.store.checkpoint import Checkpoint
 from minisp.text.windows import spread
-from tests.models import LAYERS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
+from tests.tiny import LAYERS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -65,11 +65,11 @@ def test_trial_windows_are_spread_evenly() -> None:
     assert spread(1, 4) == [0]
 
 
-@pytest.mark.parametrize("inputs", ["dense", "both", "pruned"])
-def test_measured_widths_are_the_same_on_disk_and_in_memory(inputs: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("refit", [{}, {"correct_drift": False}, {"refit_on": "pruned"}])
+def test_measured_widths_are_the_same_on_disk_and_in_memory(refit: dict[str, Any], tmp_path: Path) -> None:
     options: dict[str, Any] = {
-        "keep": 0.6, "dtype": "float32", "alignment": 4, "batch": 4, "inputs": inputs, "allocation": "measured",
-        "saliency": "taylor",
+        "keep": 0.6, "dtype": "float32", "alignment": 4, "batch": 4, "allocation": "measured", "saliency": "taylor",
+        **refit,
     }  # fmt: skip
     model = tiny_model("llama")
     source = save_checkpoint(tmp_path / "source", model)
@@ -86,27 +86,32 @@ def test_no_more_tokens_are_tried_than_planned(count: int, length: int, monkeypa
     monkeypatch.setattr(trials, "TRIAL_TOKENS", 48)
     monkeypatch.setattr(trials, "FEWEST_TRIAL_TOKENS", 40)
     model, texts = tiny_model("llama"), windows(count, length)
-    stream, work = Stream.from_module(model), Workplace.in_memory()
+    stream, run = Stream.from_module(model), Run.in_memory()
     with frozen(model):
-        saliency_sweep(stream, Batches.scoring(texts.split(1)), [range(LAYERS)], work, gram=True)
-        scores = [work.statistics(layer, gram=False).score("fisher") for layer in range(LAYERS)]
+        saliency_sweep(stream, Batches.scoring(texts.split(1)), [range(LAYERS)], run, gram=True)
+        scores = [run.statistics(x, gram=False).score("fisher") for x in stream.structures]
         embedded: list[Tensor] = []
         monkeypatch.setattr(stream, "embed", lambda ids, embed=stream.embed: (embedded.append(ids), embed(ids))[1])
-        found = measure_ratios(stream, texts, scores, MinifyConfig(), work)
+        found = measure_ratios(stream, texts, scores, MinifyConfig(), run)
     assert len(found) == LAYERS and all(ratio > 0 for ratio in found)
     assert 32 <= embedded[0].numel() <= trial_tokens(texts.numel(), LAYERS) <= 48
+
+
+def allocate_widths(scores: list[Tensor], keep: float) -> list[int]:
+    candidates = [Candidate(score, 3, 32, str(place)) for place, score in enumerate(scores)]
+    return allocate(candidates, keep, min_keep=0.1)
 
 
 @pytest.mark.parametrize("keep", [0.03, 0.1, 0.13])
 def test_a_small_share_finds_widths_under_the_default_bound(keep: float) -> None:
     scores = [torch.rand(1536, generator=torch.Generator().manual_seed(layer)) for layer in range(30)]
-    widths = allocate_widths(scores, keep, alignment=32, min_keep=0.1)
+    widths = allocate_widths(scores, keep)
     assert sum(widths) <= keep * 30 * 1536
     assert min(widths) >= 32 and all(width % 32 == 0 for width in widths)
 
 
 def test_bounds_are_rounded_up_where_there_is_room() -> None:
     scores = [torch.full((1536,), 1e-6), torch.ones(1536)]
-    assert allocate_widths(scores, 0.6, alignment=32, min_keep=0.1)[0] >= 160
+    assert allocate_widths(scores, 0.6)[0] >= 160
     with pytest.raises(ConfigError, match="Lower the alignment"):
-        allocate_widths(scores, 0.01, alignment=32, min_keep=0.1)
+        allocate_widths(scores, 0.01)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import flop_registry
 from minisp import fast
 from minisp.ops import native, portable
 from minisp.report.report import MinifyReport
-from tests.models import tiny_model
+from tests.tiny import tiny_model
 from tests.toys import windows
 
 # What a run says about few tokens does not matter here.
@@ -67,7 +67,7 @@ def counted(**options: Any) -> tuple[int, MinifyReport]:
 
 @pytest.mark.parametrize("segment", [1, 2, LAYERS])
 def test_the_sweep_s_forward_backward_and_gram_matrices(segment: int) -> None:
-    flops, report = counted(keep=1.0, inputs="dense", allocation="score", segment=segment)
+    flops, report = counted(keep=1.0, correct_drift=False, allocation="score", segment=segment)
     assert len(report.plan.segments) == LAYERS // segment
     # One per cent is less than any part of it: recomputing, head, Gram matrices.
     assert flops == pytest.approx(report.plan.flops, rel=0.01)
@@ -77,21 +77,21 @@ def test_the_sweep_s_forward_backward_and_gram_matrices(segment: int) -> None:
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
-        ({"inputs": "pruned", "allocation": "score"}, 0.1),
-        ({"inputs": "both", "allocation": "score"}, 0.1),
-        ({"inputs": "dense", "allocation": "measured"}, 0.05),
+        ({"refit_on": "pruned", "allocation": "score"}, 0.1),
+        ({"correct_drift": True, "allocation": "score"}, 0.1),
+        ({"correct_drift": False, "allocation": "measured"}, 0.05),
     ],
 )
 def test_what_else_runs(options: dict[str, Any], tolerance: float) -> None:
-    """The heal sweep's passes, Gram matrices and cross products, and the trial cuts.
+    """The refit sweep's passes, Gram matrices and cross products, and the trial cuts.
 
     A plan takes every layer to keep the same share, and adds up whole passes only.
     """
-    swept, base = counted(keep=0.5, inputs="dense", allocation="score")
+    swept, base = counted(keep=0.5, correct_drift=False, allocation="score")
     flops, report = counted(keep=0.5, **options)
     planned = report.plan.flops - base.plan.flops
-    if options["inputs"] == "pruned":
-        # Its Gram matrices are the heal sweep's instead of the saliency sweep's.
+    if options.get("refit_on") == "pruned":
+        # Its Gram matrices are the refit sweep's instead of the saliency sweep's.
         assert flops - swept == pytest.approx(planned, rel=tolerance)
     else:
         # Refits of trial cuts are solves.

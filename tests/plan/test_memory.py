@@ -12,17 +12,18 @@ from minisp import fast
 from minisp.config import parse_size
 from minisp.errors import CheckpointError, ConfigError
 from minisp.models.loader import Loader
+from minisp.models.objective import Objective
 from minisp.models.skeleton import frozen
 from minisp.models.stream import Stream
 from minisp.phases.batches import Batches
-from minisp.phases.run import Workplace
+from minisp.phases.run import Phase, Run
 from minisp.phases.saliency import saliency_sweep
 from minisp.plan.layout import choose_layout
-from minisp.plan.rooms import SWEEP, dense_bytes, make_rooms, writes_behind
+from minisp.plan.rooms import dense_bytes, make_rooms, writes_behind
 from minisp.plan.shape import Shape
 from minisp.store.checkpoint import Checkpoint
 from minisp.store.files import WriteBehind
-from tests.models import LAYERS, MODEL_TYPES, VOCABULARY, save_checkpoint, tiny_model
+from tests.tiny import LAYERS, MODEL_TYPES, VOCABULARY, save_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
 WINDOWS = torch.arange(5 * 16).reshape(5, 16) * 37 % VOCABULARY
@@ -31,7 +32,7 @@ WINDOWS = torch.arange(5 * 16).reshape(5, 16) * 37 % VOCABULARY
 LARGE = Shape(
     num_layers=28, hidden=3072, width=8192, vocabulary=128256, layer=100_667_392, vocabulary_weights=394_002_432,
     outside=3072, tokenizer=0, tokens=4096, batch_tokens=512, item=2, stored_item=2, autograd=61_552, kept=8064,
-    gram=True, trials=2048, heals=4096, corrects=True, logits=48 * 2**20, loaded=False, streams=True, writes=True,
+    gram=True, trials=2048, refits=4096, corrects=True, logits=48 * 2**20, loaded=False, streams=True, writes=True,
 )  # fmt: skip
 
 
@@ -39,7 +40,7 @@ def test_a_layout_fits_its_limit_and_more_memory_is_never_slower() -> None:
     layouts = [choose_layout(LARGE, int(gb * 1e9), None, "Limit") for gb in (1.6, 2.2, 3, 6, 20)]
     for gb, layout in zip((1.6, 2.2, 3, 6, 20), layouts, strict=True):
         assert layout.peak <= gb * 1e9
-        assert set(layout.peaks) >= {"saliency sweep", "reconstruction", "writing"}
+        assert set(layout.peaks) >= {"saliency sweep", "refit", "writing"}
         assert ("head" in layout.peaks) == layout.stream_vocabulary
     assert [layout.segment for layout in layouts[2:]] == sorted(layout.segment for layout in layouts[2:])
     assert (layouts[0].stream_vocabulary, layouts[0].segment) == (True, 1)
@@ -61,7 +62,7 @@ def test_what_waits_in_memory_keeps_every_phase_within_its_limits(host: int) -> 
         assert layout.peak <= limit
         if layout.dense == "memory":
             # What the sweep leaves on the device stays there.
-            stays = min(rooms[SWEEP].device, dense_bytes(LARGE))
+            stays = min(rooms[Phase.SWEEP].device, dense_bytes(LARGE))
             for phase, room in rooms.items():
                 assert stays + sum(layout.peaks[phase].values()) - room.device <= limit
         behind = writes_behind(LARGE, layout, rooms, host)
@@ -97,12 +98,12 @@ def test_sizes() -> None:
             fast.plan("nowhere", host_memory=wrong)
 
 
-def statistics(stream: Stream, segment: int) -> list[tuple[Tensor, Tensor]]:
-    work = Workplace.in_memory()
+def statistics(stream: Stream, segment: int, objective: Objective) -> list[tuple[Tensor, Tensor]]:
+    run = Run.in_memory()
     segments = [range(i, min(i + segment, LAYERS)) for i in range(0, LAYERS, segment)]
     with frozen(stream.model):
-        saliency_sweep(stream, Batches.scoring(WINDOWS.split(2)), segments, work, gram=True)
-    found = [work.statistics(layer, gram=True) for layer in range(LAYERS)]
+        saliency_sweep(stream, Batches.scoring(WINDOWS.split(2)), segments, run, objective=objective, gram=True)
+    found = [run.statistics(x, gram=True) for x in stream.structures]
     assert all(record.gram is not None for record in found)
     return [(record.saliency, record.gram) for record in found if record.gram is not None]
 
@@ -117,19 +118,18 @@ def test_a_streamed_vocabulary_gives_the_same_statistics(
     monkeypatch.setattr("minisp.phases.saliency.HEAD_TOKENS", 64)
     checkpoint = Checkpoint.open(save_checkpoint(tmp_path, tiny_model(model_type)))
     resident = Stream.from_checkpoint(checkpoint, CPU, torch.float32)
-    resident.label_seed = label_seed
-    held = statistics(resident, LAYERS)
+    objective = Objective(label_seed)
+    held = statistics(resident, LAYERS, objective)
     stream = Stream.from_checkpoint(checkpoint, CPU, torch.float32, num_slots=2, stream_vocabulary=True)
-    stream.label_seed = label_seed
     assert stream.model.get_input_embeddings().weight.is_meta
-    for (saliency, gram), (expected, expected_gram) in zip(statistics(stream, 1), held, strict=True):
+    for (saliency, gram), (expected, expected_gram) in zip(statistics(stream, 1, objective), held, strict=True):
         torch.testing.assert_close(saliency, expected, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(gram, expected_gram, rtol=1e-5, atol=1e-5)
     ids = WINDOWS[:3]
     hidden = torch.randn(3, 16, stream.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    loss, gradient = stream.loss_gradient(hidden, ids)
+    loss, gradient = stream.loss_gradient(hidden, ids, objective)
     with frozen(stream.model):
-        expected_loss, expected = resident.loss_gradient(hidden, ids)
+        expected_loss, expected = resident.loss_gradient(hidden, ids, objective)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 

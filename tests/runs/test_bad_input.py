@@ -29,7 +29,7 @@ from tests.damage import (
     poisoned,
     tensor,
 )
-from tests.models import MODEL_TYPES, save_checkpoint, tiny_model
+from tests.tiny import MODEL_TYPES, save_checkpoint, tiny_model
 
 EMBEDDING = "model.embed_tokens.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -103,8 +103,10 @@ ELEMENT = r"expected an element type among F64, F32, .*got {}\. Convert"
 
 UNSUPPORTED: dict[str, tuple[Change, str]] = {
     "family without a row": (config(model_type="bloom"), FAMILY.format("bloom")),
-    "family that nobody knows": (config(model_type="nova"), FAMILY.format("nova")),
-    "unknown activation": (config(hidden_act="mish"), r"MLP activation: expected one of gelu, .*got 'mish'"),
+    "family that nobody knows": (
+        config(model_type="nova"),
+        r"a model type that transformers .* knows, got 'nova'\. Update transformers",
+    ),
     "quantised": (config(quantization_config={"quant_method": "gptq"}), QUANTISED.format("gptq")),
     "quantised, oddly": (config(quantization_config="awq"), QUANTISED.format("awq")),
     "float8 weights": (tensor(UP, lambda old: old.to(torch.float8_e4m3fn)), ELEMENT.format("F8_E4M3")),

@@ -15,8 +15,8 @@ from minisp.config import MinifyConfig
 from minisp.models.skeleton import frozen
 from minisp.models.stream import Stream
 from minisp.phases.batches import make_batches
-from minisp.phases.refit import heal_sweep
-from minisp.phases.run import Workplace
+from minisp.phases.refit import refit_structures
+from minisp.phases.run import Run
 from minisp.phases.saliency import saliency_sweep
 from minisp.plan import planner
 from minisp.plan.layout import HELD
@@ -27,10 +27,10 @@ from minisp.store.files import Piece
 from minisp.store.records import Memory
 from minisp.store.tiers import Room, Tiers
 from tests.counting import Counted
-from tests.models import LAYERS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
+from tests.tiny import LAYERS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
 
 WINDOWS = torch.arange(6 * 16).reshape(6, 16) * 37 % VOCABULARY
-STATES = ("states", "gradient", "trials", "dense", "healed")
+STATES = ("states", "gradient", "trials", "dense", "pruned")
 OPTIONS: dict[str, Any] = {"calibration": WINDOWS, "alignment": 4, "keep": 0.6, "dtype": "float32", "batch": 2}
 
 
@@ -87,7 +87,7 @@ def test_the_plan_knows_the_traffic_and_the_room_of_a_run(
     found = {
         "states": moved["states"] + moved["gradient"],
         "trials": moved["trials"],
-        "heal states": moved["dense"] + moved["healed"],
+        "refit states": moved["dense"] + moved["pruned"],
     }
     for name, size in found.items():
         assert 0.6 * plan.traffic[name] <= size <= 1.05 * plan.traffic[name], name
@@ -100,8 +100,8 @@ def test_states_that_have_room_never_pass_the_folder(
     report, most = run(source, tmp_path, segment=segment, host_memory="1000GB")
     assert [moved[kind] for kind in STATES] == [0] * len(STATES)
     plan = report.plan
-    assert [plan.traffic[name] for name in ("states", "trials", "heal states")] == [0, 0, 0]
-    assert plan.layout.peaks["heal sweep"][HELD] > 0 and most <= plan.scratch_bytes
+    assert [plan.traffic[name] for name in ("states", "trials", "refit states")] == [0, 0, 0]
+    assert plan.layout.peaks["refit sweep"][HELD] > 0 and most <= plan.scratch_bytes
     before = moved.copy()
     without_room(monkeypatch)
     run(source, tmp_path / "b", segment=segment)
@@ -120,7 +120,7 @@ def test_saved_boundaries_fit_the_room_that_the_plan_asks_for(
     assert 0.3 * report.plan.scratch_bytes <= most <= report.plan.scratch_bytes
     # Written, never read.
     states = WINDOWS.numel() * 16 * 4
-    assert moved["healed"] == (LAYERS - 1) * states == moved["dense"]
+    assert moved["pruned"] == (LAYERS - 1) * states == moved["dense"]
 
 
 @contextmanager
@@ -138,20 +138,20 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[int]]:
         yield tokens
 
 
-def healed(
-    room: int, inputs: str, monkeypatch: pytest.MonkeyPatch, *, dense: bool = False, **overrides: Any
+def refitted(
+    room: int, refit_on: str, monkeypatch: pytest.MonkeyPatch, *, dense: bool = False, **overrides: Any
 ) -> tuple[list[float], Counted]:
-    """Passes per window through every layer of the heal sweep, and what else it asked for."""
-    config = MinifyConfig(inputs=inputs, keep=0.5, window=16, num_windows=6)  # type: ignore[arg-type]
+    """Passes per window through every layer of the refit sweep, and what else it asked for."""
+    config = MinifyConfig(refit_on=refit_on, keep=0.5, window=16, num_windows=6)  # type: ignore[arg-type]
     model = tiny_model(overrides.pop("family", "llama"), **overrides)
     stream, memory = Stream.from_module(model), Memory()
-    work = Workplace(memory, Tiers(memory, stream.device, Room(room)), Ranks(), lambda *_: None)
+    run = Run(memory, Tiers(memory, stream.device, Room(room)), Ranks(), lambda *_: None)
     batches = make_batches(WINDOWS, config, 2, Ranks())
     with frozen(model):
-        saliency_sweep(stream, batches, [range(LAYERS)], work, gram=True, dense=dense)
+        saliency_sweep(stream, batches, [range(LAYERS)], run, gram=True, dense=dense)
         kept = [torch.arange(WIDTH // 2)] * LAYERS
         with passes(monkeypatch) as tokens, Counted() as counted:
-            heal_sweep(stream, batches.healed, kept, config, work)
+            refit_structures(stream, batches.refit, kept, config, run)
     return [tokens[layer] / WINDOWS.numel() for layer in range(LAYERS)], counted
 
 
@@ -159,33 +159,33 @@ def healed(
 TRIED = 2 * 16 / WINDOWS.numel()
 
 
-@pytest.mark.parametrize(("inputs", "dense"), [("both", 1), ("pruned", 0)])
+@pytest.mark.parametrize(("refit_on", "dense"), [("dense", 1), ("pruned", 0)])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_where_there_is_room_a_window_passes_a_cut_layer_once(
-    family: str, inputs: str, dense: int, monkeypatch: pytest.MonkeyPatch
+    family: str, refit_on: str, dense: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, _ = healed(10**9, inputs, monkeypatch, family=family)
+    found, _ = refitted(10**9, refit_on, monkeypatch, family=family)
     assert found == pytest.approx([dense + 1 + TRIED] * LAYERS)
 
 
 def test_where_the_sweep_kept_the_dense_states_a_window_passes_once_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, _ = healed(10**9, "both", monkeypatch, dense=True)
+    found, _ = refitted(10**9, "dense", monkeypatch, dense=True)
     assert found == pytest.approx([1 + TRIED] * LAYERS)
 
 
 def test_without_room_it_passes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, _ = healed(0, "both", monkeypatch)
+    found, _ = refitted(0, "dense", monkeypatch)
     # Nothing is wanted behind the last layer. The first micro-batch of a second passage tries again.
     assert found == pytest.approx([3 + 2 * TRIED] * (LAYERS - 1) + [2 + TRIED])
 
 
 def test_a_layer_with_a_norm_behind_its_mlp_passes_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, _ = healed(10**9, "both", monkeypatch, family="opt", do_layer_norm_before=False)
+    found, _ = refitted(10**9, "dense", monkeypatch, family="opt", do_layer_norm_before=False)
     assert found[0] == pytest.approx(3 + 2 * TRIED)
 
 
-def test_the_host_waits_a_fixed_number_of_times_per_healed_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, counted = healed(10**9, "both", monkeypatch)
+def test_the_host_waits_a_fixed_number_of_times_per_pruned_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, counted = refitted(10**9, "dense", monkeypatch)
     # Per layer: the energies and checks of two solves, the drift's energy, and one for what a layer adds up to.
     assert counted.syncs <= 60 * LAYERS
 
@@ -196,7 +196,7 @@ def test_the_host_waits_once_a_layer_and_once_a_loss_in_the_sweep(segment: int) 
     segments = [range(i, min(i + segment, LAYERS)) for i in range(0, LAYERS, segment)]
     with frozen(model), Counted() as counted:
         batches = make_batches(WINDOWS, MinifyConfig(num_windows=6, window=16), 2, Ranks())
-        saliency_sweep(Stream.from_module(model), batches, segments, Workplace.in_memory(), gram=True)
+        saliency_sweep(Stream.from_module(model), batches, segments, Run.in_memory(), gram=True)
     losses, calls = len(batches.ids), len(batches.ids) * (1 + (segment == LAYERS))
     # Besides: transformers asks each call of the model once whether its windows are packed.
     # Each time that the engine's layers are put in, three probes are compared, on the CPU.
@@ -212,10 +212,10 @@ def test_saliency_on_fewer_windows_scores_these_and_collects_all(source: Path, t
     with frozen(model):
         for windows, some in ((WINDOWS, config), (WINDOWS[[1, 4]], MinifyConfig(num_windows=2, window=16))):
             for segments in ([range(LAYERS)], [range(i, i + 1) for i in range(LAYERS)]):
-                work = Workplace.in_memory()
+                work = Run.in_memory()
                 saliency_sweep(stream, make_batches(windows, some, 1, Ranks()), segments, work, gram=True)
-                found.append([work.statistics(layer, gram=True) for layer in range(LAYERS)])
-        everything = Workplace.in_memory()
+                found.append([work.statistics(x, gram=True) for x in stream.structures])
+        everything = Run.in_memory()
         whole = make_batches(WINDOWS, MinifyConfig(num_windows=6, window=16), 1, Ranks())
         saliency_sweep(stream, whole, [range(LAYERS)], everything, gram=True)
     for layer in range(LAYERS):
@@ -224,7 +224,7 @@ def test_saliency_on_fewer_windows_scores_these_and_collects_all(source: Path, t
         assert (few.num_tokens, few.num_scored) == (WINDOWS.numel(), 32) and alone.num_scored == 32
         torch.testing.assert_close(few.score("fisher"), alone.score("fisher"))
         torch.testing.assert_close(few_segmented.score("fisher"), alone.score("fisher"))
-        torch.testing.assert_close(few.gram, everything.statistics(layer, gram=True).gram)
+        torch.testing.assert_close(few.gram, everything.statistics(stream.structures[layer], gram=True).gram)
         torch.testing.assert_close(few_segmented.gram, few.gram)
 
 

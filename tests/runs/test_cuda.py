@@ -14,7 +14,7 @@ from minisp.ops import cholesky, native_cholesky, reference
 from minisp.plan import layout
 from minisp.report.report import MinifyReport
 from minisp.store.checkpoint import Checkpoint
-from tests.models import LAYERS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
+from tests.tiny import LAYERS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 pytestmark = [pytest.mark.gpu, needs_gpu]

@@ -11,19 +11,20 @@ from transformers import AutoModelForCausalLM
 from minisp import fast
 from minisp.config import MinifyConfig
 from minisp.errors import ConfigError
-from minisp.methods.statistics import LayerStatistics
-from minisp.models.families import ARCHITECTURES, architecture_of, decoder_layers, known_model_types, mlp_weights
+from minisp.methods.statistics import Statistics
+from minisp.models.families import FAMILIES, decoder_layers, family_of, known_model_types
 from minisp.models.skeleton import frozen, load_model
 from minisp.models.stream import Stream
 from minisp.phases.batches import Batches
-from minisp.phases.run import Workplace
+from minisp.phases.run import Run
 from minisp.phases.saliency import saliency_sweep
 from minisp.report.report import report_table
 from minisp.store.checkpoint import Checkpoint
-from tests.models import HIDDEN, LAYERS, MODEL_TYPES, POSITIONS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
+from tests.tiny import HIDDEN, LAYERS, MODEL_TYPES, POSITIONS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
 WINDOW = 16
+REFITS: tuple[dict[str, Any], ...] = ({}, {"correct_drift": False}, {"refit_on": "pruned"})
 
 
 def silent(phase: str, done: int, total: int) -> None:
@@ -34,14 +35,14 @@ def windows(count: int = 5, seed: int = 1) -> Tensor:
     return torch.randint(VOCABULARY, (count, WINDOW), generator=torch.Generator().manual_seed(seed))
 
 
-def autograd_statistics(model: Any, ids: Tensor) -> list[LayerStatistics]:
+def autograd_statistics(model: Any, ids: Tensor) -> list[Statistics]:
     """The same sums from hooks on `down` and a backward through the whole model, one window at a time."""
-    row = architecture_of(model.config)
-    records = [LayerStatistics.empty(WIDTH, gram=True) for _ in range(LAYERS)]
+    family = family_of(model.config)
+    records = [Statistics.empty(WIDTH, gram=True) for _ in range(LAYERS)]
     hooks = []
-    for record, layer in zip(records, decoder_layers(model, row), strict=True):
+    for record, layer in zip(records, decoder_layers(model, family), strict=True):
 
-        def capture(_: Any, args: tuple[Tensor], record: LayerStatistics = record) -> None:
+        def capture(_: Any, args: tuple[Tensor], record: Statistics = record) -> None:
             x = args[0].reshape(-1, WIDTH)
 
             def receive(grad: Tensor) -> None:
@@ -52,7 +53,7 @@ def autograd_statistics(model: Any, ids: Tensor) -> list[LayerStatistics]:
 
             args[0].register_hook(receive)
 
-        hooks.append(layer.get_submodule(row.down).register_forward_pre_hook(capture))
+        hooks.append(layer.get_submodule(family.mlp.down).register_forward_pre_hook(capture))
     for window in ids:
         logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
         torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").backward()
@@ -61,17 +62,17 @@ def autograd_statistics(model: Any, ids: Tensor) -> list[LayerStatistics]:
     return records
 
 
-def sweep(stream: Stream, ids: Tensor, batch: int, segment: int) -> dict[int, LayerStatistics]:
+def sweep(stream: Stream, ids: Tensor, batch: int, segment: int) -> dict[int, Statistics]:
     segments = [range(i, min(i + segment, LAYERS)) for i in range(0, LAYERS, segment)]
     with frozen(stream.model):
-        work = Workplace.in_memory(silent)
-        saliency_sweep(stream, Batches.scoring(ids.split(batch)), segments, work, gram=True)
-    return {layer: work.statistics(layer, gram=True) for layer in range(LAYERS)}
+        run = Run.in_memory(silent)
+        saliency_sweep(stream, Batches.scoring(ids.split(batch)), segments, run, gram=True)
+    return {x.layer: run.statistics(x, gram=True) for x in stream.structures}
 
 
 def test_every_row_of_data_is_tested() -> None:
     assert sorted(MODEL_TYPES) == known_model_types()
-    assert len({name for row in ARCHITECTURES for name in row.model_types}) == len(known_model_types())
+    assert len({name for family in FAMILIES for name in family.model_types}) == len(known_model_types())
 
 
 @pytest.mark.parametrize(("batch", "segment"), [(1, LAYERS), (2, 1), (5, 2)])
@@ -101,7 +102,7 @@ def test_only_held_layers_have_weights(tmp_path: Path) -> None:
 
 def test_the_sweep_leaves_a_model_as_it_was() -> None:
     model = tiny_model("llama").train()
-    decoder_layers(model, architecture_of(model.config))[0].mlp.up_proj.weight.requires_grad_(False)
+    decoder_layers(model, family_of(model.config))[0].mlp.up_proj.weight.requires_grad_(False)
     before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
     sweep(Stream.from_module(model), windows(), 2, 2)
     assert model.training
@@ -111,13 +112,13 @@ def test_the_sweep_leaves_a_model_as_it_was() -> None:
         assert parameter.grad is None
 
 
-@pytest.mark.parametrize("inputs", ["dense", "pruned", "both"])
+@pytest.mark.parametrize("refit", REFITS)
 @pytest.mark.parametrize("widths", ["per-layer", "uniform"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_a_run_end_to_end(model_type: str, widths: str, inputs: str, tmp_path: Path) -> None:
+def test_a_run_end_to_end(model_type: str, widths: str, refit: dict[str, Any], tmp_path: Path) -> None:
     model = tiny_model(model_type)
     source, out = save_checkpoint(tmp_path / "source", model), tmp_path / "out"
-    options = {"keep": 0.7, "widths": widths, "inputs": inputs, "dtype": "float32", "alignment": 4, "batch": 2}
+    options = {"keep": 0.7, "widths": widths, "dtype": "float32", "alignment": 4, "batch": 2, **refit}
     ids = windows(40)
     report = fast.minify(source, out=out, calibration=ids, **options)
     # Within the budget, and the report tells what is on disk.
@@ -192,15 +193,15 @@ def test_a_result_in_memory_can_be_minified_again(tmp_path: Path) -> None:
     assert torch.equal(again(windows(1)).logits, model(windows(1)).logits)
 
 
-@pytest.mark.parametrize("inputs", ["pruned", "both"])
+@pytest.mark.parametrize("refit_on", ["pruned", "dense"])
 @pytest.mark.parametrize("options", [{"keep": 1.0}, {"reconstruct": False}])
 def test_no_second_sweep_runs_where_nothing_is_refitted(
-    inputs: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refit_on: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save_checkpoint(tmp_path / "source", tiny_model("llama"))
-    monkeypatch.setattr(fast, "heal_sweep", None)
-    report = fast.minify(source, out=tmp_path / "a", calibration=windows(), inputs=inputs, alignment=4, **options)
-    assert "heal sweep" not in report.plan.layout.peaks and not report.plan.traffic["heal states"]
+    monkeypatch.setattr("minisp.phases.refit._refit_sweep", None)
+    report = fast.minify(source, out=tmp_path / "a", calibration=windows(), refit_on=refit_on, alignment=4, **options)
+    assert "refit sweep" not in report.plan.layout.peaks and not report.plan.traffic["refit states"]
     assert all(layer.residual == layer.residual_sliced for layer in report.layers)
     load_model(Checkpoint.open(tmp_path / "a"), CPU, torch.float32)(windows(1))
 
@@ -237,11 +238,10 @@ def test_untouched_weights_keep_their_stored_bits(tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path / "source", model)
     report = fast.minify(source, keep=0.6, out=tmp_path / "out", calibration=windows(), dtype="bfloat16", alignment=4)
     values = dict((c := Checkpoint.open(tmp_path / "out")).read(c.tensors))
-    row = architecture_of(model.config)
-    for index, layer in enumerate(decoder_layers(model, row)):
+    for index, layer in enumerate(decoder_layers(model, family_of(model.config))):
         prefix = f"model.layers.{index}."
         assert torch.equal(values[f"{prefix}self_attn.q_proj.weight"], layer.self_attn.q_proj.weight)
-        assert torch.equal(values[f"{prefix}mlp.up_proj.weight"], mlp_weights(layer, row).up[report.kept[index]])
+        assert torch.equal(values[f"{prefix}mlp.up_proj.weight"], layer.mlp.up_proj.weight[report.kept[index]])
 
 
 def test_permuting_units_permutes_what_is_kept() -> None:
@@ -249,7 +249,7 @@ def test_permuting_units_permutes_what_is_kept() -> None:
     model = tiny_model("llama")
     order = torch.randperm(WIDTH)
     shuffled = tiny_model("llama")
-    for layer in decoder_layers(shuffled, architecture_of(shuffled.config)):
+    for layer in decoder_layers(shuffled, family_of(shuffled.config)):
         layer.mlp.gate_proj.weight.data = layer.mlp.gate_proj.weight.data[order]
         layer.mlp.up_proj.weight.data = layer.mlp.up_proj.weight.data[order]
         layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.data[:, order]

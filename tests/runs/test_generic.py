@@ -10,7 +10,7 @@ import torch
 from minisp import fast
 from minisp.phases import calibrate
 from minisp.report.report import MinifyReport
-from tests.models import save_checkpoint, tiny_model
+from tests.tiny import save_checkpoint, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = ["".join(f"sentence {i} of no consequence, then another one. " for i in range(40))]

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from minisp import fast
 from minisp.config import MinifyConfig
 from minisp.methods.damping import DECADES
-from minisp.methods.selection import allocate_widths
+from minisp.methods.selection import Candidate, allocate
 from minisp.models.skeleton import frozen
 from minisp.models.stream import Stream
 from minisp.ops import portable
 from minisp.phases.batches import Batches
-from minisp.phases.run import Workplace
+from minisp.phases.run import Run
 from minisp.phases.saliency import saliency_sweep
 from minisp.phases.trials import measure_ratios
 from minisp.report.report import MinifyReport
-from tests.models import HIDDEN, LAYERS, WIDTH, tiny_model
+from tests.tiny import HIDDEN, LAYERS, WIDTH, tiny_model
 from tests.toys import Passed, down_of, layers_of, least_squares, observed, score, units_of, windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,12 +59,16 @@ def default() -> tuple[Any, MinifyReport]:
     return run()
 
 
+def allocate_widths(scores: list[Tensor], alignment: int) -> list[int]:
+    return allocate([Candidate(s, 1, alignment, str(i)) for i, s in enumerate(scores)], KEEP, min_keep=0.1)
+
+
 @pytest.mark.parametrize("widths", ["per-layer", "uniform"])
 @pytest.mark.parametrize("saliency", ["taylor", "fisher", "signed"])
 def test_saliency_and_widths(saliency: str, widths: str, dense: list[Passed]) -> None:
-    _, report = run(saliency=saliency, widths=widths, allocation="score", inputs="dense")
+    _, report = run(saliency=saliency, widths=widths, allocation="score", correct_drift=False)
     scores = [score(saliency, layer.x, layer.gradient) for layer in dense]
-    wanted = [28] * LAYERS if widths == "uniform" else allocate_widths(scores, KEEP, alignment=4, min_keep=0.1)
+    wanted = [28] * LAYERS if widths == "uniform" else allocate_widths(scores, 4)
     assert widths_of(report) == wanted
     assert [kept.tolist() for kept in report.kept] == kept_by(scores, wanted)
     # The option matters: other scores would keep other units.
@@ -76,7 +80,7 @@ def test_saliency_and_widths(saliency: str, widths: str, dense: list[Passed]) ->
 
 @pytest.mark.parametrize("seed", [0, 5])
 def test_labels_that_the_model_draws(seed: int, dense: list[Passed]) -> None:
-    _, report = run(labels="sampled", seed=seed, widths="uniform", inputs="dense")
+    _, report = run(labels="sampled", seed=seed, widths="uniform", correct_drift=False)
     drawn = observed(tiny_model("llama"), IDS, label_seed=seed)
     wanted = kept_by([score("fisher", layer.x, layer.gradient) for layer in drawn], [28] * LAYERS)
     assert [kept.tolist() for kept in report.kept] == wanted
@@ -104,7 +108,7 @@ def trial(dense: list[Passed], layer: int) -> tuple[float, float]:
 def test_measured_widths_follow_trial_cuts(dense: list[Passed]) -> None:
     scores = [score("fisher", layer.x, layer.gradient) for layer in dense]
     wanted = [kl / removed for kl, removed in (trial(dense, layer) for layer in range(LAYERS))]
-    model, work = tiny_model("llama"), Workplace.in_memory()
+    model, work = tiny_model("llama"), Run.in_memory()
     stream = Stream.from_module(model)
     with frozen(model):
         saliency_sweep(stream, Batches.scoring(IDS.split(4)), [range(LAYERS)], work, gram=True)
@@ -114,15 +118,15 @@ def test_measured_widths_follow_trial_cuts(dense: list[Passed]) -> None:
     # A run takes them, and allocation by score alone does not.
     measured, by_score = (run(allocation=name, alignment=1)[1] for name in ("measured", "score"))
     scaled = [s * ratio for s, ratio in zip(scores, wanted, strict=True)]
-    assert widths_of(measured) == allocate_widths(scaled, KEEP, alignment=1, min_keep=0.1)
-    assert widths_of(by_score) == allocate_widths(scores, KEEP, alignment=1, min_keep=0.1)
+    assert widths_of(measured) == allocate_widths(scaled, 1)
+    assert widths_of(by_score) == allocate_widths(scores, 1)
     assert widths_of(by_score) != widths_of(measured)
 
 
 @pytest.mark.parametrize("shrink_to", ["original", "zero"])
 @pytest.mark.parametrize("damping", [0.05, 0.5])
 def test_refit_on_dense_inputs(damping: float, shrink_to: str, dense: list[Passed]) -> None:
-    model, report = run(inputs="dense", damping=damping, shrink_to=shrink_to)
+    model, report = run(correct_drift=False, damping=damping, shrink_to=shrink_to)
     weights = tiny_model("llama").double()
     for layer, (found, kept) in enumerate(zip(dense, report.kept, strict=True)):
         weight = down_of(weights, layer)
@@ -138,7 +142,7 @@ def test_refit_on_dense_inputs(damping: float, shrink_to: str, dense: list[Passe
 
 
 def test_refit_on_pruned_inputs(dense: list[Passed]) -> None:
-    model, report = run(inputs="pruned", widths="uniform")
+    model, report = run(refit_on="pruned", widths="uniform")
     weights = tiny_model("llama").double()
     passed = observed(model, IDS)
     differs = []
@@ -160,7 +164,7 @@ def test_refit_on_pruned_inputs(dense: list[Passed]) -> None:
 def test_correction_of_drift(damping: float, dense: list[Passed], monkeypatch: pytest.MonkeyPatch) -> None:
     # Tiles as wide as the layer would hide that only the lower triangle is summed.
     monkeypatch.setattr(portable, "GRAM_TILE", 8)
-    model, report = run(inputs="both", widths="uniform", correction_damping=damping)
+    model, report = run(correct_drift=True, widths="uniform", correction_damping=damping)
     weights = tiny_model("llama").double()
     for layer, (found, kept) in enumerate(zip(observed(model, IDS), report.kept, strict=True)):
         refitted = refit(dense[layer].x, kept, down_of(weights, layer), MinifyConfig().damping)
@@ -175,12 +179,12 @@ def test_correction_of_drift(damping: float, dense: list[Passed], monkeypatch: p
 
 
 def test_damping_chosen_per_layer() -> None:
-    model, report = run(inputs="dense", widths="uniform", damping="auto")
+    model, report = run(correct_drift=False, widths="uniform", damping="auto")
     for layer in report.layers:
         curve = dict(layer.damping_curve)
         assert set(DECADES) < set(curve)
         assert layer.damping == min(curve, key=lambda damping: curve[damping])
-        fixed, again = run(inputs="dense", widths="uniform", damping=layer.damping)
+        fixed, again = run(correct_drift=False, widths="uniform", damping=layer.damping)
         assert again.layers[layer.layer].residual == pytest.approx(layer.residual, rel=1e-3)
         torch.testing.assert_close(down_of(fixed, layer.layer), down_of(model, layer.layer), rtol=1e-3, atol=1e-4)
     assert {layer.damping for layer in report.layers} != {MinifyConfig().damping}
@@ -202,7 +206,7 @@ def test_no_layer_keeps_less_than_the_bound(min_keep: float, lowest: int) -> Non
     model = tiny_model("llama")
     # A layer that hardly matters.
     units_of(model, 1)[-1].mul_(1e-3)
-    _, report = run(model, min_keep=min_keep, allocation="score", inputs="dense")
+    _, report = run(model, min_keep=min_keep, allocation="score", correct_drift=False)
     # All bounds at `keep`, rounded up to 32, do not fit: rounded down they do.
     assert widths_of(report)[1] == lowest
     assert min(widths_of(report)) == lowest and sum(widths_of(report)) <= KEEP * WIDTH * LAYERS
@@ -211,7 +215,7 @@ def test_no_layer_keeps_less_than_the_bound(min_keep: float, lowest: int) -> Non
 @pytest.mark.parametrize("alignment", [1, 4, 8, 16, None])
 @pytest.mark.parametrize("widths", ["per-layer", "uniform"])
 def test_alignment(alignment: int | None, widths: str) -> None:
-    _, report = run(alignment=alignment, widths=widths, inputs="dense")
+    _, report = run(alignment=alignment, widths=widths, correct_drift=False)
     step = alignment or 1
     assert report.plan.alignment == step
     assert all(len(kept) % step == 0 for kept in report.kept)
@@ -225,7 +229,7 @@ def test_alignment(alignment: int | None, widths: str) -> None:
 
 @pytest.mark.parametrize("keep", [0.3, 0.75, 1.0])
 def test_keep(keep: float) -> None:
-    model, report = run(keep=keep, inputs="dense", alignment=1)
+    model, report = run(keep=keep, correct_drift=False, alignment=1)
     assert sum(widths_of(report)) == int(keep * WIDTH * LAYERS)
     assert [down_of(model, layer).shape[1] for layer in range(LAYERS)] == widths_of(report)
     if keep == 1:

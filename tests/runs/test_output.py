@@ -28,7 +28,7 @@ from minisp.store.checkpoint import Checkpoint
 from minisp.store.writer import INDEX_NAME, MANIFEST_NAME, MARKER, output_folder, write_tensors
 from tests import faults
 from tests.damage import assert_refused
-from tests.models import save_checkpoint, tiny_model
+from tests.tiny import save_checkpoint, tiny_model
 
 PLAIN = {"window": 32, "num_windows": 4, "dtype": "float32"}
 
@@ -224,7 +224,7 @@ def test_real_writes_that_fail_can_be_resumed(
     assert contents(there / "out") == clean[1]
 
 
-@pytest.mark.parametrize("phase", ["forward", "saliency", "heal"])
+@pytest.mark.parametrize("phase", ["forward", "saliency", "refit sweep"])
 def test_an_interrupted_run_can_be_resumed(
     phase: str, source: Path, there: Path, clean: tuple[list[str], dict[str, bytes]]
 ) -> None:

@@ -13,13 +13,14 @@ from typer.testing import CliRunner
 
 from minisp import fast
 from minisp.cli.app import app
+from minisp.config import MinifyConfig
 from minisp.errors import CalibrationError
 from minisp.models.stream import Stream
 from minisp.phases.calibrate import calibrate
-from minisp.phases.run import Workplace
+from minisp.phases.run import Run
 from minisp.ranks import Ranks
-from tests.models import save_checkpoint, tiny_model
 from tests.runs.test_resume import run
+from tests.tiny import save_checkpoint, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +103,12 @@ class Alone(Ranks):
 
 
 def test_a_text_with_fewer_windows_than_processes_is_refused() -> None:
-    work = Workplace.in_memory()
-    work = Workplace(work.shared, work.own, Alone(0, 4), work.progress)
+    run = Run.in_memory()
+    run = Run(run.shared, run.own, Alone(0, 4), run.progress)
     model = tiny_model("llama")
-    plan = fast.plan(model, num_windows=8, window=32, generic=0.0)
+    config = MinifyConfig(num_windows=8, window=32, generic=0.0)
     with (
         pytest.warns(UserWarning, match="holds 3 windows"),
         pytest.raises(CalibrationError, match="a window for each of 4 processes, got 3"),
     ):
-        calibrate(Stream.from_module(model), torch.arange(96) % 60, None, plan, work)
+        calibrate(Stream.from_module(model), torch.arange(96) % 60, None, config, run, write_room=None)

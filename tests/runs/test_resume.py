@@ -18,7 +18,7 @@ from minisp.ranks import Ranks
 from minisp.store import tiers
 from minisp.store.claim import RECORD, open_scratch
 from minisp.store.records import Folder
-from tests.models import LAYERS, save_checkpoint, tiny_model
+from tests.tiny import LAYERS, save_checkpoint, tiny_model
 
 WINDOWS = torch.arange(128).reshape(4, 32) * 37 % 64
 OPTIONS: dict[str, Any] = {"dtype": "float32", "segment": 1, "batch": 1}
@@ -96,7 +96,7 @@ def test_a_model_that_stays_in_memory_cannot_be_resumed_but_reused(source: Path,
     work, options = str(tmp_path / "work"), {"calibration": WINDOWS, "dtype": "float32", "batch": 1}
 
     def interrupt(phase: str, done: int, total: int) -> None:
-        if phase.startswith("heal, layer 2"):
+        if phase.startswith("refit sweep, layer 2"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -116,8 +116,8 @@ def test_trial_cuts_go_on_behind_the_last_layer_that_was_finished(
     interrupted(source, tmp_path / "out", "trial cuts")
     assert [path.name for path in (tmp_path / ".out.scratch").glob("trials*.json")] == ["trials_0002.json"]
     tried: list[int] = []
-    cut = trials._trial_down
-    monkeypatch.setattr(trials, "_trial_down", lambda s, index, *a: (tried.append(index), cut(s, index, *a))[1])
+    cut = trials._trial_weight
+    monkeypatch.setattr(trials, "_trial_weight", lambda s, part, *a: (tried.append(part.layer), cut(s, part, *a))[1])
     run(source, tmp_path / "out", resume=True)
     assert tried == [2]
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
@@ -144,16 +144,16 @@ def interrupted(source: Path, out: Path, at: str, **options: Any) -> None:
         run(source, out, progress=interrupt, **options)
 
 
-@pytest.mark.parametrize("inputs", ["dense", "pruned", "both"])
+@pytest.mark.parametrize("refit", [{}, {"correct_drift": False}, {"refit_on": "pruned"}])
 @pytest.mark.parametrize("segment", [1, 2, LAYERS])
 def test_a_run_resumes_with_other_segments_to_the_same_bits(
-    segment: int, inputs: str, source: Path, tmp_path: Path
+    segment: int, refit: dict[str, Any], source: Path, tmp_path: Path
 ) -> None:
-    run(source, tmp_path / "whole", inputs=inputs)
-    for at in ("saliency, layers 1", "trial cuts", "reconstruction" if inputs == "dense" else "heal, layer 1"):
+    run(source, tmp_path / "whole", **refit)
+    for at in ("saliency, layers 1", "trial cuts", "refit" if "correct_drift" in refit else "refit sweep, layer 1"):
         out = tmp_path / at
-        interrupted(source, out, at, inputs=inputs)
-        run(source, out, inputs=inputs, segment=segment, resume=True)
+        interrupted(source, out, at, **refit)
+        run(source, out, **refit, segment=segment, resume=True)
         assert weights(out) == weights(tmp_path / "whole")
 
 
@@ -188,14 +188,14 @@ def test_a_sweep_over_the_first_segment_goes_on_in_its_middle(
 
 
 def test_a_damaged_record_is_computed_anew(source: Path, tmp_path: Path) -> None:
-    run(source, tmp_path / "whole", inputs="dense")
-    interrupted(source, tmp_path / "out", "reconstruction", inputs="dense")
+    run(source, tmp_path / "whole", correct_drift=False)
+    interrupted(source, tmp_path / "out", "reconstruction", correct_drift=False)
     torn = tmp_path / ".out.scratch" / "statistics_0001.data"
     data = bytearray(torn.read_bytes())
     data[len(data) // 2] ^= 1
     torn.write_bytes(data)
     with pytest.warns(UserWarning, match="statistics_0001 is damaged; statistics_0001 will be computed anew"):
-        run(source, tmp_path / "out", inputs="dense", resume=True)
+        run(source, tmp_path / "out", correct_drift=False, resume=True)
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 

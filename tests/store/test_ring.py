@@ -15,7 +15,7 @@ from minisp.models import loader as loader_module
 from minisp.models.loader import Loader
 from minisp.store.checkpoint import Checkpoint
 from minisp.store.ring import CHUNK_BYTES, NUM_CHUNKS, Ring, ring_bytes
-from tests.models import LAYERS, save_checkpoint, tiny_model
+from tests.tiny import LAYERS, save_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
 CHUNK = 256

@@ -8,8 +8,8 @@ import torch
 from minisp.store import tiers
 from minisp.store.records import Folder, Memory
 from minisp.store.tiers import Room, Tiers
-from tests.models import save_checkpoint, tiny_model
 from tests.runs.test_resume import interrupted, run, weights
+from tests.tiny import save_checkpoint, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -32,9 +32,9 @@ def on_disk(folder: Path) -> list[str]:
 def test_a_record_is_in_memory_where_it_fits_whole_and_else_in_the_folder(tmp_path: Path) -> None:
     own = Tiers(Folder(tmp_path), CPU, Room(device=100))
     keep(own, "dense_0001", 2)
-    keep(own, "healed_0001", 1)
-    assert on_disk(tmp_path) == ["healed_0001"]
-    for name, count in (("dense_0001", 2), ("healed_0001", 1)):
+    keep(own, "pruned_0001", 1)
+    assert on_disk(tmp_path) == ["pruned_0001"]
+    for name, count in (("dense_0001", 2), ("pruned_0001", 1)):
         assert own.has(name) and own.keys(name) == [str(key) for key in range(count)]
         assert own.facts(name) == {"number": count}
         assert own.read(name, str(count - 1), ahead=True).tolist() == [count - 1.0] * 10
@@ -45,7 +45,7 @@ def test_a_record_is_in_memory_where_it_fits_whole_and_else_in_the_folder(tmp_pa
     own.give_back(10)
     own.drop("dense_0001")
     keep(own, "dense_0002", 2)
-    assert on_disk(tmp_path) == ["healed_0001"] and not own.has("dense_0001")
+    assert on_disk(tmp_path) == ["pruned_0001"] and not own.has("dense_0001")
     own.store.close()  # type: ignore[union-attr]
 
 
@@ -57,7 +57,7 @@ def test_what_a_phase_has_left_in_one_tier_keeps_nothing_out_of_another(tmp_path
     keep(own, "dense_0003", 1)
     assert on_disk(tmp_path) == ["dense_0003"]
     own.room = Room(device=80)
-    keep(own, "healed_0001", 1)
+    keep(own, "pruned_0001", 1)
     assert on_disk(tmp_path) == ["dense_0003"] and own.read("dense_0002", "0").tolist() == [0.0] * 10
 
 
@@ -78,25 +78,25 @@ def test_without_a_folder_nothing_is_saved() -> None:
 
 def test_a_saved_boundary_stays_until_a_newer_one_is_saved(tmp_path: Path) -> None:
     own = Tiers(Folder(tmp_path), CPU, Room(device=1000))
-    keep(own, "healed_0001", 1)
-    own.save("healed_0001", "dense_0001")
-    keep(own, "healed_0002", 1)
-    own.drop("healed_0001")
+    keep(own, "pruned_0001", 1)
+    own.save("pruned_0001", "dense_0001")
+    keep(own, "pruned_0002", 1)
+    own.drop("pruned_0001")
     # Done with, and still there for a run that is killed now.
-    assert not own.has("healed_0001") and on_disk(tmp_path) == ["healed_0001"]
+    assert not own.has("pruned_0001") and on_disk(tmp_path) == ["pruned_0001"]
     later = Tiers(Folder(tmp_path), CPU, Room(device=1000))
-    assert later.has("healed_0001") and not later.has("healed_0002")
-    own.save("healed_0002")
-    assert on_disk(tmp_path) == ["healed_0001", "healed_0002"]
-    own.forget("healed_0002")
-    assert on_disk(tmp_path) == ["healed_0002"] and own.has("healed_0002")
-    own.drop("healed_0002")
+    assert later.has("pruned_0001") and not later.has("pruned_0002")
+    own.save("pruned_0002")
+    assert on_disk(tmp_path) == ["pruned_0001", "pruned_0002"]
+    own.forget("pruned_0002")
+    assert on_disk(tmp_path) == ["pruned_0002"] and own.has("pruned_0002")
+    own.drop("pruned_0002")
     own.forget()
     assert on_disk(tmp_path) == []
 
 
 @pytest.mark.parametrize("seconds", [0.0, 180.0])
-@pytest.mark.parametrize("at", ["forward", "saliency, layers 1", "trial cuts", "heal, layer 1"])
+@pytest.mark.parametrize("at", ["forward", "saliency, layers 1", "trial cuts", "refit sweep, layer 1"])
 def test_states_that_were_in_memory_are_computed_anew_to_the_same_bits(
     at: str, seconds: float, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +105,6 @@ def test_states_that_were_in_memory_are_computed_anew_to_the_same_bits(
     options = {"keep": 0.6, "host_memory": "1000GB"}
     interrupted(source, tmp_path / "out", at, **options)
     kinds = {path.name.split("_")[0] for path in (tmp_path / ".out.scratch").glob("*_*.json")}
-    assert bool(kinds & {"states", "gradient", "trials", "dense", "healed"}) == (seconds == 0 and at != "forward")
+    assert bool(kinds & {"states", "gradient", "trials", "dense", "pruned"}) == (seconds == 0 and at != "forward")
     run(source, tmp_path / "out", resume=True, **options)
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")

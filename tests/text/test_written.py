@@ -13,7 +13,7 @@ from minisp.errors import ConfigError, NumericalError
 from minisp.text import written
 from minisp.text.prompts import KINDS
 from minisp.text.written import FREE, RANDOM_EVERY, TEMPERATURES, continue_texts, describe, write_windows
-from tests.models import VOCABULARY, char_tokenizer, tiny_model
+from tests.tiny import VOCABULARY, char_tokenizer, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
