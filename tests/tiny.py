@@ -9,7 +9,14 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+# One or more of every shape: with and without gate, biases, norms of heads, parts that the layer calls, Conv1D.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "opt", "gpt2")
+# What only the contract test of the families runs: fused gate and up, norms behind the MLP, parallel branches, soft
+# caps, factors on embeddings, residuals and logits.
+OTHER_TYPES = (
+    "cohere2", "gemma", "gemma2", "gemma3_text", "glm4", "gpt_neox", "granite", "olmo2", "phi3", "smollm3", "stablelm",
+    "starcoder2",
+)  # fmt: skip
 
 LAYERS, HIDDEN, WIDTH, HEADS, POSITIONS, VOCABULARY = 3, 16, 48, 2, 64, 64
 
@@ -28,8 +35,36 @@ _LLAMA_SHAPED = {
     "max_position_embeddings": POSITIONS,
     "initializer_range": 0.3,
 }
+# The ids that these families reserve lie beyond so small a vocabulary.
+_PADDED = {**_LLAMA_SHAPED, "pad_token_id": 0}
 _CONFIGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA_SHAPED),
+    **dict.fromkeys(("gemma", "olmo2", "smollm3", "stablelm", "starcoder2", "phi3"), _PADDED),
+    "cohere2": {**_PADDED, "logit_scale": 0.3, "sliding_window": 8},
+    "gemma2": {
+        **_PADDED,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "final_logit_softcapping": 3.0,
+        "attn_logit_softcapping": 5.0,
+    },
+    "gemma3_text": {**_PADDED, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "glm4": {**_PADDED, "attention_bias": True},
+    "granite": {
+        **_PADDED,
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+    },
+    "gpt_neox": {
+        "hidden_size": HIDDEN,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": POSITIONS,
+        "initializer_range": 0.3,
+    },
     "opt": {
         "hidden_size": HIDDEN,
         "word_embed_proj_dim": HIDDEN,
@@ -57,7 +92,7 @@ def tiny_model(model_type: str, *, seed: int = 0, **overrides: Any) -> Any:
     Biases and norms are random too, where transformers starts them at zero and one: a test would not see them missing.
 
     Args:
-        model_type: one of `MODEL_TYPES`.
+        model_type: one of `MODEL_TYPES` or `OTHER_TYPES`.
         seed: of the weights; torch's own generator is left as it was.
         **overrides: config values in the family's own names.
     """

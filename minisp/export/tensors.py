@@ -22,7 +22,8 @@ WeightOf: TypeAlias = Callable[[Structure], Tensor | None]
 def checkpoint_entries(checkpoint: Checkpoint, model: Any, results: Sequence[Result]) -> list[Entry]:
     """Every stored tensor with the shape that it will have."""
     outside, layers = _by_layer(checkpoint, model)
-    entries = [Entry(name, checkpoint.tensors[name].shape, checkpoint.tensors[name].dtype) for name in outside]
+    names = written_names(checkpoint, model, results)
+    entries = [Entry(names[name], checkpoint.tensors[name].shape, checkpoint.tensors[name].dtype) for name in outside]
     for index, members in enumerate(layers):
         edits = _edits(results, index, lambda structure: None)
         for stored, name in members:
@@ -35,23 +36,40 @@ def checkpoint_entries(checkpoint: Checkpoint, model: Any, results: Sequence[Res
 def checkpoint_tensors(
     checkpoint: Checkpoint, model: Any, results: Sequence[Result], weight_of: WeightOf
 ) -> Iterator[tuple[str, Tensor]]:
-    """(stored name, value) in the order of `checkpoint_entries`; a layer is read once it has its turn.
+    """(written name, value) in the order of `checkpoint_entries`; a layer is read once it has its turn.
 
     A large tensor comes as several pieces of its rows, one after the other.
     """
     outside, layers = _by_layer(checkpoint, model)
+    names = written_names(checkpoint, model, results)
     for name in outside:
         # Embeddings of a large vocabulary are copied a piece at a time.
         place = checkpoint.tensors[name]
         step = max(1, PIECE_BYTES * place.num_rows // max(place.num_bytes, 1))
         for start in range(0, place.num_rows, step):
-            yield name, checkpoint.read_rows(name, range(start, min(start + step, place.num_rows)))
+            yield names[name], checkpoint.read_rows(name, range(start, min(start + step, place.num_rows)))
     for index, members in enumerate(layers):
         edits = _edits(results, index, weight_of)
         values = dict(checkpoint.read([stored for stored, _ in members]))
         for stored, name in members:
             value = values.pop(stored)
             yield stored, edits[name].applied(value) if name in edits else value
+
+
+def written_names(checkpoint: Checkpoint, model: Any, results: Sequence[Result]) -> dict[str, str]:
+    """Stored name → name in the result.
+
+    transformers renames older checkpoints while it loads a stock class, but not those of a modelling file: where layers
+    differ, what the model calls otherwise than the checkpoint is written under the model's name.
+    """
+    names = {name: name for name in checkpoint.tensors}
+    if len({len(result.kept) for result in results}) > 1:
+        for name, _ in model.named_parameters():
+            stored = checkpoint.stored_name(name, model.base_model_prefix)
+            prefix = f"{model.base_model_prefix}."
+            if stored.removeprefix(prefix) != name.removeprefix(prefix):
+                names[stored] = name
+    return names
 
 
 def module_tensors(model: Any) -> list[tuple[str, Tensor]]:

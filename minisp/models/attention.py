@@ -33,7 +33,7 @@ def attention_forward(
         attention_mask is None
         and (getattr(module, "is_causal", True) if causal is None else causal)
         and not options.get("dropout")
-        and options.get("position_bias") is None
+        and all(options.get(name) is None for name in ("position_bias", "softcap", "s_aux"))
         and query.shape[2] == key.shape[2]
     )
     if not plain:

@@ -1,10 +1,10 @@
-"""What a model calls its decoder layers with, besides the hidden state."""
+"""What a model calls its decoder layers with, and what stands in their place while only its other code is wanted."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -30,3 +30,22 @@ def _equal(first: Any, second: Any) -> bool:
         return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
     # Of other objects, such as a config, nothing is known but that they were made in the same way.
     return not isinstance(first, (int, float, str)) or first == second
+
+
+class Stub(nn.Module):
+    """Stands for a decoder layer in the model's forward; other attributes are those of the layer."""
+
+    def __init__(self, index: int, layer: nn.Module, function: Any):
+        super().__init__()
+        self.__dict__.update(_index=index, _layer=layer, _function=function)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        leaving: Tensor = self._function(self._index, hidden, *args, **kwargs)
+        return leaving
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+
+class EnoughError(Exception):
+    """Raised by the last stub: the rest of the forward is not wanted."""

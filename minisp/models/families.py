@@ -81,9 +81,39 @@ class Family:
 
 FAMILIES: tuple[Family, ...] = (
     Family(
-        model_types=("llama", "mistral", "qwen2", "qwen3"),
+        model_types=(
+            "cohere2",
+            "gemma",
+            "granite",
+            "llama",
+            "mistral",
+            "olmo2",
+            "qwen2",
+            "qwen3",
+            "smollm3",
+            "stablelm",
+        ),
         mlp=Mlp(gate=Rows("mlp.gate_proj"), up=Rows("mlp.up_proj"), down="mlp.down_proj"),
     ),
+    Family(
+        model_types=("gemma2", "gemma3_text"),
+        mlp=Mlp(
+            gate=Rows("mlp.gate_proj"),
+            up=Rows("mlp.up_proj"),
+            down="mlp.down_proj",
+            activation_key="hidden_activation",
+        ),
+    ),
+    Family(
+        model_types=("glm4", "phi3"),
+        mlp=Mlp(
+            gate=Rows("mlp.gate_up_proj", part=0, parts=2),
+            up=Rows("mlp.gate_up_proj", part=1, parts=2),
+            down="mlp.down_proj",
+        ),
+    ),
+    Family(model_types=("starcoder2",), mlp=Mlp(up=Rows("mlp.c_fc"), down="mlp.c_proj")),
+    Family(model_types=("gpt_neox",), mlp=Mlp(up=Rows("mlp.dense_h_to_4h"), down="mlp.dense_4h_to_h")),
     Family(
         model_types=("opt",),
         layers="decoder.layers",

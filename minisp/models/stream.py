@@ -15,12 +15,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minisp import ops
 from minisp.device import trim_memory
 from minisp.errors import CheckpointError
-from minisp.models.calls import LayerCall
+from minisp.models.calls import EnoughError, LayerCall, Stub
 from minisp.models.edits import replace_parameter_
 from minisp.models.families import CausalLM, Family, decoder_layers, family_of, layers_path, structures_of, weight_view
 from minisp.models.loader import Loader
@@ -94,6 +94,10 @@ class Stream:
             left = stream.vocabulary.names
         names = [n for n, _ in model.named_parameters() if not n.startswith(prefix) and n not in left]
         materialise_(model, checkpoint, names, device, dtype)
+        if stream.vocabulary is not None:
+            tried = torch.linspace(-100, 100, 401, dtype=dtype, device=device)[None]
+            if not torch.equal(stream._behind_head(tried), tried):
+                stream.vocabulary.behind = stream._behind_head
         return stream
 
     @classmethod
@@ -190,10 +194,10 @@ class Stream:
             entering.append(hidden)
             calls.append(LayerCall(args, kwargs))
             if index == len(self.layers) - 1:
-                raise _EnoughError
+                raise EnoughError
             return hidden
 
-        with self._stubs(record), suppress(_EnoughError):
+        with self._stubs(record), suppress(EnoughError):
             self.model(input_ids=ids.to(self.device), use_cache=False)
         self._calls[tuple(ids.shape)] = calls
         return entering[0]
@@ -241,8 +245,7 @@ class Stream:
             chunk = hidden[:, start:stop].detach().requires_grad_()
             targets, drawn = ids[:, start + 1 : stop + 1], None if numbers is None else numbers[:, start:stop]
             with self._stubs(partial(self._hand_over, chunk)), torch.enable_grad():
-                # Logits, or what the head would make them from where it is streamed.
-                leaving = self.model(input_ids=ids[:, start:stop], use_cache=False).logits
+                leaving = self._leaving(ids[:, start:stop])
             if self.vocabulary is None:
                 targets = objective.labels(leaving.detach(), targets, drawn)
                 chunk_loss, grad_leaving = ops.cross_entropy_gradient(leaving.detach(), targets)
@@ -258,8 +261,20 @@ class Stream:
     def logits(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Logits (B, L, V) for the states (B, L, d) behind all layers; where the head is streamed, its input."""
         with self._stubs(partial(self._hand_over, hidden)):
-            leaving: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
-        return leaving
+            return self._leaving(ids.to(self.device))
+
+    def _leaving(self, ids: Tensor) -> Tensor:
+        """The model's logits, within `_stubs`; where the head is streamed, its input."""
+        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits if self.vocabulary is None else self.vocabulary.entering
+
+    def _behind_head(self, product: Tensor) -> Tensor:
+        """What the model's own code makes of the output (T, v) of a streamed head."""
+        assert self.vocabulary is not None
+        nothing = product.new_zeros(1, 1, self.model.config.hidden_size)
+        with self.vocabulary.giving(product[None]), self._stubs(partial(self._hand_over, nothing)):
+            logits: Tensor = self.model(inputs_embeds=nothing, use_cache=False).logits
+        return logits[0]
 
     def _hand_over(self, chunk: Tensor, index: int, passing: Tensor, *_: Any, **__: Any) -> Tensor:
         """What a stub does where only the end of the model is wanted: the last one hands over `chunk`."""
@@ -269,28 +284,9 @@ class Stream:
     def _stubs(self, function: Any) -> Iterator[None]:
         originals = list(self.layers)
         for index, layer in enumerate(originals):
-            self.layers[index] = _Stub(index, layer, function)
+            self.layers[index] = Stub(index, layer, function)
         try:
             yield
         finally:
             for index, layer in enumerate(originals):
                 self.layers[index] = layer
-
-
-class _Stub(nn.Module):
-    """Stands for a decoder layer in the model's forward; other attributes are those of the layer."""
-
-    def __init__(self, index: int, layer: nn.Module, function: Any):
-        super().__init__()
-        self.__dict__.update(_index=index, _layer=layer, _function=function)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        leaving: Tensor = self._function(self._index, hidden, *args, **kwargs)
-        return leaving
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_layer"], name)
-
-
-class _EnoughError(Exception):
-    """Raised by the last stub: the rest of the forward is not wanted."""

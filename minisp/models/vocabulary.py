@@ -1,15 +1,18 @@
 """Embeddings and head that stay on disk: rows are looked up, the loss is computed a block of the vocabulary at a time.
 
-With h (T, d) the input of the head, W (V, d) its weight and z = h Wᵀ the logits, two passes over blocks of W give,
-without ever holding (T, V) values (the first: Milakov & Gimelshein, 2018, "Online normalizer calculation for softmax"):
+Let h (T, d) be the input of the head, W (V, d) its weight and z = f(h Wᵀ) the logits. f is what the model makes of the
+head's output, element by element: mostly nothing, in some families a soft cap or a factor. Two passes over blocks of W
+give, without ever holding (T, V) values (the first: Milakov & Gimelshein, 2018, "Online normalizer calculation for
+softmax"),
 
     lse_t = log Σ_v exp z_tv,    loss = Σ_t lse_t − z_t,label,
-    ∂loss/∂h_t = Σ_v (exp(z_tv − lse_t) − 1[v = label]) W_v
+    ∂loss/∂h_t = Σ_v f'(h_t W_vᵀ) (exp(z_tv − lse_t) − 1[v = label]) W_v
 
 Work: 6·T·V·d FLOPs where a resident head takes 4, since the logits are formed twice; V·d elements are read twice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,12 +32,15 @@ TINY = torch.finfo(torch.float32).tiny
 class StreamedVocabulary:
     """Stands in for a model's embedding and head, whose weights are never in memory whole.
 
-    The embedding module looks its rows up on disk; the head module passes its input on, so that the model's own
-    forward ends with h in place of the logits.
+    The embedding module looks its rows up on disk, and is otherwise its own code. The head module notes its input.
 
     Attributes:
         names: the model's parameters that must not be read.
+        entering: h (B, L, d), what entered the head last.
+        behind: f; None where it changes nothing.
     """
+
+    entering: Tensor
 
     def __init__(self, checkpoint: Checkpoint, model: CausalLM, device: torch.device, dtype: torch.dtype):
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -55,8 +61,11 @@ class StreamedVocabulary:
         place = checkpoint.tensors[self._head]
         self._num_rows, self._row_bytes = place.shape[0], place.num_bytes // place.shape[0]
         self._thread = helper_thread("minisp-vocabulary")
+        self.behind: Callable[[Tensor], Tensor] | None = None
+        self._given: Tensor | None = None
+        self._module = embedding
         embedding.forward = self._look_up
-        head.forward = nn.Identity().forward
+        head.forward = self._enter_head
 
     def loss_gradient(self, hidden: Tensor, targets: Tensor, drawn: Tensor | None = None) -> tuple[float, Tensor]:
         """Summed negative log likelihood (nats), and its gradient with respect to the head's input.
@@ -72,16 +81,17 @@ class StreamedVocabulary:
         maximum = hidden.new_full((len(hidden),), float("-inf"), dtype=torch.float32)
         total, loss = torch.zeros_like(maximum), torch.zeros_like(maximum)
         for _, rows in self._blocks(len(hidden)):
-            maximum, _ = _raise_maximum((hidden @ rows.T).float(), maximum, total)
+            maximum, _ = _raise_maximum(self._logits(hidden @ rows.T), maximum, total)
         lse = maximum + total.log_()
         labels = _Labels(targets.reshape(-1), None if drawn is None else drawn.reshape(-1), self._num_rows)
         gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         for start, rows in self._blocks(len(hidden)):
-            share = (hidden @ rows.T).float().sub_(lse[:, None]).exp_()
+            product = hidden @ rows.T
+            share = self._logits(product).sub_(lse[:, None]).exp_()
             place, inside = labels.places(start, share)
             loss -= share.gather(1, place)[:, 0].clamp_min(TINY).log().where(inside, 0)
             share.scatter_add_(1, place, -inside[:, None].float())
-            gradient += share.to(self._dtype) @ rows
+            gradient += self._slope(product, share.to(self._dtype)) @ rows
         return float(loss.sum(dtype=torch.float64)), gradient
 
     def divergences(self, wanted: Tensor, others: Sequence[Tensor]) -> list[float]:
@@ -97,11 +107,11 @@ class StreamedVocabulary:
         total = [torch.zeros_like(maximum) for maximum in best]
         gap = [torch.zeros_like(maximum) for maximum in best[1:]]
         for _, rows in self._blocks(len(wanted)):
-            logits = (wanted @ rows.T).float()
+            logits = self._logits(wanted @ rows.T)
             best[0], kept = _raise_maximum(logits, best[0], total[0])
             share = (logits - best[0][:, None]).exp_()
             for place, hidden in enumerate(others):
-                theirs = (hidden @ rows.T).float()
+                theirs = self._logits(hidden @ rows.T)
                 best[place + 1], _ = _raise_maximum(theirs, best[place + 1], total[place + 1])
                 gap[place].mul_(kept).add_((share * (logits - theirs)).sum(1))
         lse = [maximum + part.log() for maximum, part in zip(best, total, strict=True)]
@@ -116,9 +126,45 @@ class StreamedVocabulary:
         raise AssertionError("the weight is a parameter of the model")
 
     def _look_up(self, ids: Tensor) -> Tensor:
-        rows, inverse = ids.unique(return_inverse=True)
-        found = self._checkpoint.read_rows(self._embedding, rows.tolist())
-        return found.to(self._device, self._dtype)[inverse]
+        """What the embedding module gives for ids (B, L), by its own code on the rows that they need."""
+        rows, places = ids.unique(return_inverse=True)
+        found = self._checkpoint.read_rows(self._embedding, rows.tolist()).to(self._device, self._dtype)
+        module = self._module
+        whole, padding = module.weight, module.padding_idx
+        # Padding matters to gradients of the weight alone, and its row has another place here.
+        module.weight, module.padding_idx = nn.Parameter(found, requires_grad=False), None
+        try:
+            embedded: Tensor = type(module).forward(module, places)
+        finally:
+            module.weight, module.padding_idx = whole, padding
+        return embedded
+
+    def _enter_head(self, hidden: Tensor) -> Tensor:
+        """The head's forward: it hands on what it was given to hand on, or its input."""
+        self.entering = hidden
+        return hidden if self._given is None else self._given
+
+    @contextmanager
+    def giving(self, product: Tensor) -> Iterator[None]:
+        """Within the block, the head's output is `product`, whatever enters it."""
+        self._given = product
+        try:
+            yield
+        finally:
+            self._given = None
+
+    def _logits(self, product: Tensor) -> Tensor:
+        """f of the head's output (T, v), in float32; a tensor that may be overwritten."""
+        return product.float() if self.behind is None else self.behind(product).to(torch.float32, copy=True)
+
+    def _slope(self, product: Tensor, grad: Tensor) -> Tensor:
+        """The gradient (T, v) of the head's output, from that of the logits."""
+        if self.behind is None:
+            return grad
+        product = product.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self.behind(product)
+        return torch.autograd.grad(logits, product, grad.to(logits.dtype))[0]
 
     def _blocks(self, num_tokens: int) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows (v, d)) of the head, the next block being read meanwhile."""

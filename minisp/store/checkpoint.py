@@ -122,7 +122,9 @@ class Checkpoint:
         Raises:
             CheckpointError: the checkpoint has no such tensor.
         """
-        for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+        # GPT-NeoX stores its head under the name that it had before transformers 5.
+        older = name.replace("lm_head.", "embed_out.")
+        for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", older):
             if candidate in self.tensors:
                 return candidate
         raise CheckpointError(

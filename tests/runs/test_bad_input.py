@@ -119,11 +119,11 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "keep not a number": ({"keep": float("nan")}, r"keep: expected a number in \(0, 1\], got nan"),
     "keep less than fits": (
         {"keep": 0.01, "alignment": 4},
-        r"expected at most 1 kept units .*got at least 12.*Lower the alignment",
+        r"expected at most 69 of 6,912 parameters .*got at least 576.*Lower the alignment",
     ),
     "uniform, less than fits": (
         {"keep": 0.05, "widths": "uniform", "alignment": 4},
-        r"expected room for at least 4 units.*Lower",
+        r"expected at most 345 of 6,912 parameters .*got at least 576.*Lower",
     ),
     "alignment too wide": (
         {"alignment": 64},
@@ -200,7 +200,9 @@ def test_text_needs_a_tokenizer(content: str | None, copy: Path, text: Path, the
 
 def test_weights_that_overflow_are_a_numerical_failure(copy: Path, text: Path, there: Path) -> None:
     tensor(UP, lambda old: old * 1e30)(copy)
-    assert_refused(copy, text, NumericalError, r"layer \d: expected finite sums, got \d+ of 48 units .*Check", there)
+    assert_refused(
+        copy, text, NumericalError, r"Layer \d, mlp: expected finite statistics, got \d+ of 48 units .*Check", there
+    )
 
 
 @pytest.mark.parametrize(("options", "says"), BAD_OPTIONS.values(), ids=BAD_OPTIONS)
@@ -294,7 +296,7 @@ def test_a_module_with_nan_is_refused_and_left_as_it_was() -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(NumericalError, match="expected finite sums"):
+    with pytest.raises(NumericalError, match="expected finite statistics"):
         fast.minify(model, calibration=TOKENS, window=32)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)

@@ -20,7 +20,17 @@ from minisp.phases.run import Run
 from minisp.phases.saliency import saliency_sweep
 from minisp.report.report import report_table
 from minisp.store.checkpoint import Checkpoint
-from tests.tiny import HIDDEN, LAYERS, MODEL_TYPES, POSITIONS, VOCABULARY, WIDTH, save_checkpoint, tiny_model
+from tests.tiny import (
+    HIDDEN,
+    LAYERS,
+    MODEL_TYPES,
+    OTHER_TYPES,
+    POSITIONS,
+    VOCABULARY,
+    WIDTH,
+    save_checkpoint,
+    tiny_model,
+)
 
 CPU = torch.device("cpu")
 WINDOW = 16
@@ -71,7 +81,7 @@ def sweep(stream: Stream, ids: Tensor, batch: int, segment: int) -> dict[int, St
 
 
 def test_every_row_of_data_is_tested() -> None:
-    assert sorted(MODEL_TYPES) == known_model_types()
+    assert sorted(MODEL_TYPES + OTHER_TYPES) == known_model_types()
     assert len({name for family in FAMILIES for name in family.model_types}) == len(known_model_types())
 
 

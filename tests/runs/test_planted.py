@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # Per layer the places of the dead units: as many as whole steps of four.
 DEAD = ([3, 4, 20, 47], [0, 1, 2, 9, 30, 31, 45, 46], [11, 12, 13, 14])
 TWINS = ((5, 30), (0, 47), (20, 21))
-INPUTS = ("dense", "pruned", "both")
+REFITS: tuple[dict[str, Any], ...] = ({}, {"correct_drift": False}, {"refit_on": "pruned"})
 
 
 def planted_dead(model_type: str) -> Any:
@@ -51,17 +51,17 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("refit", REFITS)
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_dead_units_go_first_and_are_free(model_type: str, inputs: str) -> None:
+def test_dead_units_go_first_and_are_free(model_type: str, refit: dict[str, Any]) -> None:
     ids, model, before = windows(), planted_dead(model_type), planted_dead(model_type)
     dead = sum(map(len, DEAD))
     keep = 1 - dead / (LAYERS * WIDTH)
-    report = fast.minify(model, keep=keep, calibration=ids, inputs=inputs, alignment=4)
+    report = fast.minify(model, keep=keep, calibration=ids, **refit, alignment=4)
     for layer, (kept, gone) in enumerate(zip(report.kept, DEAD, strict=True)):
         assert sorted(set(range(WIDTH)) - set(kept.tolist())) == gone
         assert report.layers[layer].residual == report.layers[layer].residual_sliced == 0
-        if inputs != "both":
+        if refit:
             # What is left is bit for bit what it was; a correction would make up for rounding too.
             assert torch.equal(down_of(model, layer), down_of(before, layer)[:, kept])
     torch.testing.assert_close(logits(model, ids), logits(before, ids), rtol=0, atol=2e-4)
@@ -82,16 +82,16 @@ def test_whatever_the_score_a_dead_unit_goes_before_any_other(saliency: str, wid
         assert all(set(units) <= set(dead) for units, dead in zip(gone, DEAD, strict=True))
 
 
-@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("refit", REFITS)
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_of_equal_units_one_goes_and_the_refit_restores_the_output(model_type: str, inputs: str) -> None:
+def test_of_equal_units_one_goes_and_the_refit_restores_the_output(model_type: str, refit: dict[str, Any]) -> None:
     ids, pairs = windows(), dict(enumerate(TWINS))
     wanted = logits(planted_twins(model_type, pairs, 0.05), ids)
     change = {}
     for reconstruct in (False, True):
         model = planted_twins(model_type, pairs, 0.05)
         report = fast.minify(
-            model, keep=1 - 1 / WIDTH, calibration=ids, inputs=inputs, widths="uniform", alignment=1, damping=1e-6,
+            model, keep=1 - 1 / WIDTH, calibration=ids, **refit, widths="uniform", alignment=1, damping=1e-6,
             reconstruct=reconstruct,
         )  # fmt: skip
         for kept, twins in zip(report.kept, TWINS, strict=True):

@@ -16,7 +16,8 @@ from minisp.errors import ConfigError, OutputError
 from minisp.phases import saliency, trials
 from minisp.ranks import Ranks
 from minisp.store import tiers
-from minisp.store.claim import RECORD, open_scratch
+from minisp.store.claim import open_scratch
+from minisp.store.names import ANY
 from minisp.store.records import Folder
 from tests.tiny import LAYERS, save_checkpoint, tiny_model
 
@@ -272,7 +273,7 @@ def test_a_record_exists_only_when_it_is_whole(tmp_path: Path) -> None:
         append("0", value)
         raise RuntimeError
     folder.settle()
-    assert folder.names(RECORD) == ["states_0001"] and not folder.has("states_0002")
+    assert folder.names(ANY) == ["states_0001"] and not folder.has("states_0002")
     again = Folder(tmp_path)
     assert again.keys("states_0001") == ["0", "1", "2"] and again.facts("states_0001") == {"note": "x"}
     assert torch.equal(again.read("states_0001", "0"), value) and int(again.read("states_0001", "2")) == 7
