@@ -3,8 +3,8 @@
     python benchmarks/gpu_budget.py         # writes docs/gpu_budgets.md
 
 Defaults (trial cuts, refit, drift correction) on 128 windows of 2048 tokens, from a checkpoint on disk to another one.
-T tokens, d hidden size, m units, n kept units. Work is counted in `work` as `minisp.plan.costs` counts it, which a test
-compares; a phase takes as long as its computation, or as its disk, whichever is longer, for both run side by side.
+T tokens, d hidden size, m units, n kept units. Work is counted in `work` as the phases' demands count it, which a test
+compares. A phase takes as long as its computation, or as its disk, whichever is longer, for both run side by side.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ H100 of 80 GB with the rates that stand there. Kernels that no part before has c
 
 `end_to_end`, one sweep (`ONE_SWEEP`), which is naive.py's work too, and then the defaults, on a new model. Floors: 7.9
 and 13.8 PFLOP at 790 TFLOP/s, 10 and 17.5 s. Matrix products at the rates of cuBLAS are 12 s of the first; attention,
-which `minisp.plan.costs` leaves out, is 0.5 PFLOP at 250 to 320 TFLOP/s, 2 s; norms, rotary and residuals move 13 TB in
+which the demands leave out, is 0.5 PFLOP at 250 to 320 TFLOP/s, 2 s; norms, rotary and residuals move 13 TB in
 transformers' eager operations, 5 s, and 3 TB where they are fused, 1.2 s; Gram 2 s; 32 solves 1 to 3 s. Expected: 17 to
 27 s, and 29 to 45 s.
 `naive`: weight gradients too, 10.4 PFLOP, and in float32 2.0 PFLOP of whole Gram matrices and 0.06 of solves, of its

@@ -1,5 +1,6 @@
 """What a model calls its decoder layers with, and what stands in their place while only its other code is wanted."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +15,30 @@ class LayerCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def equals(self, other: "LayerCall") -> bool:
-        """Whether the other call has the same arguments, bit for bit."""
-        return _equal(self.args, other.args) and _equal(self.kwargs, other.kwargs)
+
+def same_calls(first: Sequence[LayerCall], second: Sequence[LayerCall]) -> bool:
+    """Whether two models' layers were called with the same arguments, bit for bit."""
+    # Layers share most of their arguments: each pair of tensors is compared once.
+    known: set[tuple[int, int]] = set()
+    return all(
+        _equal(a.args, b.args, known) and _equal(a.kwargs, b.kwargs, known) for a, b in zip(first, second, strict=True)
+    )
 
 
-def _equal(first: Any, second: Any) -> bool:
+def _equal(first: Any, second: Any, known: set[tuple[int, int]]) -> bool:
     if type(first) is not type(second):
         return False
     if isinstance(first, Tensor):
-        return first.shape == second.shape and first.dtype == second.dtype and torch.equal(first, second)
+        pair = (id(first), id(second))
+        if pair not in known:
+            if first.shape != second.shape or first.dtype != second.dtype or not torch.equal(first, second):
+                return False
+            known.add(pair)
+        return True
     if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(_equal, first, second))
+        return len(first) == len(second) and all(_equal(a, b, known) for a, b in zip(first, second, strict=True))
     if isinstance(first, dict):
-        return first.keys() == second.keys() and all(_equal(first[key], second[key]) for key in first)
+        return first.keys() == second.keys() and all(_equal(first[key], second[key], known) for key in first)
     # Of other objects, such as a config, nothing is known but that they were made in the same way.
     return not isinstance(first, (int, float, str)) or first == second
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from minisp import ops
 from minisp.device import trim_memory
 from minisp.errors import CheckpointError
-from minisp.models.calls import EnoughError, LayerCall, Stub
+from minisp.models.calls import EnoughError, LayerCall, Stub, same_calls
 from minisp.models.edits import replace_parameter_
 from minisp.models.families import CausalLM, Family, decoder_layers, family_of, layers_path, structures_of, weight_view
 from minisp.models.loader import Loader
@@ -178,8 +178,7 @@ class Stream:
             self.embed(ids)
             first = self._calls[tuple(ids.shape)]
             self.embed((ids + 1) % self.model.config.vocab_size)
-            others = self._calls[tuple(ids.shape)]
-            self._calls_differ = not all(call.equals(other) for call, other in zip(first, others, strict=True))
+            self._calls_differ = not same_calls(first, self._calls[tuple(ids.shape)])
         if self._calls_differ or tuple(ids.shape) not in self._calls:
             self.embed(ids)
         return self._calls[tuple(ids.shape)]

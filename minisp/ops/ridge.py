@@ -15,7 +15,7 @@ from minisp.ops import cholesky, native_cholesky
 from minisp.ops.backend import Impl, choose
 
 # Rows of a matrix that are gathered or multiplied at once: what comes between stays small.
-ROWS = 512
+GATHER_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ class RidgeProblem:
         self.original = weight[:, kept].to(gram.dtype)
         self.cross = torch.zeros_like(self.original)
         energy = torch.zeros((), dtype=torch.float64, device=gram.device)
-        for start in range(0, len(removed), ROWS):
-            gathered = gram[removed[start : start + ROWS]]
-            self.cross.addmm_(lost[:, start : start + ROWS], gathered[:, kept])
+        for start in range(0, len(removed), GATHER_ROWS):
+            gathered = gram[removed[start : start + GATHER_ROWS]]
+            self.cross.addmm_(lost[:, start : start + GATHER_ROWS], gathered[:, kept])
             if energies:
                 energy += _energy_of_rows(gathered[:, removed[start:]], lost[:, start:])
         self.energy_sliced = max(float(energy), 0.0) if energies else float("nan")
@@ -117,8 +117,8 @@ class RidgeProblem:
     def _system(self) -> Tensor:
         """G_SS, a copy."""
         system = self.gram.new_empty(len(self.kept), len(self.kept))
-        for start in range(0, len(self.kept), ROWS):
-            system[start : start + ROWS] = self.gram[self.kept[start : start + ROWS]][:, self.kept]
+        for start in range(0, len(self.kept), GATHER_ROWS):
+            system[start : start + GATHER_ROWS] = self.gram[self.kept[start : start + GATHER_ROWS]][:, self.kept]
         return system
 
 
@@ -178,8 +178,8 @@ def output_energy(gram: Tensor, weight: Tensor) -> float:
     """‖X Wᵀ‖² = tr(W G Wᵀ) for G (m, m) symmetric and the weight (d, m): d m² FLOPs, as much as G's symmetry saves."""
     exact = weight.to(gram.dtype)
     total = torch.zeros((), dtype=torch.float64, device=gram.device)
-    for start in range(0, len(gram), ROWS):
-        total += _energy_of_rows(gram[start : start + ROWS, start:], exact[:, start:])
+    for start in range(0, len(gram), GATHER_ROWS):
+        total += _energy_of_rows(gram[start : start + GATHER_ROWS, start:], exact[:, start:])
     return float(total)
 
 
@@ -193,5 +193,5 @@ def _energy_of_rows(rows: Tensor, weight: Tensor) -> Tensor:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Σ a ⊙ b () in float64, some rows at a time; the host does not wait."""
-    pairs = zip(a.split(ROWS), b.split(ROWS), strict=True)
+    pairs = zip(a.split(GATHER_ROWS), b.split(GATHER_ROWS), strict=True)
     return sum(((x * y).sum(dtype=torch.float64) for x, y in pairs), a.new_zeros((), dtype=torch.float64))

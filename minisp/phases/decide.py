@@ -26,10 +26,10 @@ def decide(stream: Stream, windows: Tensor, config: MinifyConfig, run: Run) -> l
     if config.measures:
         ratios = trial_ratios(stream, windows, scores, config, run)
         scores = [score * ratio for score, ratio in zip(scores, ratios, strict=True)]
-    return select(scores, sizes_of(stream.structures, scores, config))
+    return select(scores, kept_sizes(stream.structures, scores, config))
 
 
-def sizes_of(structures: Sequence[Structure], scores: Sequence[Tensor], config: MinifyConfig) -> list[int]:
+def kept_sizes(structures: Sequence[Structure], scores: Sequence[Tensor], config: MinifyConfig) -> list[int]:
     """How many units of each structure stay, by these scores (u,) of each.
 
     Raises:

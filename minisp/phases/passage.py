@@ -22,8 +22,9 @@ from minisp.models.families import weight_view
 from minisp.models.stream import Stream
 from minisp.models.structures import Structure
 from minisp.models.watch import watch
+from minisp.phases.boundaries import enter
 from minisp.phases.run import Run
-from minisp.phases.saliency import enter
+from minisp.phases.sizes import Sizes
 from minisp.store.names import Record
 
 # Tokens on which a layer is asked whether it adds up.
@@ -127,3 +128,8 @@ class Passage:
         """Whether h = r + (x Wᵀ + b), bit for bit, for a few tokens (1, L, d)."""
         _, whole = self._pass(hidden, ids, contributes=True)
         return torch.equal(whole, self._sum(*self._pass(hidden, ids, contributes=False)))
+
+
+def passage_bytes(sizes: Sizes, tokens: int) -> int:
+    """What a passage of so many tokens keeps of a layer, so that its windows need not run again: x and r."""
+    return tokens * (sizes.kept + sizes.hidden) * sizes.item

@@ -13,18 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisp import ops
 from minisp.config import MinifyConfig
-from minisp.methods.reconstruction import Fit, correct, refit
-from minisp.methods.statistics import Statistics
 from minisp.models.edits import apply_, edits_of
 from minisp.models.layers import fast_layers
 from minisp.models.stream import Stream
 from minisp.models.structures import Structure
 from minisp.models.watch import watch
+from minisp.phases.batches import correction_count
+from minisp.phases.boundaries import enter
 from minisp.phases.passage import Passage
-from minisp.phases.run import Phase, Result, Run, naming
-from minisp.phases.saliency import enter
+from minisp.phases.run import Phase, Run
+from minisp.phases.sizes import HELD, Demand, Holding, Sizes, refit_bytes, solve_flops
+from minisp.phases.solve import refit_and_correct, refit_on_dense, refit_on_pruned
 from minisp.store.names import Record
 
 
@@ -47,7 +47,7 @@ def refit_structures(
     for place in run.ranks.share(range(len(kept))):
         structure = stream.structures[place]
         if not run.has_result(structure):
-            result, weight = _refit_on_dense(stream, structure, kept[place], config, run)
+            result, weight = refit_on_dense(stream, structure, kept[place], config, run)
             if stream.checkpoint is None:
                 apply_(stream.layers[structure.layer], edits_of(structure, kept[place], weight))
                 weight = None
@@ -126,10 +126,10 @@ def _refit_sweep(
         with torch.no_grad(), fast_layers(stream.model):
             if corrects and not own.has(Record.DENSE.of(index + 1)):
                 sweep.keep(sweep.dense(index), Record.DENSE, index)
-            for structure, units in parts:
-                is_last = structure is parts[-1][0]
-                to_correct = passage if is_last and corrects and index >= first_cut else None
-                _refit_one(sweep, structure, units, passage if is_last else None, to_correct)
+            for structure, units in parts[:-1]:
+                through = Passage(stream, batches, run, structure, kinds[index][-1], again=False)
+                _refit_one(sweep, structure, units, through, corrects=False)
+            _refit_one(sweep, *parts[-1], passage, corrects=corrects and index >= first_cut)
             if goes_on:
                 sweep.keep(passage.leaving(), Record.PRUNED, index)
         for kind in kinds[index]:
@@ -150,25 +150,23 @@ def _first_unfinished(sweep: _Sweep) -> int:
     return max(layer for layer, flag in enumerate(flags) if flag)
 
 
-def _refit_one(
-    sweep: _Sweep, structure: Structure, kept: Tensor, passage: Passage | None, to_correct: Passage | None
-) -> None:
+def _refit_one(sweep: _Sweep, structure: Structure, kept: Tensor, passage: Passage, *, corrects: bool) -> None:
     """Refit a structure, unless that is done, and cut the layer that is held.
 
     Args:
-        passage: the pruned model's through the layer, for its last structure.
-        to_correct: the same, where this structure takes over drift.
+        passage: the pruned model's through the layer, in which the structure is watched.
+        corrects: whether this structure takes over drift.
     """
-    stream, run = sweep.stream, sweep.run
+    stream, run, config = sweep.stream, sweep.run, sweep.config
     layer = stream.layers[structure.layer]
     # Together: what the first process has just written, a slower one must not take for an earlier run's.
     if run.ranks.most(not run.has_result(structure)):
-        if to_correct is not None:
-            result, weight = _refit_and_correct(sweep, structure, kept, to_correct)
-        elif sweep.config.corrects:
-            result, weight = _refit_on_dense(stream, structure, kept, sweep.config, run)
+        if corrects:
+            result, weight = refit_and_correct(stream, structure, kept, config, run, passage)
+        elif config.corrects:
+            result, weight = refit_on_dense(stream, structure, kept, config, run)
         else:
-            result, weight = _refit_on_pruned(sweep, structure, kept, passage)
+            result, weight = refit_on_pruned(stream, structure, kept, config, run, passage)
         if run.ranks.first:
             run.keep_result(result, weight)
             run.shared.settle()
@@ -183,93 +181,65 @@ def _refit_one(
         run.keep_result(found, None)
 
 
-def _refit_on_dense(
-    stream: Stream, structure: Structure, kept: Tensor, config: MinifyConfig, run: Run
-) -> tuple[Result, Tensor | None]:
-    """Refit to what the whole structure computed in the dense model, from its statistics."""
-    if len(kept) == structure.num_units:
-        return Result(structure, kept, Fit()), None
-    found = run.statistics(structure, gram=True, device=stream.device)
-    return _solved(structure, kept, found, stream.weight(structure), config)
+def refit_tokens(sizes: Sizes) -> int:
+    """Tokens of this process in the refit sweep; 0 where there is none."""
+    config = sizes.config
+    if not config.refit_sweep:
+        return 0
+    count = config.num_windows
+    if config.corrects:
+        count = correction_count(count, config.window, sizes.ranks)
+    return -(-count // sizes.ranks) * config.window
 
 
-def _refit_on_pruned(
-    sweep: _Sweep, structure: Structure, kept: Tensor, passage: Passage | None
-) -> tuple[Result, Tensor | None]:
-    """Refit to what the whole structure computes from the pruned layers below it."""
-    stream, run = sweep.stream, sweep.run
-    if len(kept) == structure.num_units:
-        return Result(structure, kept, Fit()), None
-    if passage is None:
-        kind = sweep.kinds[structure.layer][-1]
-        passage = Passage(stream, sweep.batches, run, structure, kind, again=False)
-    statistics = Statistics.empty(structure.num_units, structure.columns, gram=True, device=stream.device)
-    for _, x, _ in passage.run(structure.columns_of(kept.to(stream.device))):
-        statistics.update_(x, None)
-    statistics.sum_over_(run.ranks)
-    statistics.finalize_(structure)
-    return _solved(structure, kept, statistics, stream.weight(structure), sweep.config)
+def dense_bytes(sizes: Sizes) -> int:
+    """The dense model's states of the refit sweep's windows behind every layer."""
+    return sizes.num_layers * sizes.states(refit_tokens(sizes))
 
 
-def _solved(
-    structure: Structure, kept: Tensor, statistics: Statistics, weight: Tensor, config: MinifyConfig
-) -> tuple[Result, Tensor]:
-    assert statistics.gram is not None
-    with naming(structure):
-        new, fit = refit(statistics.gram, structure.columns_of(kept), weight, statistics.num_tokens, config)
-    return Result(structure, kept, fit), new
+def demand(sizes: Sizes, holding: Holding, again: float = 0.0) -> Demand:
+    """What the refit takes: its solves; and in its sweep, at full width, X_SᵀX_S, X_SᵀE and its transpose.
 
-
-def _refit_and_correct(
-    sweep: _Sweep, structure: Structure, kept: Tensor, passage: Passage
-) -> tuple[Result, Tensor | None]:
-    """Refit a structure on the dense model's statistics, cut it, then correct the drift behind its layer."""
-    stream, run = sweep.stream, sweep.run
-    result, weight = _refit_on_dense(stream, structure, kept, sweep.config, run)
-    if weight is None:
-        # Memory of its own: the layer's goes when the next one is read.
-        weight = stream.weight(structure).clone()
-    else:
-        apply_(stream.layers[structure.layer], edits_of(structure, kept, weight))
-    drift = _Drift.empty(structure.columns * len(kept), len(weight), stream.device)
-    for number, x, passing in passage.run():
-        target = run.own.read(Record.DENSE.of(structure.layer + 1), str(number), ahead=True)
-        drift.add_(x, target, passage.join(x, passing))
-    run.ranks.sum_(drift.gram, drift.cross, drift.energy)
-    cross, energy = drift.cross.T.contiguous(), float(drift.energy)
-    with naming(structure, ", drift correction"):
-        weight, fit = correct(
-            weight, result.fit, ops.mirror_(drift.gram), cross, energy, sweep.config.correction_damping
-        )
-    return Result(structure, kept, fit), weight
-
-
-@dataclass
-class _Drift:
-    """Sums of the regression of the drift E (T, d) on the activations X_S (T, n) of a structure that is cut.
-
-    Attributes:
-        gram: X_SᵀX_S (n, n) float32.
-        cross: X_SᵀE (n, d) float32.
-        energy: ‖E‖², () float64.
+    Args:
+        again: share of the refit sweep's windows that pass a cut layer twice, for want of room.
     """
+    config, d, m, item = sizes.config, sizes.hidden, sizes.width, sizes.item
+    solving, tokens = refit_bytes(sizes, sizes.kept), refit_tokens(sizes)
+    solves = 0.0
+    if config.keep < 1 and config.reconstruct:
+        solves = sum(solve_flops(x.width, config.keep, d) for x in sizes.structures)
+        if config.corrects:
+            solves += sum(solve_flops(x.width, config.keep, d, refit=False) for x in sizes.structures)
+    if not tokens:
+        return Demand(memory={Phase.REFIT: solving}, solve_flops=solves)
+    drift = {
+        "Gram matrices": 4 * m**2 + 2 * 4 * m * d,
+        "activations": sizes.batch_tokens * (4 * item * m + 8 * 4 * d + 2 * item * d),
+        "cut layer": (3 * item + 2 * sizes.stored_item) * d * m,
+    }
+    # Into and out of a layer, of the dense and of the pruned model.
+    waiting, states = 4 * sizes.states(tokens), sizes.states(tokens)
+    in_memory = {} if sizes.writes else {HELD: waiting}
+    largest = max(solving, drift, key=lambda part: sum(part.values()))
+    return Demand(
+        memory={Phase.REFIT: solving, Phase.REFIT_SWEEP: largest | in_memory},
+        waiting=waiting,
+        # Of the pruned model, and of the dense one where it runs again: written once and read twice.
+        passed=(3 if holding.dense else 6) * sizes.num_layers * states,
+        flops=_sweep_flops(sizes, holding, again),
+        solve_flops=solves,
+    )
 
-    gram: Tensor
-    cross: Tensor
-    energy: Tensor
 
-    @classmethod
-    def empty(cls, n: int, hidden: int, device: torch.device) -> "_Drift":
-        energy = torch.zeros((), dtype=torch.float64, device=device)
-        gram, cross = (torch.zeros(n, size, dtype=torch.float32, device=device) for size in (n, hidden))
-        return cls(gram, cross, energy)
-
-    def add_(self, x: Tensor, dense: Tensor, pruned: Tensor) -> None:
-        """A micro-batch: x (T, n), and the states (B, L, d) behind the layer in both models.
-
-        E is their difference in float32: in 16 bits it would be rounded before its square is taken.
-        """
-        drift = (dense.float() - pruned.float()).flatten(0, -2)
-        self.energy += torch.linalg.vector_norm(drift).double().square()
-        ops.gram_update_(self.gram, x)
-        ops.cross_update_(self.cross, x, drift.to(x.dtype))
+def _sweep_flops(sizes: Sizes, holding: Holding, again: float) -> float:
+    """A passage through every layer, and, of its windows, the last product or another passage; the sums beside it."""
+    config, inside, consumers = sizes.config, sizes.inside, sizes.consumers
+    cut = 2 * (inside - (1 - config.keep) * sum(x.parameters * x.num_units for x in sizes.structures))
+    # What leaves the last layer is not wanted.
+    second = (1 - 1 / sizes.num_layers) * (again * cut + (1 - again) * 2 * config.keep * consumers)
+    if not config.corrects:
+        return float(sizes.all_tokens * (2 * (inside - consumers) + sizes.all_grams + second))
+    tokens = correction_count(config.num_windows, config.window, sizes.ranks) * config.window
+    # The dense model, the pruned one, the drift's Gram matrix and cross product.
+    sums = config.keep**2 * sizes.all_grams + 2 * config.keep * consumers
+    return float(tokens * ((0 if holding.dense else 2 * inside) + cut + second + sums))

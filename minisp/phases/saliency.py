@@ -15,60 +15,30 @@ be kept every few minutes before it is finished.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import islice
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from minisp.methods.statistics import Statistics
+from minisp.methods.statistics import PANEL_ROWS, Statistics
 from minisp.models.layers import fast_layers
 from minisp.models.objective import Objective
 from minisp.models.stream import Stream
 from minisp.models.structures import Structure
+from minisp.models.vocabulary import BLOCK_BYTES
 from minisp.models.watch import watch
 from minisp.phases import partial
 from minisp.phases.batches import Batches
-from minisp.phases.run import Run
+from minisp.phases.boundaries import Sweep, enter, head_gradient, head_tokens, run_forward
+from minisp.phases.run import Phase, Run
+from minisp.phases.sizes import Demand, Holding, Sizes
 from minisp.store import tiers
 from minisp.store.names import Record
-from minisp.store.tiers import Tiers
 
-# Tokens that a streamed head takes at least at once: each time, its weights are read twice.
-HEAD_TOKENS = 2048
 NEXT_TOKEN = Objective()
 Told: TypeAlias = Callable[[int, Tensor], None]
 """Told a layer and the states that leave it."""
-
-
-@dataclass(frozen=True)
-class _Sweep:
-    """What every pass of one sweep needs.
-
-    Attributes:
-        objective: what is differentiated.
-        gram: whether Gram matrices are collected.
-        dense: whether the states of the refit sweep's windows stay, of every layer.
-        advance: told the phase and the segment after every micro-batch.
-    """
-
-    stream: Stream
-    batches: Batches
-    run: Run
-    objective: Objective
-    gram: bool
-    dense: bool
-    advance: Callable[[str, range], None]
-
-    def through(self, segment: range) -> list[int]:
-        """The micro-batches whose states are wanted behind a segment: behind the last one, those that get a loss."""
-        last = segment.stop == len(self.stream.layers)
-        return [i for i, scored in enumerate(self.batches.scored) if scored or (self.gram and not last)]
-
-    def sizes(self, numbers: Sequence[int]) -> list[int]:
-        """Bytes of the states of micro-batches."""
-        return [self.stream.state_bytes(self.batches.ids[number]) for number in numbers]
 
 
 def saliency_sweep(
@@ -104,15 +74,15 @@ def saliency_sweep(
         done += len(segment)
         run.progress(f"{phase}, layers {segment.start}-{segment.stop - 1}", done, steps)
 
-    sweep = _Sweep(stream, batches, run, objective, gram, dense, advance)
+    sweep = Sweep(stream, batches, run, objective, gram, dense, advance)
     steps = sum(len(segment) * len(sweep.through(segment)) for segment in forward)
     steps += len(batches.ids) * sum(map(len, segments))
     visits = stream.visit([*forward, *reversed(segments)])
     for segment in islice(visits, len(forward)):
-        _run_forward(sweep, segment)
+        run_forward(sweep, segment)
         run.save_if_due(Record.STATES.of(segment.stop))
     if head_first:
-        _head_gradient(sweep)
+        head_gradient(sweep)
     behind: range | None = None
     for segment in visits:
         records = _run_backward(sweep, segment)
@@ -169,48 +139,7 @@ def _forward_passes(stream: Stream, segments: Sequence[range], run: Run) -> tupl
     return head_first, [segment for segment, has in zip(through, there, strict=False) if not has]
 
 
-def _run_forward(sweep: _Sweep, segment: range) -> None:
-    """Keep the states that leave a segment."""
-    stream, own, numbers = sweep.stream, sweep.run.own, sweep.through(segment)
-    keeping = own.writing(Record.STATES.of(segment.stop), sizes=sweep.sizes(numbers))
-    with keeping as append, torch.no_grad(), fast_layers(stream.model):
-        for number in numbers:
-            ids = sweep.batches.ids[number]
-            hidden = enter(stream, own, segment, number, ids)
-            for index in segment:
-                hidden = stream.run_layer(index, hidden, stream.calls(ids))
-            append(str(number), hidden)
-            sweep.advance("forward", segment)
-
-
-def head_tokens(hidden: int) -> int:
-    """Tokens that a streamed head takes at once: d of them need 44·d² bytes, less than the Gram matrix of 3.4·d units.
-
-    Args:
-        hidden: d, the hidden size.
-    """
-    return max(HEAD_TOKENS, hidden)
-
-
-def _head_gradient(sweep: _Sweep) -> None:
-    """Keep the gradient at the last layer's output, many windows at a time."""
-    stream, run, ids = sweep.stream, sweep.run, sweep.batches.ids
-    last = len(stream.layers)
-    numbers = sweep.through(range(last))
-    per_group = max(1, head_tokens(stream.model.config.hidden_size) // max(part.numel() for part in ids))
-    with run.own.writing(Record.GRADIENT.of(last), sizes=sweep.sizes(numbers)) as append:
-        for start in range(0, len(numbers), per_group):
-            group = numbers[start : start + per_group]
-            hidden = [run.own.read(Record.STATES.of(last), str(number), ahead=True) for number in group]
-            windows = torch.cat([ids[number] for number in group])
-            _, gradient = stream.loss_gradient(torch.cat(hidden), windows, sweep.objective)
-            for number, part in zip(group, gradient.split([len(ids[number]) for number in group]), strict=True):
-                append(str(number), part)
-            run.progress("head", min(start + per_group, len(numbers)), len(numbers))
-    run.own.drop(Record.STATES.of(last))
-
-
-def _run_backward(sweep: _Sweep, segment: range) -> dict[Structure, Statistics]:
+def _run_backward(sweep: Sweep, segment: range) -> dict[Structure, Statistics]:
     """The statistics of a segment's structures; keeps the gradient at its input."""
     stream, own, scored = sweep.stream, sweep.run.own, sweep.batches.scored
     structures = [structure for structure in stream.structures if structure.layer in segment]
@@ -243,7 +172,7 @@ def _run_backward(sweep: _Sweep, segment: range) -> dict[Structure, Statistics]:
 
 
 @contextmanager
-def _passing(sweep: _Sweep, segment: range, first: int) -> Iterator[Callable[[int], Told]]:
+def _passing(sweep: Sweep, segment: range, first: int) -> Iterator[Callable[[int], Told]]:
     """Within the block, layers compute as they do in every sweep; gives who is told what a micro-batch leaves."""
     num_refit, own = sweep.batches.num_refit, sweep.run.own
     with ExitStack() as stack:
@@ -261,15 +190,6 @@ def _passing(sweep: _Sweep, segment: range, first: int) -> Iterator[Callable[[in
         yield told
 
 
-def enter(
-    stream: Stream, own: Tiers, segment: range, number: int, ids: Tensor, *, kind: Record = Record.STATES
-) -> Tensor:
-    """The hidden state that enters a segment: embedded anew for the first one, kept for the others."""
-    if segment.start == 0:
-        return stream.embed(ids)
-    return own.read(kind.of(segment.start), str(number), ahead=True)
-
-
 @torch.no_grad()
 def _forward(stream: Stream, segment: range, hidden: Tensor, ids: Tensor, told: Told) -> None:
     """Pass a segment whose layers are watched."""
@@ -279,7 +199,7 @@ def _forward(stream: Stream, segment: range, hidden: Tensor, ids: Tensor, told: 
 
 
 def _forward_backward(
-    sweep: _Sweep, segment: range, hidden: Tensor, ids: Tensor, gradient: Tensor | None, told: Told
+    sweep: Sweep, segment: range, hidden: Tensor, ids: Tensor, gradient: Tensor | None, told: Told
 ) -> Tensor:
     """Gradient at the segment's input, given the one at its output (or, for the last segment, the loss)."""
     stream = sweep.stream
@@ -299,3 +219,54 @@ def _watch_all(stream: Stream, records: dict[Structure, Statistics]) -> ExitStac
     for structure, statistics in records.items():
         stack.enter_context(watch(stream.layers[structure.layer], structure, stream.model.config, statistics))
     return stack
+
+
+def demand(sizes: Sizes, holding: Holding) -> Demand:
+    """What the sweep takes.
+
+    Memory: statistics and activations of a segment, and what waits in memory where there is no folder. Work for a token
+    and P parameters: forward 2P and backward 2P, 2P·(1 − 1/segments) of recomputing, and m² for each Gram matrix.
+    """
+    config, count, item = sizes.config, sizes.num_layers, sizes.item
+    segments, forward = holding.passes(count)
+    states, batch = sizes.states(sizes.tokens), sizes.states(sizes.batch_tokens)
+    grams = holding.segment if sizes.writes else count
+    memory = {
+        Phase.SWEEP: {
+            "Gram matrices": grams * 4 * sizes.layer_gram if config.collects_gram else 0,
+            "activations": activation_bytes(sizes, holding.segment),
+            "boundary states": (0 if sizes.writes else (segments + 1) * states) + 6 * batch,
+            "logits": 0 if holding.stream_vocabulary else 2 * min(sizes.logits, 2 * sizes.tokens * sizes.vocabulary),
+            # Row panels on their way to the disk.
+            "writing": 3 * PANEL_ROWS * 4 * sizes.width if sizes.writes and config.collects_gram else 0,
+        }
+    }
+    if holding.stream_vocabulary:
+        tokens = min(max(head_tokens(sizes.hidden), sizes.batch_tokens), sizes.tokens)
+        # Hidden states and gradients as read, joined and parted; the final norm's float32 copies, forward and backward;
+        # the float32 gradient and what is added to it. Logits in float32 four times, and two blocks of the head's rows.
+        held = tokens * sizes.hidden * (4 * item + 9 * 4)
+        memory[Phase.HEAD] = {"states and gradients": held, "logits": (4 + 2) * BLOCK_BYTES}
+    tokens, inside, head = sizes.all_tokens, sizes.inside, sizes.vocabulary * sizes.hidden
+    scored = (config.saliency_windows or config.num_windows) * config.window
+    recompute = 1 if holding.stream_vocabulary else 1 - 1 / segments
+    flops = scored * (2 * inside * (2 + recompute) + (6 if holding.stream_vocabulary else 4) * head)
+    if config.collects_gram:
+        # The others run forward only: to the boundaries, and again where the layers are watched.
+        flops += tokens * sizes.all_grams + (tokens - scored) * 2 * inside * (1 + recompute)
+    return Demand(
+        memory=memory,
+        # All boundaries; of gradients, those behind a segment, before it, and of the one whose statistics are written.
+        waiting=states * (forward + 3) if segments > 1 or forward else 0,
+        # States are written once and read on both ways, gradients written and read.
+        passed=states * (2 * forward + 3 * (segments - 1)),
+        flops=float(flops),
+    )
+
+
+def activation_bytes(sizes: Sizes, segment: int) -> int:
+    """What autograd keeps for a micro-batch, and what one layer's backward adds for a moment."""
+    # x and ∂L/∂x of the MLP, and of the hidden size what enters and leaves norms, attention and the layer. When
+    # attention has its turn, the MLP's 2m are free again.
+    passing = sizes.item * (2 * sizes.width + 8 * sizes.hidden)
+    return sizes.batch_tokens * (segment * sizes.autograd + passing)

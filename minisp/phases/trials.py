@@ -28,7 +28,9 @@ from minisp.models.edits import rewrite, tried
 from minisp.models.layers import fast_layers
 from minisp.models.stream import Stream
 from minisp.models.structures import Structure
+from minisp.models.vocabulary import BLOCK_BYTES
 from minisp.phases.run import Phase, Run, naming
+from minisp.phases.sizes import HELD, Demand, Sizes, blas_bytes, refit_bytes, solve_flops
 from minisp.store.names import Record
 from minisp.text.windows import spread
 
@@ -77,9 +79,8 @@ def measure_ratios(
     """
     tokens = trial_tokens(windows.numel(), len(scores))
     ids = windows[spread(len(windows), max(1, tokens // windows.shape[1])), :tokens]
-    removed = _run_trials(stream, ids, scores, config, run)
+    dense, removed = _run_trials(stream, ids, scores, config, run)
     own, last = run.own, Record.TRIALS.of(len(stream.layers))
-    dense = own.read(last, DENSE)
     measured: list[float] = []
     few = slice(None, None, TRIAL_STRIDE)
     for start in range(0, len(scores), COMPARED_AT_ONCE):
@@ -91,8 +92,10 @@ def measure_ratios(
     return ratios(measured, removed)
 
 
-def _run_trials(stream: Stream, ids: Tensor, scores: Sequence[Tensor], config: MinifyConfig, run: Run) -> list[float]:
-    """Leave the states behind the last layer of every trial and of the dense model; gives the saliency removed."""
+def _run_trials(
+    stream: Stream, ids: Tensor, scores: Sequence[Tensor], config: MinifyConfig, run: Run
+) -> tuple[Tensor, list[float]]:
+    """Leave the states behind the last layer of every trial; gives the dense model's, and the saliency removed."""
     own, size, count = run.own, stream.state_bytes(ids), len(stream.layers)
     first = max((index for index in range(count + 1) if own.has(Record.TRIALS.of(index))), default=0)
     dense = own.read(Record.TRIALS.of(first), DENSE) if first else stream.embed(ids)
@@ -121,7 +124,7 @@ def _run_trials(stream: Stream, ids: Tensor, scores: Sequence[Tensor], config: M
             own.save(Record.TRIALS.of(index + 1))
             own.forget(Record.TRIALS.of(index + 1))
         run.progress(Phase.TRIALS, index + 1, count)
-    return removed
+    return dense, removed
 
 
 def _trial_units(scores: Tensor) -> Tensor:
@@ -175,3 +178,40 @@ def _trial_weight(stream: Stream, structure: Structure, kept: Tensor, config: Mi
     whole = torch.zeros_like(weight)
     whole[:, columns.to(whole.device)] = fitted.to(whole)
     return whole
+
+
+def demand(sizes: Sizes, stream_vocabulary: bool) -> Demand:
+    """What the trials take: a refit at two thirds of the width; a run with zeros at full width; outputs compared."""
+    if not sizes.config.measures:
+        return Demand()
+    count, layers, item = len(sizes.structures), sizes.num_layers, sizes.item
+    tokens = trial_tokens(sizes.all_tokens, count)
+    states, weight = sizes.states(tokens), sizes.stored_item * sizes.hidden * sizes.width
+    in_memory = 0 if sizes.writes else (count + 1) * states
+    passing = {"activations": tokens * (4 * item * sizes.width + 6 * 4 * sizes.hidden)}
+    solving = refit_bytes(sizes, sizes.width - int(TRIAL_CUT * sizes.width))
+    logits = min(sizes.logits, 4 * tokens * sizes.vocabulary)
+    compared = (6 + 2) * BLOCK_BYTES if stream_vocabulary else 4 * logits + logits // 2
+    memory = {
+        Phase.TRIALS: {HELD: 2 * in_memory, "states": 4 * states, "trial weights": 2 * weight}
+        | max(solving, passing, key=lambda part: sum(part.values())),
+        Phase.TRIAL_OUTPUTS: {
+            "buffers of the BLAS": blas_bytes(sizes.width),
+            HELD: in_memory,
+            "states": (COMPARED_AT_ONCE + 2) * states,
+            "logits": compared,
+        },
+    }
+    # At a layer run the trials of the layers below, its own and the dense model: for n structures, n(L + 1)/2 + L
+    # layers in all. The head takes every second token of all trials and of the dense model.
+    passes = count * (layers + 1) / layers + 2
+    return Demand(
+        memory=memory,
+        waiting=2 * (count + 1) * states,
+        # The states of every trial below a layer pass it.
+        passed=layers * (count + 2) * states,
+        flops=tokens * (passes * sizes.inside + (count + 1) * sizes.vocabulary * sizes.hidden),
+        solve_flops=sum(solve_flops(x.width, 1 - TRIAL_CUT, sizes.hidden) for x in sizes.structures)
+        if sizes.config.reconstruct
+        else 0.0,
+    )

@@ -14,14 +14,12 @@ from minisp.models.layers import autograd_bytes
 from minisp.models.stream import LOGIT_BYTES
 from minisp.models.structures import Structure
 from minisp.ops import implementations
-from minisp.phases.batches import correction_count
-from minisp.phases.decide import sizes_of
+from minisp.phases.decide import kept_sizes
+from minisp.phases.refit import dense_bytes
 from minisp.phases.run import Phase
-from minisp.phases.trials import trial_tokens
-from minisp.plan.costs import disk_traffic, scratch_room, solve_flops, sweep_flops
-from minisp.plan.layout import Layout, choose_layout, staging
-from minisp.plan.rooms import dense_bytes, make_rooms, passage_bytes, waiting_bytes, writes_behind
-from minisp.plan.shape import Shape, shape_of
+from minisp.phases.sizes import Sizes, sizes_of
+from minisp.plan.layout import Layout, choose_layout, demands, staging
+from minisp.plan.rooms import disk_traffic, make_rooms, passes_again, scratch_room, writes_behind
 from minisp.store.checkpoint import DTYPE_OF, Checkpoint
 from minisp.store.tiers import Room
 from minisp.text.calibration import check_window
@@ -132,6 +130,11 @@ class Plan:
     base_memory: int = field(compare=False)
 
     @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases that run, and of some of them parts that the plan counts apart."""
+        return tuple(self.layout.peaks)
+
+    @property
     def num_tokens(self) -> int:
         """Calibration tokens."""
         return self.config.num_windows * self.config.window
@@ -183,16 +186,11 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     after = parameters - per_unit * (sum(widths) - kept_units)
     base = psutil.Process().memory_info().rss
     kept = max(widths) - (alignment if config.keep < 1 else 0)
-    batch, shape, layout = _fit(source, config, resources, ranks, kept, base)
-    host = _host_room(source, resources, shape, layout, base)
-    layout, rooms = make_rooms(
-        shape, layout, _room_limit(source, resources, layout, base), host, on_disk=source.device.type == "cpu"
-    )
-    waits = waiting_bytes(shape, layout).get(Phase.REFIT_SWEEP, 0) + (
-        dense_bytes(shape) if layout.dense == "memory" else 0
-    )
-    passage = passage_bytes(shape)
-    again = 1 - max(0, min(passage, rooms.get(Phase.REFIT_SWEEP, Room()).device - waits)) / passage if passage else 0.0
+    batch, sizes, layout = _fit(source, config, resources, ranks, kept, base)
+    host = _host_room(source, resources, sizes, layout, base)
+    limit = _room_limit(source, resources, layout, base)
+    layout, rooms = make_rooms(sizes, layout, limit, host, on_disk=source.device.type == "cpu")
+    needed = demands(sizes, layout, passes_again(sizes, layout, rooms)).values()
     segments = tuple(range(i, min(i + layout.segment, len(layers))) for i in range(0, len(layers), layout.segment))
     stored_bytes = source.stored_bytes
     bytes_after = round(stored_bytes * after / parameters)
@@ -213,39 +211,39 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
         segments=segments,
         layout=layout,
         rooms=rooms,
-        behind=writes_behind(shape, layout, rooms, host),
+        behind=writes_behind(sizes, layout, rooms, host),
         streams=source.streams,
         device=str(source.device),
         dtype=str(source.dtype).removeprefix("torch."),
         implementations=dict(implementations(source.device, source.dtype, activation_kind(model.config, family))),
-        flops=sweep_flops(model, config, layout, again, ranks),
-        solve_flops=solve_flops(widths, config, shape.hidden),
-        traffic=disk_traffic(shape, layout, rooms, widths, bytes_after),
-        scratch_bytes=scratch_room(shape, layout, rooms, widths),
-        dense_bytes=dense_bytes(shape) if layout.dense == "disk" else 0,
+        flops=sum(demand.flops for demand in needed),
+        solve_flops=sum(demand.solve_flops for demand in needed),
+        traffic=disk_traffic(sizes, layout, rooms, bytes_after),
+        scratch_bytes=scratch_room(sizes, layout, rooms),
+        dense_bytes=dense_bytes(sizes) if layout.dense == "disk" else 0,
         base_memory=base,
     )
 
 
 def _fit(
     source: Source, config: MinifyConfig, resources: Resources, ranks: int, kept: int, base: int
-) -> tuple[int, Shape, Layout]:
+) -> tuple[int, Sizes, Layout]:
     """Windows per micro-batch, and with them the sizes and the layout that fits in memory."""
     what, limit, apart = memory_limit(resources, source.device, base)
     for tokens in TOKENS_PER_BATCH.get(source.device.type, TOKENS_PER_BATCH["cpu"]):
         batch = config.batch or max(1, tokens // config.window)
-        shape = _shape(source, config, batch, ranks, kept)
-        layout = choose_layout(shape, limit - apart, resources.segment, what, apart)
-        if config.batch is not None or -(-shape.num_layers // layout.segment) <= FEW_SEGMENTS:
+        sizes = _sizes(source, config, batch, ranks, kept)
+        layout = choose_layout(sizes, limit - apart, resources.segment, what, apart)
+        if config.batch is not None or -(-sizes.num_layers // layout.segment) <= FEW_SEGMENTS:
             break
     if source.device.type == "cuda" and resources.host_memory is not None:
-        needed = base + staging(shape, layout)
+        needed = base + staging(sizes, layout)
         if needed > parse_size(resources.host_memory):
             raise ConfigError(
                 f"Option host_memory: expected at least {needed / 1e9:.2f} GB for what passes through main memory on "
                 f"its way to {source.device}, got {resources.host_memory}. Allow more, or pass a smaller segment."
             )
-    return batch, shape, layout
+    return batch, sizes, layout
 
 
 def _room_limit(source: Source, resources: Resources, layout: Layout, base: int) -> int:
@@ -256,42 +254,31 @@ def _room_limit(source: Source, resources: Resources, layout: Layout, base: int)
     return limit - apart
 
 
-def _host_room(source: Source, resources: Resources, shape: Shape, layout: Layout, base: int) -> int:
+def _host_room(source: Source, resources: Resources, sizes: Sizes, layout: Layout, base: int) -> int:
     """Bytes of main memory that may be pinned for what waits beside a GPU."""
     if source.device.type != "cuda":
         return 0
     if resources.host_memory is None:
-        return max(0, int(MEMORY_SHARE["cpu"] * free_main_memory()) - staging(shape, layout))
-    return max(0, parse_size(resources.host_memory) - base - staging(shape, layout))
+        return max(0, int(MEMORY_SHARE["cpu"] * free_main_memory()) - staging(sizes, layout))
+    return max(0, parse_size(resources.host_memory) - base - staging(sizes, layout))
 
 
-def _shape(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: int) -> Shape:
-    layers = decoder_layers(source.model, family_of(source.model.config))
-    return shape_of(
+def _sizes(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: int) -> Sizes:
+    return sizes_of(
         source.model,
-        tokens=-(-config.num_windows // ranks) * config.window,
+        config=config,
+        ranks=ranks,
         batch_tokens=min(batch, config.num_windows) * config.window,
         item=source.dtype.itemsize,
         stored_item=source.stored_item,
         tokenizer=source.tokenizer_bytes,
         autograd=autograd_bytes(source.model, source.dtype, source.device),
         kept=kept,
-        gram=config.collects_gram,
-        trials=trial_tokens(config.num_windows * config.window, len(layers)) if config.measures else 0,
-        refits=_refit_tokens(config, ranks),
-        corrects=config.corrects,
         logits=LOGIT_BYTES.get(source.device.type, LOGIT_BYTES["cpu"]),
         loaded=source.checkpoint is None,
         streams=source.streams,
         writes=source.writes,
     )
-
-
-def _refit_tokens(config: MinifyConfig, ranks: int) -> int:
-    if not config.refit_sweep:
-        return 0
-    count = correction_count(config.num_windows, config.window, ranks) if config.corrects else config.num_windows
-    return -(-count // ranks) * config.window
 
 
 def _kept_units(structures: list[Structure], config: MinifyConfig, alignment: int) -> int:
@@ -302,5 +289,5 @@ def _kept_units(structures: list[Structure], config: MinifyConfig, alignment: in
             "alignment; layers of one unit cannot be cut."
         )
     # Whatever the saliency will be: refused now rather than after the sweep where no sizes fit the budget.
-    sizes = sizes_of(structures, [torch.zeros(count) for count in units], config)
+    sizes = kept_sizes(structures, [torch.zeros(count) for count in units], config)
     return sum(sizes) if config.widths == "uniform" else int(config.keep * sum(units) + 1e-9)

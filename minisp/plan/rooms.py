@@ -4,12 +4,16 @@ A CPU without a stated limit keeps the run's peak where the largest phase has it
 of a GPU, are there to be used; what a GPU has no room for waits in pinned main memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from minisp.methods.statistics import PANEL_ROWS
+from minisp.phases.boundaries import head_tokens
+from minisp.phases.passage import passage_bytes
+from minisp.phases.refit import dense_bytes, refit_tokens
 from minisp.phases.run import Phase
-from minisp.plan.layout import HELD, Layout
-from minisp.plan.shape import Shape
+from minisp.phases.sizes import HELD, Sizes
+from minisp.plan.layout import Layout, demands
 from minisp.store.tiers import Room
 
 # What waits in one of these phases still waits in what the plan counts apart.
@@ -22,33 +26,8 @@ Rooms = Mapping[Phase, Room]
 """Phase → room in memory for what waits."""
 
 
-def waiting_bytes(shape: Shape, layout: Layout) -> dict[Phase, int]:
-    """States that wait at most at once, by phase."""
-    segments, forward = passes(shape, layout)
-    found: dict[Phase, int] = {}
-    if segments > 1 or forward:
-        # All boundaries; of gradients, those behind a segment, before it, and of the one whose statistics are written.
-        found[Phase.SWEEP] = states(shape) * (forward + 3)
-    if shape.trials:
-        found[Phase.TRIALS] = 2 * (shape.num_layers + 1) * trial_states(shape)
-    if shape.refits:
-        # Into and out of a layer, of the dense and of the pruned model.
-        found[Phase.REFIT_SWEEP] = 4 * refit_states(shape)
-    return found
-
-
-def passage_bytes(shape: Shape) -> int:
-    """What a passage keeps of a layer, so that its windows need not run again: x and r, see `minisp.phases.passage`."""
-    return shape.refits * (shape.kept + shape.hidden) * shape.item
-
-
-def dense_bytes(shape: Shape) -> int:
-    """The dense model's states of the refit sweep's windows behind every layer."""
-    return shape.num_layers * refit_states(shape)
-
-
 def make_rooms(
-    shape: Shape, layout: Layout, limit: int, host: int, *, on_disk: bool
+    sizes: Sizes, layout: Layout, limit: int, host: int, *, on_disk: bool
 ) -> tuple[Layout, dict[Phase, Room]]:
     """The layout with what waits in memory counted, and the room of each phase.
 
@@ -59,22 +38,23 @@ def make_rooms(
         host: bytes of main memory beside a GPU that may be pinned.
         on_disk: whether the dense states may wait on disk.
     """
-    if layout.dense is None and shape.writes and shape.corrects:
-        found = make_rooms(shape, replace(layout, dense="memory"), limit, host, on_disk=False)
-        if _lasts(found[1], waiting_bytes(shape, layout).get(Phase.SWEEP, 0), dense_bytes(shape)):
+    waits = {phase: demand.waiting for phase, demand in demands(sizes, layout).items()}
+    if layout.dense is None and sizes.writes and sizes.config.corrects:
+        found = make_rooms(sizes, replace(layout, dense="memory"), limit, host, on_disk=False)
+        if _lasts(found[1], waits[Phase.SWEEP], dense_bytes(sizes)):
             return found
         layout = replace(layout, dense="disk" if on_disk else None)
     rooms, peaks = {}, dict(layout.peaks)
-    dense = dense_bytes(shape) if layout.dense == "memory" else 0
-    waits = waiting_bytes(shape, layout)
+    dense = dense_bytes(sizes) if layout.dense == "memory" else 0
     for phase, during in DURING.items():
-        waiting = waits.get(phase, 0)
+        waiting = waits[phase]
         if phase not in peaks or waiting + dense == 0:
             continue
         counted = [name for name in during if name in peaks]
         # Without a folder it waits in memory whatever happens, and is counted there already.
-        planned = 0 if shape.writes else waiting
-        wanted = waiting - planned + dense + (passage_bytes(shape) if phase == Phase.REFIT_SWEEP else 0)
+        planned = 0 if sizes.writes else waiting
+        passage = passage_bytes(sizes, refit_tokens(sizes)) if phase == Phase.REFIT_SWEEP else 0
+        wanted = waiting - planned + dense + passage
         device = min(max(0, limit - max(sum(peaks[name].values()) for name in counted)), wanted)
         # A pinned block is up to twice as large as what is in it.
         rooms[phase] = Room(device + planned, min(max(0, host), 2 * (waiting + dense)) if device < wanted else 0)
@@ -89,13 +69,17 @@ def _lasts(rooms: Rooms, waiting: int, dense: int) -> bool:
     return room.device + room.host // 2 >= waiting + dense and all(other.device >= stays for other in rooms.values())
 
 
-def spilled(shape: Shape, layout: Layout, rooms: Rooms, phase: Phase) -> float:
-    """The share of what waits in a phase that goes to the scratch folder."""
-    waiting, room = waiting_bytes(shape, layout).get(phase, 0), rooms.get(phase, Room())
-    return max(0, waiting - room.device - room.host) / waiting if waiting else 0.0
+def passes_again(sizes: Sizes, layout: Layout, rooms: Rooms) -> float:
+    """The share of the refit sweep's windows that pass a cut layer twice, for want of room."""
+    passage = passage_bytes(sizes, refit_tokens(sizes))
+    if not passage:
+        return 0.0
+    waits = demands(sizes, layout)[Phase.REFIT_SWEEP].waiting
+    waits += dense_bytes(sizes) if layout.dense == "memory" else 0
+    return 1 - max(0, min(passage, rooms.get(Phase.REFIT_SWEEP, Room()).device - waits)) / passage
 
 
-def writes_behind(shape: Shape, layout: Layout, rooms: Rooms, host: int) -> int:
+def writes_behind(sizes: Sizes, layout: Layout, rooms: Rooms, host: int) -> int:
     """Bytes that may wait for the disk in pinned main memory: the Gram matrices of a segment, where there is room.
 
     Args:
@@ -103,25 +87,66 @@ def writes_behind(shape: Shape, layout: Layout, rooms: Rooms, host: int) -> int:
     """
     left = host - max((room.host for room in rooms.values()), default=0)
     # A pinned block is up to twice as large as what is in it.
-    return max(0, min(layout.segment * 4 * shape.width**2, left // 2))
+    return max(0, min(layout.segment * 4 * sizes.layer_gram, left // 2))
 
 
-def passes(shape: Shape, layout: Layout) -> tuple[int, int]:
-    """Segments, and those that a forward pass of its own runs through."""
-    segments = -(-shape.num_layers // layout.segment)
-    return segments, segments if layout.stream_vocabulary else segments - 1
+def spilled(waiting: int, room: Room) -> float:
+    """The share of what waits in a phase that goes to the scratch folder."""
+    return max(0, waiting - room.device - room.host) / waiting if waiting else 0.0
 
 
-def states(shape: Shape) -> int:
-    """Bytes of the hidden states of all windows at one boundary."""
-    return shape.tokens * shape.hidden * shape.item
+def disk_traffic(sizes: Sizes, layout: Layout, rooms: Rooms, bytes_after: int) -> dict[str, int]:
+    """Bytes to and from disk, by purpose; the system keeps in memory what it can of them.
+
+    States that have room in memory are none of them; what is saved of them every few minutes is not counted.
+    """
+    if not sizes.writes:
+        return {}
+    needed = demands(sizes, layout)
+    passed = {
+        phase: int(spilled(demand.waiting, rooms.get(phase, Room())) * demand.passed)
+        for phase, demand in needed.items()
+    }
+    segments, forward = layout.passes(sizes.num_layers)
+    layers = sizes.num_layers * sizes.layer * sizes.stored_item
+    vocabulary = sizes.vocabulary_weights * sizes.stored_item
+    heads = -(-sizes.tokens // max(head_tokens(sizes.hidden), sizes.batch_tokens))
+    later = sum(needed[phase].waiting > 0 for phase in (Phase.TRIALS, Phase.REFIT_SWEEP))
+    visits = 1 + forward / segments + later
+    read = int(layers * (visits + 1)) + vocabulary * (1 + (2 * heads if layout.stream_vocabulary else 1))
+    return {
+        # The sweeps, and what is copied to the result.
+        "weights read": read if sizes.streams else 0,
+        "states": passed[Phase.SWEEP],
+        "trials": passed[Phase.TRIALS],
+        "dense states": 2 * dense_bytes(sizes) if layout.dense == "disk" else 0,
+        "refit states": passed[Phase.REFIT_SWEEP],
+        "statistics": 2 * _panels(sizes),
+        "refitted": 2 * sizes.consumers * sizes.stored_item,
+        "result": bytes_after,
+    }
 
 
-def refit_states(shape: Shape) -> int:
-    """Of the windows of the refit sweep."""
-    return shape.refits * shape.hidden * shape.item
+def scratch_room(sizes: Sizes, layout: Layout, rooms: Rooms) -> int:
+    """Bytes that what waits in the scratch folder takes at most at once."""
+    if not sizes.writes:
+        return 0
+    needed = {phase: demand.waiting for phase, demand in demands(sizes, layout).items() if demand.waiting}
+    # The boundary that is saved and the one that replaces it. Where states have no room in memory, the one that was
+    # saved last stays beside them.
+    saved = needed | {Phase.SWEEP: 2 * sizes.states(sizes.tokens)}
+    passing = [
+        saved[phase] if spilled(waiting, rooms.get(phase, Room())) == 0 else waiting + saved[phase] // 2
+        for phase, waiting in needed.items()
+    ]
+    dense = dense_bytes(sizes) if layout.dense == "disk" else 0
+    return max(passing, default=0) + dense + _panels(sizes) + sizes.consumers * sizes.stored_item
 
 
-def trial_states(shape: Shape) -> int:
-    """Of one trial cut."""
-    return shape.trials * shape.hidden * shape.item
+def _panels(sizes: Sizes) -> int:
+    """Gram matrices in float32, a panel of rows at a time as far as the diagonal."""
+    if not sizes.config.collects_gram:
+        return 0
+    widths: Sequence[int] = [structure.width for structure in sizes.structures]
+    panels = [(start, min(start + PANEL_ROWS, m)) for m in widths for start in range(0, m, PANEL_ROWS)]
+    return sum(4 * (stop - start) * stop for start, stop in panels)

@@ -31,9 +31,13 @@ class Record(Enum):
         return f"{self.value}_{layer:04d}{f'_{part}' if part else ''}"
 
 
+OF_THE_RUN = (Record.WINDOWS, Record.WRITTEN, Record.RATIOS)
+
+
 def names_of(*kinds: Record) -> "re.Pattern[str]":
     """What the names of all records of these kinds match."""
-    return re.compile(rf"({'|'.join(kind.value for kind in kinds)})(_\d{{4,}}(_[\w.]+)?)?")
+    whole = [kind.value if kind in OF_THE_RUN else rf"{kind.value}_\d{{4,}}(_[\w.]+)?" for kind in kinds]
+    return re.compile("|".join(whole))
 
 
 ANY = names_of(*Record)

@@ -8,7 +8,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from minisp.config import MinifyConfig
-from minisp.plan import costs
+from minisp.phases import saliency
+from minisp.phases.sizes import sizes_of
 from minisp.plan.layout import Layout
 
 
@@ -33,7 +34,11 @@ def test_the_work_of_the_sweep_is_what_the_planner_counts(budget: Any, case: int
     segments = -(-model.config.num_hidden_layers // found.segment)
     layout = Layout(segment=found.segment, num_slots=2, stream_vocabulary=False, peaks={})
     counted = budget.work(found.size, segments)
-    planned = costs.sweep_flops(model, config, layout, 0.0, 1)
+    sizes = sizes_of(
+        model, config=config, ranks=1, batch_tokens=512, item=2, stored_item=2, tokenizer=0, autograd=0, kept=1,
+        logits=0, loaded=False, streams=True, writes=True,
+    )  # fmt: skip
+    planned = saliency.demand(sizes, layout).flops
     assert counted["products"] + counted["Gram"] == pytest.approx(planned, rel=1e-3)
 
 

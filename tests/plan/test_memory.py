@@ -2,6 +2,7 @@
 
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,18 +10,20 @@ import torch
 from torch import Tensor
 
 from minisp import fast
-from minisp.config import parse_size
+from minisp.config import MinifyConfig, parse_size
 from minisp.errors import CheckpointError, ConfigError
 from minisp.models.loader import Loader
 from minisp.models.objective import Objective
 from minisp.models.skeleton import frozen
 from minisp.models.stream import Stream
+from minisp.models.structures import Structure
 from minisp.phases.batches import Batches
+from minisp.phases.refit import dense_bytes
 from minisp.phases.run import Phase, Run
 from minisp.phases.saliency import saliency_sweep
+from minisp.phases.sizes import Sizes
 from minisp.plan.layout import choose_layout
-from minisp.plan.rooms import dense_bytes, make_rooms, writes_behind
-from minisp.plan.shape import Shape
+from minisp.plan.rooms import make_rooms, writes_behind
 from minisp.store.checkpoint import Checkpoint
 from minisp.store.files import WriteBehind
 from tests.tiny import LAYERS, MODEL_TYPES, VOCABULARY, save_checkpoint, tiny_model
@@ -29,10 +32,12 @@ CPU = torch.device("cpu")
 WINDOWS = torch.arange(5 * 16).reshape(5, 16) * 37 % VOCABULARY
 
 # Llama 3B: 28 layers of 101M parameters, 128256 tokens, bfloat16.
-LARGE = Shape(
-    num_layers=28, hidden=3072, width=8192, vocabulary=128256, layer=100_667_392, vocabulary_weights=394_002_432,
-    outside=3072, tokenizer=0, tokens=4096, batch_tokens=512, item=2, stored_item=2, autograd=61_552, kept=8064,
-    gram=True, trials=2048, refits=4096, corrects=True, logits=48 * 2**20, loaded=False, streams=True, writes=True,
+LARGE = Sizes(
+    num_layers=28, hidden=3072, vocabulary=128256, layer=100_667_392, inside=28 * 100_667_392,
+    structures=tuple(Structure(layer, "mlp", 8192, 1, (), "down", 3 * 3072) for layer in range(28)),
+    vocabulary_weights=394_002_432, outside=3072, tokenizer=0, config=MinifyConfig(num_windows=8), ranks=1,
+    batch_tokens=512, item=2, stored_item=2, autograd=61_552, kept=8064, logits=48 * 2**20, loaded=False, streams=True,
+    writes=True,
 )  # fmt: skip
 
 
@@ -48,9 +53,11 @@ def test_a_layout_fits_its_limit_and_more_memory_is_never_slower() -> None:
 
 
 def test_the_peak_depends_neither_on_layers_nor_on_tokens() -> None:
-    values = vars(LARGE)
-    for key, factor in (("num_layers", 4), ("tokens", 100)):
-        larger = Shape(**{**values, key: values[key] * factor})
+    deeper = tuple(Structure(layer, "mlp", 8192, 1, (), "down", 3 * 3072) for layer in range(4 * 28))
+    for larger in (
+        replace(LARGE, num_layers=4 * 28, structures=deeper),
+        replace(LARGE, config=MinifyConfig(num_windows=800)),
+    ):
         assert choose_layout(larger, int(1.6e9), 1, "Limit").peak == choose_layout(LARGE, int(1.6e9), 1, "Limit").peak
 
 
@@ -115,7 +122,7 @@ def test_a_streamed_vocabulary_gives_the_same_statistics(
 ) -> None:
     # Blocks of 5 rows of the vocabulary, two micro-batches for the head at once.
     monkeypatch.setattr("minisp.models.vocabulary.BLOCK_BYTES", 4 * 60 * 5)
-    monkeypatch.setattr("minisp.phases.saliency.HEAD_TOKENS", 64)
+    monkeypatch.setattr("minisp.phases.boundaries.HEAD_TOKENS", 64)
     checkpoint = Checkpoint.open(save_checkpoint(tmp_path, tiny_model(model_type)))
     resident = Stream.from_checkpoint(checkpoint, CPU, torch.float32)
     objective = Objective(label_seed)

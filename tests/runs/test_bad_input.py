@@ -97,7 +97,7 @@ DAMAGED: dict[str, tuple[Change, str]] = {
     "pickles only": (only_pickles, r"expected model\.safetensors.*pickled.*convert them to safetensors"),
 }
 
-FAMILY = r"expected one of gpt2, llama, mistral, opt, qwen2, qwen3, got '{}'\. Pass a model of a known family"
+FAMILY = r"expected one of cohere2, gemma, .*, starcoder2, got '{}'\. Pass a model of a known family"
 QUANTISED = r"expected plain floating-point weights, got quantised ones \({}\)\. Dequantise"
 ELEMENT = r"expected an element type among F64, F32, .*got {}\. Convert"
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from minisp import fast
 from minisp.methods.selection import select
+from minisp.phases import decide
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,7 +31,7 @@ def test_a_record_holds_and_another_result_is_seen(golden: Any, monkeypatch: pyt
     # Through JSON, as a file would return it.
     record = json.loads(json.dumps({"machine": golden.machine(), "weights": found}))
     assert golden.check(record, golden.all_digests(("gpt2",))) == []
-    monkeypatch.setattr(fast, "select", lambda scores, widths: select([-s for s in scores], widths))
+    monkeypatch.setattr(decide, "select", lambda scores, widths: select([-s for s in scores], widths))
     assert golden.check(record, golden.all_digests(("gpt2",))) == [f"differs: {name}" for name in sorted(found)]
 
 

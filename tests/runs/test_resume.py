@@ -53,7 +53,7 @@ def test_statistics_are_reused_for_other_ratios_without_a_sweep(
     assert reused.calibration == ("4 windows of 32 tokens from the given tokens",)
     left = sorted(path.name for path in work.iterdir())
     assert [name for name in left if name.endswith(".data")] == [
-        *(f"statistics_{layer:04d}.data" for layer in range(LAYERS)),
+        *(f"statistics_{layer:04d}_mlp.data" for layer in range(LAYERS)),
         "windows.data",
     ]
 
@@ -190,12 +190,12 @@ def test_a_sweep_over_the_first_segment_goes_on_in_its_middle(
 
 def test_a_damaged_record_is_computed_anew(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "whole", correct_drift=False)
-    interrupted(source, tmp_path / "out", "reconstruction", correct_drift=False)
-    torn = tmp_path / ".out.scratch" / "statistics_0001.data"
+    interrupted(source, tmp_path / "out", "refit", correct_drift=False)
+    torn = tmp_path / ".out.scratch" / "statistics_0001_mlp.data"
     data = bytearray(torn.read_bytes())
     data[len(data) // 2] ^= 1
     torn.write_bytes(data)
-    with pytest.warns(UserWarning, match="statistics_0001 is damaged; statistics_0001 will be computed anew"):
+    with pytest.warns(UserWarning, match="statistics_0001_mlp is damaged; statistics_0001_mlp will be computed anew"):
         run(source, tmp_path / "out", correct_drift=False, resume=True)
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
@@ -285,7 +285,7 @@ def test_a_record_exists_only_when_it_is_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "says"), [("_select", "{folder}: the same command with --resume"), ("plan", "was left.")]
+    ("step", "says"), [("decide", "{folder}: the same command with --resume"), ("plan", "was left.")]
 )
 def test_an_interrupted_command_names_the_folder_if_something_waits_there(
     step: str, says: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
