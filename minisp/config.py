@@ -7,7 +7,7 @@ from minisp.errors import ConfigError
 
 SaliencyScore = Literal["taylor", "fisher", "signed"]
 Widths = Literal["per-layer", "uniform"]
-Labels = Literal["text", "sampled"]
+Labels = Literal["text", "sampled", "both"]
 Allocation = Literal["score", "measured"]
 RefitOn = Literal["dense", "pruned"]
 Shrinkage = Literal["original", "zero"]
@@ -23,7 +23,8 @@ class MinifyConfig:
         keep: fraction of MLP units kept over all layers, in (0, 1]; a budget that rounding never exceeds.
         saliency: score of a unit from p = x·g per token t: `taylor` mean |p|, `fisher` mean p², `signed` |mean p|.
         labels: of the loss whose gradient g is: `text`, the calibration text's next tokens; `sampled`, one drawn from
-            the model's own distribution for each token (the true Fisher information instead of the empirical one).
+            the model's own distribution for each token (the true Fisher information instead of the empirical one);
+            `both`, the sum of the two in one backward pass.
         widths: `per-layer` lets one global ranking set every layer's width; `uniform` gives all layers the same.
         allocation: what widths per layer follow: `score`, the scores as they are; `measured`, the scores of each layer
             scaled by what a trial cut of it does to the model's output.
@@ -58,9 +59,9 @@ class MinifyConfig:
 
     keep: float = 0.8
     saliency: SaliencyScore = "fisher"
-    labels: Labels = "text"
+    labels: Labels = "both"
     widths: Widths = "per-layer"
-    allocation: Allocation = "measured"
+    allocation: Allocation = "score"
     alignment: int | None = None
     min_keep: float = 0.1
     refit_on: RefitOn = "dense"

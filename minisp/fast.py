@@ -109,7 +109,7 @@ def minify(
         with _timed(seconds, "saliency sweep"):
             tiers.room = made_plan.rooms.get(Phase.SWEEP, Room())
             dense = made_plan.layout.dense is not None and tiers.free_bytes() >= 4 * made_plan.dense_bytes
-            objective = Objective(config.seed if config.labels == "sampled" else None)
+            objective = Objective(config.labels, config.seed)
             gram, segments = config.collects_gram, made_plan.segments
             saliency_sweep(stream, batches, segments, run, objective=objective, gram=gram, dense=dense)
             stream.release(made_plan.layout.layer_slots)

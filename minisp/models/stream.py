@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisp import ops
 from minisp.device import trim_memory
 from minisp.errors import CheckpointError
 from minisp.models.calls import EnoughError, LayerCall, Stub, same_calls
@@ -234,6 +233,7 @@ class Stream:
         """
         ids = ids.to(self.device)
         numbers = objective.numbers(ids)
+        signs = objective.signs(numbers)
         gradient = torch.zeros_like(hidden)
         step = hidden.shape[1]
         if self.vocabulary is None:
@@ -246,12 +246,9 @@ class Stream:
             with self._stubs(partial(self._hand_over, chunk)), torch.enable_grad():
                 leaving = self._leaving(ids[:, start:stop])
             if self.vocabulary is None:
-                targets = objective.labels(leaving.detach(), targets, drawn)
-                chunk_loss, grad_leaving = ops.cross_entropy_gradient(leaving.detach(), targets)
+                chunk_loss, grad_leaving = objective.gradient(leaving.detach(), targets, drawn, signs)
             else:
-                flat = leaving.detach().reshape(-1, leaving.shape[-1])
-                chunk_loss, grad_flat = self.vocabulary.loss_gradient(flat, targets, drawn)
-                grad_leaving = grad_flat.view_as(leaving).to(leaving.dtype)
+                chunk_loss, grad_leaving = self.vocabulary.loss_gradient(leaving.detach(), targets, drawn, signs)
             gradient[:, start:stop] = torch.autograd.grad(leaving, chunk, grad_leaving)[0]
             loss += chunk_loss
         return loss, gradient

@@ -67,24 +67,45 @@ class StreamedVocabulary:
         embedding.forward = self._look_up
         head.forward = self._enter_head
 
-    def loss_gradient(self, hidden: Tensor, targets: Tensor, drawn: Tensor | None = None) -> tuple[float, Tensor]:
+    def loss_gradient(
+        self, hidden: Tensor, targets: Tensor, drawn: Tensor | None = None, signs: Tensor | None = None
+    ) -> tuple[float, Tensor]:
         """Summed negative log likelihood (nats), and its gradient with respect to the head's input.
 
         Args:
-            hidden: h (T, d).
-            targets: int64 labels of the T tokens, in any shape.
-            drawn: in the same shape, numbers in [0, 1): the labels are then drawn by them, see `minisp.ops.sampling`.
+            hidden: h (B, L, d).
+            targets: (B, L) int64, labels of the text.
+            drawn: (B, L) numbers in [0, 1): the labels are drawn by them, see `minisp.ops.sampling`.
+            signs: (B,) ±1 of each window: the gradient for drawn labels is added to that of the text, with this sign.
 
         Returns:
-            The loss, and the gradient (T, d) float32.
+            The loss, of the text where there are signs, and the gradient (B, L, d) in the dtype of `hidden`.
         """
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        lse = self._normaliser(flat)
+        of_text = drawn is None or signs is not None
+        loss, gradient = self._gradient(flat, lse, targets, None) if of_text else (0.0, flat.new_zeros(()))
+        if drawn is not None:
+            other_loss, other = self._gradient(flat, lse, targets, drawn)
+            if signs is None:
+                loss, gradient = other_loss, other
+            else:
+                gradient += other * signs.repeat_interleave(hidden.shape[1])[:, None]
+        return loss, gradient.view_as(hidden).to(hidden.dtype)
+
+    def _normaliser(self, hidden: Tensor) -> Tensor:
+        """lse (T,) float32 for the head's inputs (T, d)."""
         maximum = hidden.new_full((len(hidden),), float("-inf"), dtype=torch.float32)
-        total, loss = torch.zeros_like(maximum), torch.zeros_like(maximum)
+        total = torch.zeros_like(maximum)
         for _, rows in self._blocks(len(hidden)):
             maximum, _ = _raise_maximum(self._logits(hidden @ rows.T), maximum, total)
-        lse = maximum + total.log_()
+        return maximum + total.log_()
+
+    def _gradient(self, hidden: Tensor, lse: Tensor, targets: Tensor, drawn: Tensor | None) -> tuple[float, Tensor]:
+        """The loss, and the gradient (T, d) float32, for labels of one kind."""
         labels = _Labels(targets.reshape(-1), None if drawn is None else drawn.reshape(-1), self._num_rows)
         gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        loss = torch.zeros_like(lse)
         for start, rows in self._blocks(len(hidden)):
             product = hidden @ rows.T
             share = self._logits(product).sub_(lse[:, None]).exp_()

@@ -56,9 +56,10 @@ def plan_table(plan: Plan, seconds: float | None = None) -> Table:
     damping = "by cross-validation" if config.damping == "auto" else f"= {config.damping:g}"
     drift = ", drift corrected" if config.corrects else ""
     refit = f"ridge λ {damping} on the {config.refit_on} model{drift}" if config.reconstruct else "slicing only"
+    labels = {"text": "", "sampled": ", labels drawn by the model", "both": ", labels of the text and drawn ones"}
     table.add_row(
         "method",
-        f"{config.saliency} saliency{', labels drawn by the model' if config.labels == 'sampled' else ''}, {refit}",
+        f"{config.saliency} saliency{labels[config.labels]}, {refit}",
     )
     layout = plan.layout
     held = f"{len(plan.segments)} segment(s) of {len(plan.segments[0])} layer(s)"

@@ -65,7 +65,7 @@ def test_the_gradient_over_many_draws_is_none() -> None:
     _, of_text = stream.loss_gradient(hidden, ids, Objective())
     total = torch.zeros_like(of_text)
     for seed in range(200):
-        total += stream.loss_gradient(hidden, ids, Objective(seed))[1]
+        total += stream.loss_gradient(hidden, ids, Objective("sampled", seed))[1]
     assert (total / 200).norm() < 0.2 * of_text.norm()
 
 
@@ -78,3 +78,31 @@ def test_minify_takes_labels_of_either_kind() -> None:
             kept[labels, seed] = [layer.tolist() for layer in report.kept]
     assert kept["text", 0] == kept["text", 1]
     assert kept["sampled", 0] != kept["sampled", 1] != kept["text", 0]
+
+
+def test_both_kinds_of_labels_add_up_in_one_pass() -> None:
+    """Over the signs of a window, the square of the joint gradient is the sum of the squares of either kind."""
+    logits = torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(0))
+    following = torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(1))
+    both, numbers = Objective("both", 3), torch.rand(2, 5, generator=torch.Generator().manual_seed(2))
+    text_loss, of_text = Objective().gradient(logits, following, None, None)
+    _, of_drawn = Objective("sampled", 3).gradient(logits, following, numbers, None)
+    found = []
+    for sign in (1.0, -1.0):
+        loss, gradient = both.gradient(logits, following, numbers, torch.tensor([sign, -sign]))
+        assert loss == text_loss
+        torch.testing.assert_close(gradient[0], of_text[0] + sign * of_drawn[0])
+        torch.testing.assert_close(gradient[1], of_text[1] - sign * of_drawn[1])
+        found.append(gradient)
+    mean = (found[0].square() + found[1].square()) / 2
+    torch.testing.assert_close(mean, of_text.square() + of_drawn.square())
+
+
+def test_the_signs_of_windows_are_their_own_and_balanced() -> None:
+    ids = torch.arange(4000).reshape(1000, 4)
+    both = Objective("both", 5)
+    signs = both.signs(both.numbers(ids))
+    assert signs is not None and set(signs.tolist()) == {-1.0, 1.0} and abs(float(signs.mean())) < 0.1
+    part = both.signs(both.numbers(ids[10:20]))
+    assert part is not None and torch.equal(part, signs[10:20])
+    assert Objective("sampled", 5).signs(Objective("sampled", 5).numbers(ids)) is None

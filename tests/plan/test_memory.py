@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minisp import fast
-from minisp.config import MinifyConfig, parse_size
+from minisp.config import Labels, MinifyConfig, parse_size
 from minisp.errors import CheckpointError, ConfigError
 from minisp.models.loader import Loader
 from minisp.models.objective import Objective
@@ -115,17 +115,17 @@ def statistics(stream: Stream, segment: int, objective: Objective) -> list[tuple
     return [(record.saliency, record.gram) for record in found if record.gram is not None]
 
 
-@pytest.mark.parametrize("label_seed", [None, 7])
+@pytest.mark.parametrize("labels", ["text", "sampled", "both"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_a_streamed_vocabulary_gives_the_same_statistics(
-    model_type: str, label_seed: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_type: str, labels: Labels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Blocks of 5 rows of the vocabulary, two micro-batches for the head at once.
     monkeypatch.setattr("minisp.models.vocabulary.BLOCK_BYTES", 4 * 60 * 5)
     monkeypatch.setattr("minisp.phases.boundaries.HEAD_TOKENS", 64)
     checkpoint = Checkpoint.open(save_checkpoint(tmp_path, tiny_model(model_type)))
     resident = Stream.from_checkpoint(checkpoint, CPU, torch.float32)
-    objective = Objective(label_seed)
+    objective = Objective(labels, 7)
     held = statistics(resident, LAYERS, objective)
     stream = Stream.from_checkpoint(checkpoint, CPU, torch.float32, num_slots=2, stream_vocabulary=True)
     assert stream.model.get_input_embeddings().weight.is_meta

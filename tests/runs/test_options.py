@@ -10,6 +10,7 @@ from minisp import fast
 from minisp.config import MinifyConfig
 from minisp.methods.damping import DECADES
 from minisp.methods.selection import Candidate, allocate
+from minisp.models.objective import Objective
 from minisp.models.skeleton import frozen
 from minisp.models.stream import Stream
 from minisp.ops import portable
@@ -88,6 +89,22 @@ def test_labels_that_the_model_draws(seed: int, dense: list[Passed]) -> None:
     other = observed(tiny_model("llama"), IDS, label_seed=seed + 1)
     assert wanted != text
     assert wanted != kept_by([score("fisher", layer.x, layer.gradient) for layer in other], [28] * LAYERS)
+
+
+def test_labels_of_both_kinds_lie_between_them(dense: list[Passed]) -> None:
+    scores = {}
+    for labels in ("text", "sampled", "both"):
+        stream, run_ = Stream.from_module(tiny_model("llama")), Run.in_memory()
+        with frozen(stream.model):
+            objective = Objective(labels)  # type: ignore[arg-type]
+            saliency_sweep(
+                stream, Batches.scoring(IDS.split(4)), [range(LAYERS)], run_, objective=objective, gram=False
+            )
+        scores[labels] = torch.cat([run_.statistics(x, gram=False).score("fisher") for x in stream.structures])
+    wanted = scores["text"] + scores["sampled"]
+    # The cross term's mean over few windows is not yet zero.
+    assert float((scores["both"] - wanted).norm() / wanted.norm()) < 0.35
+    assert float(torch.corrcoef(torch.stack([scores["both"], wanted]))[0, 1]) > 0.95
 
 
 def trial(dense: list[Passed], layer: int) -> tuple[float, float]:
