@@ -67,7 +67,7 @@ def allocate_widths(scores: list[Tensor], alignment: int) -> list[int]:
 @pytest.mark.parametrize("widths", ["per-layer", "uniform"])
 @pytest.mark.parametrize("saliency", ["taylor", "fisher", "signed"])
 def test_saliency_and_widths(saliency: str, widths: str, dense: list[Passed]) -> None:
-    _, report = run(saliency=saliency, widths=widths, allocation="score", correct_drift=False)
+    _, report = run(saliency=saliency, widths=widths, labels="text", correct_drift=False)
     scores = [score(saliency, layer.x, layer.gradient) for layer in dense]
     wanted = [28] * LAYERS if widths == "uniform" else allocate_widths(scores, 4)
     assert widths_of(report) == wanted
@@ -133,7 +133,7 @@ def test_measured_widths_follow_trial_cuts(dense: list[Passed]) -> None:
     assert found == pytest.approx(wanted, rel=1e-3)
     assert max(wanted) > 1.1 * min(wanted)
     # A run takes them, and allocation by score alone does not.
-    measured, by_score = (run(allocation=name, alignment=1)[1] for name in ("measured", "score"))
+    measured, by_score = (run(allocation=name, alignment=1, labels="text")[1] for name in ("measured", "score"))
     scaled = [s * ratio for s, ratio in zip(scores, wanted, strict=True)]
     assert widths_of(measured) == allocate_widths(scaled, 1)
     assert widths_of(by_score) == allocate_widths(scores, 1)

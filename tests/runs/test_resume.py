@@ -22,7 +22,7 @@ from minisp.store.records import Folder
 from tests.tiny import LAYERS, save_checkpoint, tiny_model
 
 WINDOWS = torch.arange(128).reshape(4, 32) * 37 % 64
-OPTIONS: dict[str, Any] = {"dtype": "float32", "segment": 1, "batch": 1}
+OPTIONS: dict[str, Any] = {"dtype": "float32", "segment": 1, "batch": 1, "allocation": "measured"}
 
 
 @pytest.fixture(scope="module")
