@@ -44,6 +44,8 @@ from minisp.store.hub import load_tokenizer, local_folder
 from minisp.store.tiers import Room, Tiers
 from minisp.store.writer import check_output, output_folder
 
+__all__ = ["minify", "plan", "MinifyReport", "Plan"]
+
 
 def minify(
     model: str | Path | nn.Module,

@@ -1,4 +1,12 @@
-"""Counts and sizes as people read them."""
+"""Counts, sizes and tables as people read them."""
+
+from collections.abc import Sequence
+from io import StringIO
+
+from rich.console import Console
+from rich.table import Table
+
+TEXT_COLUMNS = 100
 
 
 def millions(count: int) -> str:
@@ -13,3 +21,14 @@ def megabytes(size: int) -> str:
     if size >= 1e9:
         return f"{size / 1e9:.2f} GB"
     return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e3:,.0f} kB"
+
+
+def as_text(table: Table, lines: Sequence[str] = ()) -> str:
+    """A table and the lines below it as plain text of at most `TEXT_COLUMNS` columns, for `str` and `print`."""
+    stream = StringIO()
+    # Colours and a notebook's HTML are for a console that shows itself; this one fills a string.
+    console = Console(file=stream, width=TEXT_COLUMNS, color_system=None, force_terminal=False, force_jupyter=False)
+    console.print(table)
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())

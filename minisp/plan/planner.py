@@ -19,9 +19,11 @@ from minisp.plan.costs import disk_traffic, scratch_room, solve_flops, sweep_flo
 from minisp.plan.layout import Layout, choose_layout, staging
 from minisp.plan.rooms import HEAL, dense_bytes, make_rooms, passage_bytes, waiting_bytes, writes_behind
 from minisp.plan.shape import Shape, shape_of
+from minisp.plan.table import plan_table
 from minisp.store.checkpoint import DTYPE_OF, Checkpoint
 from minisp.store.tiers import Room
 from minisp.text.calibration import check_window
+from minisp.units import as_text
 
 # Tokens of a micro-batch, the fastest first; the next one is tried where memory is so tight that layers are held in
 # more than a few segments.
@@ -127,6 +129,10 @@ class Plan:
     scratch_bytes: int
     dense_bytes: int
     base_memory: int = field(compare=False)
+
+    def __str__(self) -> str:
+        """The plan's table as text."""
+        return as_text(plan_table(self))
 
     @property
     def num_tokens(self) -> int:

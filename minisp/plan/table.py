@@ -1,16 +1,18 @@
 """A plan as a person sees it, and as JSON."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from rich.markup import escape
 from rich.table import Table
 
 from minisp.device import product_rate
-from minisp.plan.planner import Plan
-from minisp.text.mixture import WRITTEN_SHARE
+from minisp.text.mixture import WRITTEN_SHARE, Shares
 from minisp.units import megabytes, millions
+
+Plan: TypeAlias = Any
+"""A `minisp.plan.planner.Plan`, whose `str` is this table: importing it here would close a circle of imports."""
 
 # Share of the rate of large matrix products that sweeps and solves reach: between 0.4 and 0.6 where it was measured.
 REACHED = 0.5
@@ -27,19 +29,28 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     return values
 
 
-def expected_seconds(plan: Plan) -> float:
-    """About how long a run computes, from the rates of matrix products measured here and now."""
+def expected_seconds(plan: Plan, shares: Shares | None = None) -> float:
+    """About how long a run computes, in seconds, from the rates of matrix products measured here and now.
+
+    Args:
+        shares: of the windows, for the text that the run will have; None where nobody knows the text yet.
+    """
     device = torch.device(plan.device)
     rate = product_rate(device, getattr(torch, plan.dtype))
     seconds = (plan.flops / rate + plan.solve_flops / product_rate(device, torch.float32)) / REACHED
     if plan.writes_text:
-        written = WRITTEN_SHARE * plan.config.generic * plan.num_tokens
-        seconds += 2 * plan.parameters * written / rate / WRITING_REACHES
-    return seconds
+        share = WRITTEN_SHARE * plan.config.generic if shares is None else shares.written
+        seconds += 2 * plan.parameters * share * plan.num_tokens / rate / WRITING_REACHES
+    return float(seconds)
 
 
-def plan_table(plan: Plan, seconds: float | None = None) -> Table:
-    """The plan as a table for the terminal; `seconds` that the computation is expected to take, where known."""
+def plan_table(plan: Plan, seconds: float | None = None, shares: Shares | None = None) -> Table:
+    """The plan as a table for the terminal.
+
+    Args:
+        seconds: that the computation is expected to take, see `expected_seconds`; None leaves the time out.
+        shares: of the windows, for the text that the run will have; None where nobody knows the text yet.
+    """
     config = plan.config
     table = Table(title=escape(f"Plan: {plan.model} ({plan.model_type})"), show_header=False, title_justify="left")
     table.add_column(style="bold")
@@ -51,7 +62,7 @@ def plan_table(plan: Plan, seconds: float | None = None) -> Table:
     table.add_row("keep", f"{config.keep:.0%}: {units}, {config.widths} widths, multiples of {plan.alignment}")
     table.add_row("parameters", f"{millions(plan.parameters)} → at most {millions(plan.parameters_after)}")
     table.add_row("weights", f"{megabytes(plan.bytes)} → at most {megabytes(plan.bytes_after)}")
-    for place, line in enumerate(_calibration(plan)):
+    for place, line in enumerate(_calibration(plan, shares)):
         table.add_row("" if place else "calibration", line)
     damping = "by cross-validation" if config.damping == "auto" else f"= {config.damping:g}"
     refit = f"ridge λ {damping} on {config.inputs} inputs" if config.reconstruct else "slicing only"
@@ -89,14 +100,16 @@ def plan_table(plan: Plan, seconds: float | None = None) -> Table:
     return table
 
 
-def _calibration(plan: Plan) -> list[str]:
+def _calibration(plan: Plan, shares: Shares | None) -> list[str]:
     """How much text, and what of it is generic, a line each."""
     config = plan.config
     some = f", saliency on {config.saliency_windows} of them" if config.saliency_windows else ""
     lines = [f"{config.num_windows} windows of {config.window} tokens ({plan.num_tokens:,}){some}"]
-    if config.generic:
+    generic = config.generic if shares is None else shares.generic
+    if generic:
         parts = "Python's documentation and code; the model, which is not in memory whole, writes none"
         if plan.writes_text:
             parts = "half written by the model, one token after the other, half Python's documentation and code"
-        lines.append(f"{config.generic:.0%} of them generic, unless the text names builtin sources: {parts}")
+        unless = ", unless the text names builtin sources" if shares is None else ""
+        lines.append(f"{generic:.0%} of them generic{unless}: {parts}")
     return lines
