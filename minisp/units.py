@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from io import StringIO
+from textwrap import wrap
 
 from rich.console import Console
 from rich.table import Table
@@ -24,11 +25,15 @@ def megabytes(size: int) -> str:
 
 
 def as_text(table: Table, lines: Sequence[str] = ()) -> str:
-    """A table and the lines below it as plain text of at most `TEXT_COLUMNS` columns, for `str` and `print`."""
+    """A table and the lines below it as plain text of at most `TEXT_COLUMNS` columns, for `str` and `print`.
+
+    A path longer than that keeps its line to itself, so that it can be copied.
+    """
     stream = StringIO()
     # Colours and a notebook's HTML are for a console that shows itself; this one fills a string.
     console = Console(file=stream, width=TEXT_COLUMNS, color_system=None, force_terminal=False, force_jupyter=False)
     console.print(table)
+    shown = [line.rstrip() for line in stream.getvalue().splitlines()]
     for line in lines:
-        console.print(line, markup=False, highlight=False)
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+        shown += wrap(line, TEXT_COLUMNS, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(shown)
