@@ -1,4 +1,4 @@
-"""What a person sees: progress while it runs, the plan before, the table and the plot after; and the same as JSON."""
+"""What a person sees: progress while it runs, the table and the plot after; and the same as JSON."""
 
 import json
 import resource
