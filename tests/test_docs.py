@@ -134,6 +134,14 @@ def test_options_that_a_page_names_exist(page: Path) -> None:
             split_options(**{option[1]: ast.literal_eval(option[2])})
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    folders = "benchmarks|csrc|docs|kernels|minisp|tests"
+    for piece in code(page):
+        for path in re.findall(rf"(?:^|\s)((?:{folders})/[\w./-]*)", piece):
+            assert (ROOT / path).exists(), path
+
+
 def test_the_pages_name_options_to_check() -> None:
     pieces = [piece for page in PAGES for piece in code(page)]
     assert any(piece.startswith("minisp minify ") for piece in pieces)
