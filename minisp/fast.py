@@ -32,7 +32,8 @@ from minisp.phases.decide import decide
 from minisp.phases.refit import refit_structures
 from minisp.phases.run import Phase, Progress, Run
 from minisp.phases.saliency import saliency_sweep
-from minisp.plan.planner import Plan, Source, make_plan
+from minisp.plan.plan import Plan
+from minisp.plan.planner import Source, make_plan
 from minisp.ranks import Ranks, joined
 from minisp.report.report import MinifyReport, make_report, progress_bar
 from minisp.store.checkpoint import Checkpoint
@@ -40,6 +41,8 @@ from minisp.store.claim import open_scratch
 from minisp.store.hub import load_tokenizer, local_folder
 from minisp.store.tiers import Room, Tiers
 from minisp.store.writer import check_output, output_folder
+
+__all__ = ["minify", "plan", "MinifyReport", "Plan"]
 
 
 def minify(

@@ -1,4 +1,13 @@
-"""Counts and sizes as people read them."""
+"""Counts, sizes and tables as people read them."""
+
+from collections.abc import Sequence
+from io import StringIO
+from textwrap import wrap
+
+from rich.console import Console
+from rich.table import Table
+
+TEXT_COLUMNS = 100
 
 
 def millions(count: int) -> str:
@@ -13,3 +22,18 @@ def megabytes(size: int) -> str:
     if size >= 1e9:
         return f"{size / 1e9:.2f} GB"
     return f"{size / 1e6:.0f} MB" if size >= 1e7 else f"{size / 1e3:,.0f} kB"
+
+
+def as_text(table: Table, lines: Sequence[str] = ()) -> str:
+    """A table and the lines below it as plain text of at most `TEXT_COLUMNS` columns, for `str` and `print`.
+
+    A path longer than that keeps its line to itself, so that it can be copied.
+    """
+    stream = StringIO()
+    # Colours and a notebook's HTML are for a console that shows itself; this one fills a string.
+    console = Console(file=stream, width=TEXT_COLUMNS, color_system=None, force_terminal=False, force_jupyter=False)
+    console.print(table)
+    shown = [line.rstrip() for line in stream.getvalue().splitlines()]
+    for line in lines:
+        shown += wrap(line, TEXT_COLUMNS, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(shown)

@@ -1,28 +1,29 @@
 """The command line: a thin layer over `minisp.fast`, `minisp.evaluate.perplexity` and `minisp.cli.demo`.
 
-The options of `minify` and `plan` are the fields of `MinifyConfig`, with its documentation as their help.
+The options of `minify` and `plan` beside those that stand here come from `minisp.cli.options`.
 """
 
-import inspect
 import json
 import math
 import os
-import re
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from minisp.cli.options import with_config_options
 from minisp.config import MinifyConfig, Resources, Widths, split_options
 from minisp.errors import MinispError
+
+if TYPE_CHECKING:
+    from minisp.text.mixture import Shares
 
 app = typer.Typer(
     name="minisp",
@@ -44,52 +45,11 @@ CALIBRATION_HELP = (
     "builtin:model (written by the model itself); with a weight as FILE:0.3. Repeat it to mix sources. A share of "
     "generic text (--generic) joins it, unless it names builtin: sources. Default: generic text alone."
 )
+Sources = Annotated[list[str] | None, typer.Option("--calibration", "-c", help=CALIBRATION_HELP, metavar="<source>")]
 TEXT_HELP = (
     "Text file to predict, from its start, or a folder, which stands for its .txt and .jsonl files. Repeat it for more "
     "texts."
 )
-
-
-def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, which takes `**options`, one option per field of `MinifyConfig` and of `Resources`."""
-    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    added = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
-            annotation=_option(field, help_of[field.name], panel),
-        )
-        for record, panel in ((MinifyConfig, "Method and calibration"), (Resources, "Resources"))
-        for help_of in [_documented(record)]
-        for field in fields(record)
-    ]
-    command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
-    return command
-
-
-def _documented(record: type) -> dict[str, str]:
-    """What the docstring of a record says about each of its fields."""
-    text = inspect.cleandoc(record.__doc__ or "").replace("\n    ", "\n        ")
-    parts = re.split(r"\n {8}(\w+): ", text)
-    return {name: " ".join(part.split("\n\n")[0].split()) for name, part in zip(parts[1::2], parts[2::2], strict=True)}
-
-
-def _option(field: Field[Any], text: str, panel: str) -> Any:
-    if field.name == "damping":
-        option = typer.Option(help=text, rich_help_panel=panel, parser=_number_or_word, metavar="FLOAT|auto")
-        return Annotated[Any, option]
-    if isinstance(field.default, bool) and not field.default:
-        return Annotated[bool, typer.Option(f"--{field.name}", help=text, rich_help_panel=panel)]
-    return Annotated[field.type, typer.Option(help=text, rich_help_panel=panel)]
-
-
-def _number_or_word(text: Any) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return str(text)
 
 
 @app.command(epilog="Example: minisp minify ./llama --keep 0.7 --out ./llama-70 -c wiki.txt:0.5 -c code.jsonl:0.5")
@@ -97,16 +57,15 @@ def _number_or_word(text: Any) -> float | str:
 def minify(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder to write; new or empty.", show_default=False)],
-    calibration: Annotated[list[str] | None, typer.Option("--calibration", "-c", help=CALIBRATION_HELP)] = None,
+    calibration: Sources = None,
     as_json: Json = False,
     quiet: Quiet = False,
     **options: Any,
 ) -> None:
     """Write a smaller copy of a checkpoint."""
     from minisp import fast
-    from minisp.report import report, tables
-    from minisp.text.corpora import parse_source
-    from minisp.text.mixture import check_sources
+    from minisp.plan.plan import plan_table
+    from minisp.report import report
 
     if os.environ.get("RANK", "0") != "0":
         # Of the processes that torchrun starts, one speaks.
@@ -114,26 +73,28 @@ def minify(
     console = Console(stderr=True, quiet=quiet or as_json)
     with _errors(lambda: _left_behind(out, options["scratch"])):
         split_options(**options)
-        sources = [parse_source(source) for source in calibration] if calibration else None
-        check_sources(name for name, _ in sources or ())
-        console.print(tables.plan_table(fast.plan(model, **options)))
+        sources = _sources(calibration)
+        console.print(plan_table(fast.plan(model, **options), shares=_shares(sources, options)))
         with report.progress_bar(quiet, lines=not as_json) as progress:
             result = fast.minify(model, out=out, calibration=sources, progress=progress, **options)
     _show(result.as_dict(), as_json, quiet, report.report_table(result), report.summary_lines(result))
 
 
-@app.command(epilog="Example: minisp plan ./llama --keep 0.7")
+@app.command(epilog="Example: minisp plan ./llama --keep 0.7 -c wiki.txt")
 @with_config_options
-def plan(model: Model, as_json: Json = False, quiet: Quiet = False, **options: Any) -> None:
+def plan(
+    model: Model, calibration: Sources = None, as_json: Json = False, quiet: Quiet = False, **options: Any
+) -> None:
     """Say what minify would do: sizes, work, memory, time. Reads no weights, takes seconds."""
     from minisp import fast
-    from minisp.report import tables
+    from minisp.plan.plan import expected_seconds, plan_dict, plan_table
 
     with _errors():
+        shares = _shares(_sources(calibration), options)
         planned = fast.plan(model, **options)
-        seconds = tables.expected_seconds(planned)
-    values = {**tables.plan_dict(planned), "expected_seconds": seconds}
-    _show(values, as_json, quiet, tables.plan_table(planned, seconds), [])
+        seconds = expected_seconds(planned, shares)
+    values = {**plan_dict(planned), "expected_seconds": seconds}
+    _show(values, as_json, quiet, plan_table(planned, seconds, shares), [])
 
 
 @app.command("eval", epilog="Example: minisp eval ./llama ./llama-70 --text test.txt --text prose/ --window 2048")
@@ -216,6 +177,26 @@ def main() -> None:
     # What a scheduler or torchrun ends stops as cleanly as what a person interrupts.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
+
+
+def _sources(calibration: Sequence[str] | None) -> list[tuple[str, float]] | None:
+    """(name, weight) of every source that the command line names; CalibrationError where a file is not there."""
+    from minisp.text.corpora import parse_source
+    from minisp.text.mixture import check_sources
+
+    if not calibration:
+        return None
+    sources = [parse_source(source) for source in calibration]
+    check_sources(name for name, _ in sources)
+    return sources
+
+
+def _shares(sources: list[tuple[str, float]] | None, options: dict[str, Any]) -> "Shares | None":
+    """The shares of the windows that these sources lead to; None where an earlier run has the text."""
+    from minisp.text.mixture import shares_of
+
+    earlier = sources is None and (options["resume"] or options["reuse"])
+    return None if earlier else shares_of(sources, options["generic"])
 
 
 def _show(values: dict[str, Any], as_json: bool, quiet: bool, table: Table, lines: Sequence[str]) -> None:

@@ -22,11 +22,12 @@ from minisp.evaluate.tables import comparison_lines, comparison_table
 from minisp.models.families import CausalLM
 from minisp.models.skeleton import load_model
 from minisp.phases.run import Progress
+from minisp.plan.plan import plan_table
 from minisp.report.report import MinifyReport, summary_lines
-from minisp.report.tables import plan_table
 from minisp.store.checkpoint import Checkpoint
 from minisp.store.hub import load_tokenizer
 from minisp.store.writer import check_output
+from minisp.text.mixture import shares_of
 
 PROTOCOL = Protocol(window=1024, max_windows=8)
 
@@ -75,7 +76,7 @@ def run_demo(out: Path, config: MinifyConfig, console: Console, progress: Progre
     device = compute_device(config)
     model = load_model(checkpoint, device, compute_dtype(config, device))
     options = config.as_dict()
-    console.print(plan_table(fast.plan(source, **options)))
+    console.print(plan_table(fast.plan(source, **options), shares=shares_of(None, config.generic)))
     report = fast.minify(model, out=out, tokenizer=load_tokenizer(source), progress=progress, **options)
     assert report.out is not None
     tokens = tokenize(source, builtin_texts())

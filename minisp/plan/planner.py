@@ -1,6 +1,6 @@
 """What a run would do, from shapes alone: sizes, work, traffic, memory, and how many layers to hold at once."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -16,12 +16,11 @@ from minisp.models.structures import Structure
 from minisp.ops import implementations
 from minisp.phases.decide import kept_sizes
 from minisp.phases.refit import dense_bytes
-from minisp.phases.run import Phase
 from minisp.phases.sizes import Sizes, sizes_of
 from minisp.plan.layout import Layout, choose_layout, demands, staging
+from minisp.plan.plan import Plan
 from minisp.plan.rooms import disk_traffic, make_rooms, passes_again, scratch_room, writes_behind
 from minisp.store.checkpoint import DTYPE_OF, Checkpoint
-from minisp.store.tiers import Room
 from minisp.text.calibration import check_window
 
 # Tokens of a micro-batch, the fastest first; the next one is tried where memory is so tight that layers are held in
@@ -70,97 +69,6 @@ class Source:
         if self.checkpoint is None:
             return self.dtype.itemsize
         return max(DTYPE_OF[place.dtype].itemsize for place in self.checkpoint.tensors.values())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `minify` would do with this model and config.
-
-    Attributes:
-        config, resources: the options.
-        model: folder, file, hub id, or class name of an in-memory model.
-        model_type: transformers family.
-        widths: width m of every layer before.
-        kept_units: most units kept in all.
-        alignment: widths are multiples of it.
-        parameters, parameters_after: counts; after is an upper bound.
-        parameters_per_unit: what one unit costs.
-        bytes, bytes_after: weights on disk in the stored type; after is an upper bound.
-        batch: calibration windows per micro-batch.
-        segments: layers held together, in forward order.
-        layout: what is held at once, and the memory that it takes by phase.
-        rooms: by phase, bytes of waiting states that stay where it computes, or else in pinned main memory.
-        behind: bytes that may wait for the disk in pinned main memory, where a GPU computes.
-        streams: whether weights stream from disk.
-        device, dtype: where and in what type it computes.
-        implementations: who computes each operation of the engine, see `ops.implementations`.
-        flops: floating-point operations of the sweeps; solve_flops: those of the ridge solves, in float32.
-        traffic: bytes read from and written to disk, by purpose.
-        scratch_bytes: disk that waiting states, statistics and results take at most at once; dense_bytes: what the
-            dense states take of it, which are left out where the disk has less than four times that.
-        base_memory: bytes that the process had before.
-    """
-
-    config: MinifyConfig
-    resources: Resources
-    model: str
-    model_type: str
-    widths: tuple[int, ...]
-    kept_units: int
-    alignment: int
-    parameters: int
-    parameters_after: int
-    parameters_per_unit: int
-    bytes: int
-    bytes_after: int
-    batch: int
-    segments: tuple[range, ...]
-    layout: Layout
-    rooms: dict[Phase, Room]
-    behind: int
-    streams: bool
-    device: str
-    dtype: str
-    implementations: dict[str, str]
-    flops: float
-    solve_flops: float
-    traffic: dict[str, int]
-    scratch_bytes: int
-    dense_bytes: int
-    base_memory: int = field(compare=False)
-
-    @property
-    def phases(self) -> tuple[Phase, ...]:
-        """The phases that run, and of some of them parts that the plan counts apart."""
-        return tuple(self.layout.peaks)
-
-    @property
-    def num_tokens(self) -> int:
-        """Calibration tokens."""
-        return self.config.num_windows * self.config.window
-
-    @property
-    def write_room(self) -> int | None:
-        """Bytes for the caches of what the model writes, beside its weights; None where it writes nothing."""
-        if not self.writes_text:
-            return None
-        sweep = self.layout.peaks[Phase.SWEEP]
-        return sum(sweep.values()) - sweep["weights"] - sweep["embeddings and head"]
-
-    @property
-    def writes_text(self) -> bool:
-        """Whether the model can write text itself: it takes a pass for every token, with all of it in memory."""
-        return len(self.segments) == 1 and not self.layout.stream_vocabulary
-
-    @property
-    def peak_memory(self) -> int:
-        """Expected peak in bytes: of the whole process where a CPU computes, of what is allocated where a GPU does."""
-        return self.layout.peak + (self.base_memory if self.device == "cpu" else 0)
-
-    @property
-    def disk_room(self) -> int:
-        """Bytes that must be free where the scratch folder is; beside the output, both have to find room there."""
-        return self.scratch_bytes - self.dense_bytes + (self.bytes_after if self.resources.scratch is None else 0)
 
 
 def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ranks: int = 1) -> Plan:

@@ -1,1 +1,1 @@
-"""What is said before, during and after a run: plan, progress, table, plot."""
+"""What is said during and after a run: progress, table, plot."""

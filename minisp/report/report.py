@@ -1,4 +1,4 @@
-"""What a person sees: progress while it runs, the plan before, the table and the plot after; and the same as JSON."""
+"""What a person sees: progress while it runs, the table and the plot after; and the same as JSON."""
 
 import json
 import resource
@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from minisp.models.stream import Stream
 from minisp.phases.run import Progress as ProgressFunction
 from minisp.phases.run import Result
-from minisp.plan.planner import Plan
-from minisp.report.tables import plan_dict
+from minisp.plan.plan import Plan, plan_dict
 from minisp.text.calibration import Calibration
-from minisp.units import megabytes, millions
+from minisp.units import as_text, megabytes, millions
 
 SECONDS_PER_LINE = 30.0
 
@@ -81,6 +80,10 @@ class MinifyReport:
     out: Path | None
     load_line: str | None
     model: nn.Module | None = field(repr=False)
+
+    def __str__(self) -> str:
+        """The result's table and the lines below it as text."""
+        return as_text(report_table(self), summary_lines(self))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the kept indices and the model are left out."""

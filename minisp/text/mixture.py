@@ -40,6 +40,28 @@ class Part:
     generic: bool = False
 
 
+@dataclass(frozen=True)
+class Shares:
+    """Of the calibration windows: the share that is generic text, and the share that the model writes, if it can."""
+
+    generic: float
+    written: float
+
+
+def shares_of(sources: Sequence[tuple[str, float]] | None, generic: float) -> Shares:
+    """The shares of `mixture`, before anything is read.
+
+    Args:
+        sources: (name, weight) of every source; None is generic text alone.
+        generic: as for `mixture`.
+    """
+    if sources is None:
+        return Shares(1.0, WRITTEN_SHARE)
+    if not _names_builtin(sources):
+        return Shares(generic, WRITTEN_SHARE * generic)
+    return Shares(0.0, sum(weight for name, weight in sources if name == WRITTEN) / sum(w for _, w in sources))
+
+
 def mixture(source: Any, tokenizer: Any, writer: Draw | None, generic: float) -> list[Part]:
     """The parts of a source, and beside them generic text for a share of the windows.
 

@@ -21,7 +21,7 @@ import minisp
 from minisp import errors, fast
 from minisp.cli.app import app
 from minisp.config import MinifyConfig, Resources
-from minisp.report.tables import plan_dict
+from minisp.plan.plan import plan_dict
 from tests.tiny import WIDTH, save_checkpoint, tiny_model
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -29,9 +29,9 @@ SMALL = ("--window", "32", "--num-windows", "8", "--dtype", "float32")
 CHOICES = {field.name: get_args(field.type) for field in fields(MinifyConfig) if get_origin(field.type) is Literal}
 
 
-def run(*arguments: object) -> Result:
-    # A terminal wide enough that no line is broken.
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "2000"})
+def run(*arguments: object, columns: int = 2000) -> Result:
+    # By default, a terminal wide enough that no line is broken.
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": str(columns)})
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,22 @@ def test_help_shows_every_option_and_an_example(name: str) -> None:
         assert parameter.help.split(";")[0].split("[")[0].strip() in shown
         for flag in parameter.opts if parameter.param_type_name == "option" else ():
             assert flag in shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_in_80_columns_cuts_no_name(name: str) -> None:
+    shown = unstyle(run(name, "--help", columns=80).stdout)
+    assert max(len(line) for line in shown.splitlines()) <= 80
+    for parameter in COMMANDS[name].params:
+        for flag in parameter.opts if parameter.param_type_name == "option" else ():
+            assert re.search(rf"{flag}(?![\w-])", shown), flag
+
+
+@pytest.mark.parametrize("name", ["minify", "plan"])
+@pytest.mark.parametrize("option", CHOICES)
+def test_help_names_every_choice(name: str, option: str) -> None:
+    parameter = next(parameter for parameter in COMMANDS[name].params if parameter.name == option)
+    assert all(choice in parameter.help for choice in CHOICES[option])
 
 
 def test_the_main_help_lists_commands_and_exit_codes() -> None:
@@ -120,6 +136,61 @@ def test_plan_prints_a_table_or_json_or_nothing(model: Path) -> None:
     assert run("plan", model, *SMALL, "--quiet").output == ""
     assert run("plan", model, "--keep", "0.5", *SMALL, "--quiet", "--json").stdout.startswith("{")
     assert sorted(model.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("-c", "TEXT"), "25% of them generic: half written"),
+        (("-c", "TEXT:3", "-c", "builtin:code"), None),
+        ((), "100% of them generic: half written"),
+        (("-c", "TEXT", "--generic", "0"), None),
+        (("--scratch", "SCRATCH", "--reuse"), "25% of them generic, unless the text names builtin sources: half"),
+    ],
+)
+def test_plan_and_minify_say_what_generic_text_joins(
+    arguments: tuple[str, ...], says: str | None, model: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    names = {"TEXT": str(texts[0]), "TEXT:3": f"{texts[0]}:3", "SCRATCH": str(tmp_path / "scratch")}
+    arguments = tuple(names.get(argument, argument) for argument in arguments)
+    planned = run("plan", model, *arguments, *SMALL)
+    assert planned.exit_code == 0
+    minified = run("minify", model, *arguments, "--out", tmp_path / "out", *SMALL)
+    for shown in (planned.stdout, minified.stderr):
+        table = shown[: shown.index("method")]
+        assert "8 windows of 32 tokens (256)" in table
+        assert "generic" not in table if says is None else says in table
+
+
+def test_the_plan_counts_what_the_model_writes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minisp.plan.plan.product_rate", lambda device, dtype: 1e9)
+    found = {}
+    for source in ("builtin:code", "builtin:model:1", "builtin:model"):
+        mixed = ("-c", "builtin:code") if source.endswith("1") else ()
+        planned = run("plan", model, "-c", source, *mixed, *SMALL, "--json")
+        found[source] = json.loads(planned.stdout)["expected_seconds"]
+    half, whole = found["builtin:model:1"] - found["builtin:code"], found["builtin:model"] - found["builtin:code"]
+    assert half > 0 and whole == pytest.approx(2 * half)
+
+
+def test_plan_and_report_print_as_tables(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Neither a terminal's width nor its colours change the text.
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    planned = fast.plan(model, keep=0.5, window=32, num_windows=8, dtype="float32")
+    shown = str(planned)
+    assert shown.startswith("Plan: tiny-llama (llama)") and f"{planned}" == shown and "\x1b" not in shown
+    for row in ("layers", "keep", "calibration", "method", "memory, peak"):
+        assert re.search(rf"^│ {row} +│", shown, re.MULTILINE), row
+    out = tmp_path / ("a" * 120)
+    report = fast.minify(model, keep=0.5, out=out, calibration=torch.randint(64, (8, 32)), dtype="float32")
+    reported = str(report)
+    assert reported.startswith("Result: tiny-llama") and "\x1b" not in reported
+    assert re.search(r"^│ MLP units +│ +144 │ +72 │ 0.500 │$", reported, re.MULTILINE)
+    assert re.search(r"^calibration: 8 windows of 32 tokens", reported, re.MULTILINE)
+    assert f'from_pretrained("{out}",' in reported
+    for line in f"{shown}\n{reported}".splitlines():
+        assert (len(line) <= 100 or str(out) in line) and line == line.rstrip()
 
 
 def test_minify_does_the_whole_job(model: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
@@ -211,6 +282,7 @@ FAILURES: dict[str, tuple[tuple[str, ...], int, str]] = {
     "no such folder": (("plan", "./missing"), 5, r"expected a checkpoint folder.*Check the path"),
     "no such model": (("plan", "nobody/nothing"), 5, r"the hub did not provide it"),
     "eval of no folder": (("eval", "./missing", "--text", "TEXT"), 5, r"expected a checkpoint folder"),
+    "no such text of a plan": (("plan", "MODEL", "-c", "missing.txt"), 6, r"Expected a text file"),
     "no such text": (("minify", "MODEL", "--out", "OUT", "-c", "missing.txt", *SMALL), 6, r"Expected a text file"),
     "weight zero": (("minify", "MODEL", "--out", "OUT", "-c", "TEXT:0", *SMALL), 6, r"finite weight above 0"),
     "eval of no text": (("eval", "MODEL", "--text", "missing.txt"), 6, r"Expected a text file"),

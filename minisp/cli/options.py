@@ -1,0 +1,59 @@
+"""Options of `minify` and `plan`: the fields of `MinifyConfig` and `Resources`, with their documentation as help."""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import Field, fields
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+from minisp.config import MinifyConfig, Resources
+
+
+def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, which takes `**options`, one option per field of `MinifyConfig` and of `Resources`."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    added = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=_option(field, help_of[field.name], panel),
+        )
+        for record, panel in ((MinifyConfig, "Method and calibration"), (Resources, "Resources"))
+        for help_of in [_documented(record)]
+        for field in fields(record)
+    ]
+    command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
+    return command
+
+
+def _documented(record: type) -> dict[str, str]:
+    """What the docstring of a record says about each of its fields."""
+    text = inspect.cleandoc(record.__doc__ or "").replace("\n    ", "\n        ")
+    parts = re.split(r"\n {8}(\w+): ", text)
+    return {name: " ".join(part.split("\n\n")[0].split()) for name, part in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def _option(field: Field[Any], text: str, panel: str) -> Any:
+    if field.name == "damping":
+        option = typer.Option(help=text, rich_help_panel=panel, parser=_number_or_word, metavar="<number>")
+        return Annotated[Any, option]
+    if isinstance(field.default, bool) and not field.default:
+        return Annotated[bool, typer.Option(f"--{field.name}", help=text, rich_help_panel=panel)]
+    if get_origin(field.type) is Literal:
+        # A column of all choices would leave the names of the options no room in 80 columns.
+        choices = get_args(field.type)
+        named = all(f"`{choice}`" in text for choice in choices)
+        text = text if named else f"{text} One of {', '.join(choices)}."
+        return Annotated[field.type, typer.Option(help=text, rich_help_panel=panel, metavar="<word>")]
+    return Annotated[field.type, typer.Option(help=text, rich_help_panel=panel)]
+
+
+def _number_or_word(text: Any) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return str(text)
