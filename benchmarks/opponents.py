@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from minisp.methods.selection import select
 from minisp.methods.statistics import Statistics
-from minisp.models.edits import apply_, edits_of
-from minisp.models.families import decoder_layers, family_of, mlp_weights, structures_of
+from minisp.models.edits import cut_
+from minisp.models.families import decoder_layers, family_of
+from minisp.models.structures import mlp_weights, structures_of
 from minisp.ops.ridge import ridge_solve
 from minisp.phases.run import Run
 
@@ -65,13 +66,13 @@ def look_at(model: Any, run: Run, means: Sequence[Tensor]) -> list[Layer]:
 
 
 @torch.no_grad()
-def cut_(model: Any, cuts: Sequence[Cut]) -> None:
+def cut_model_(model: Any, cuts: Sequence[Cut]) -> None:
     """Cut a dense model in place."""
     family = family_of(model.config)
     layers = decoder_layers(model, family)
     for structure, cut in zip(structures_of(model, family), cuts, strict=True):
         layer = layers[structure.layer]
-        apply_(layer, edits_of(structure, cut.kept, cut.down))
+        cut_(layer, structure, cut.kept, cut.down)
         if cut.bias is not None:
             consumer = layer.get_submodule(structure.consumer)
             consumer.bias = nn.Parameter(cut.bias.to(consumer.weight.dtype), requires_grad=False)

@@ -25,7 +25,7 @@ from typing import Any
 import harness
 import torch
 from naive import EVALUATION
-from opponents import OPPONENTS, Layer, cut_, look_at
+from opponents import OPPONENTS, Layer, cut_model_, look_at
 from texts import calibration_windows, data_arguments, evaluation_texts, measured_on
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -160,7 +160,7 @@ def ours(kit: Kit, keep: float, options: dict[str, Any]) -> Any:
 def theirs(kit: Kit, keep: float, name: str) -> Any:
     """A copy of the model after an opponent."""
     model = kit.fresh()
-    cut_(model, OPPONENTS[name](kit.layers, keep))
+    cut_model_(model, OPPONENTS[name](kit.layers, keep))
     return model
 
 

@@ -12,6 +12,7 @@ Allocation = Literal["score", "measured"]
 RefitOn = Literal["dense", "pruned"]
 Shrinkage = Literal["original", "zero"]
 Damping = float | Literal["auto"]
+StructureName = Literal["mlp", "attention"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -20,7 +21,9 @@ class MinifyConfig:
     """What to cut, how to judge it, how to refit it, and on how much text.
 
     Args:
-        keep: fraction of MLP units kept over all layers, in (0, 1]; a budget that rounding never exceeds.
+        keep: share of the parameters of the structures that is kept over all layers, in (0, 1]; a budget that rounding
+            never exceeds. With MLPs alone, the share of their units.
+        structures: what may be cut: `mlp`, MLP units; `attention`, key/value groups with their queries; or both.
         saliency: score of a unit from p = x·g per token t: `taylor` mean |p|, `fisher` mean p², `signed` |mean p|.
         labels: of the loss whose gradient g is: `text`, the calibration text's next tokens; `sampled`, one drawn from
             the model's own distribution for each token (the true Fisher information instead of the empirical one);
@@ -58,6 +61,7 @@ class MinifyConfig:
     """
 
     keep: float = 0.8
+    structures: tuple[StructureName, ...] = ("mlp",)
     saliency: SaliencyScore = "fisher"
     labels: Labels = "both"
     widths: Widths = "per-layer"
@@ -87,6 +91,7 @@ class MinifyConfig:
         _require_choice("refit_on", self.refit_on, RefitOn)
         _require_choice("shrink_to", self.shrink_to, Shrinkage)
         _require_choice("dtype", self.dtype, DtypeName)
+        _require_structures(self.structures)
         _require("keep", self.keep, "a number in (0, 1]", lambda v: 0 < v <= 1)
         _require("min_keep", self.min_keep, "a number in [0, 1]", lambda v: 0 <= v <= 1)
         _require("generic", self.generic, "a number in [0, 1)", lambda v: 0 <= v < 1)
@@ -238,6 +243,15 @@ def _require(name: str, value: Any, expected: str, holds: Any) -> None:
 def _require_flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise ConfigError(f"Option {name}: expected True or False, got {value!r}. Pass one of them.")
+
+
+def _require_structures(names: Any) -> None:
+    allowed = get_args(StructureName)
+    if not isinstance(names, tuple) or not names or len(set(names)) < len(names) or not set(names) <= set(allowed):
+        raise ConfigError(
+            f"Option structures: expected a tuple of one or more of {', '.join(allowed)}, each once, got {names!r}. "
+            "Check the spelling."
+        )
 
 
 def _require_choice(name: str, value: Any, choices: Any) -> None:

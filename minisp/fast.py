@@ -35,7 +35,8 @@ from minisp.phases.saliency import saliency_sweep
 from minisp.plan.plan import Plan
 from minisp.plan.planner import Source, make_plan
 from minisp.ranks import Ranks, joined
-from minisp.report.report import MinifyReport, make_report, progress_bar
+from minisp.report.progress import progress_bar
+from minisp.report.report import MinifyReport, make_report
 from minisp.store.checkpoint import Checkpoint
 from minisp.store.claim import open_scratch
 from minisp.store.hub import load_tokenizer, local_folder
@@ -127,8 +128,8 @@ def minify(
         with _timed(seconds, "writing"):
             folder = stack.enter_context(output_folder(target)) if target is not None and ranks.first else None
             results = [run.result(structure) for structure in stream.structures]
-            digests = write(stream, results, run.weight, folder)
-        report = make_report(stream, made_plan, results, text, seconds, target)
+            digests, needs_code = write(stream, results, run.weight, folder)
+        report = make_report(stream, made_plan, results, text, seconds, target, needs_code=needs_code)
         if folder is not None:
             report = replace(report, bytes=checkpoint_bytes(folder))
             describe(folder, report, checkpoint, tokenizer, digests)
@@ -192,15 +193,20 @@ def _identity(checkpoint: Checkpoint, plan: Plan, ranks: Ranks) -> dict[str, dic
 
 def _open(model: Any, checkpoint: Checkpoint | None, plan: Plan) -> Stream:
     if checkpoint is None:
-        return Stream.from_module(model)
+        return Stream.from_module(model, plan.config.structures)
     device, dtype = torch.device(plan.device), getattr(torch, plan.dtype)
     if not plan.streams:
-        return Stream.from_module(load_model(checkpoint, device, dtype))
+        return Stream.from_module(load_model(checkpoint, device, dtype), plan.config.structures)
     layout = plan.layout
     if len(plan.segments) > 1:
         free_promptly()
     return Stream.from_checkpoint(
-        checkpoint, device, dtype, num_slots=layout.num_slots, stream_vocabulary=layout.stream_vocabulary
+        checkpoint,
+        device,
+        dtype,
+        num_slots=layout.num_slots,
+        stream_vocabulary=layout.stream_vocabulary,
+        structures=plan.config.structures,
     )
 
 

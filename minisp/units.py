@@ -37,3 +37,9 @@ def as_text(table: Table, lines: Sequence[str] = ()) -> str:
     for line in lines:
         shown += wrap(line, TEXT_COLUMNS, break_long_words=False, break_on_hyphens=False)
     return "\n".join(shown)
+
+
+def spread(counts: Sequence[int]) -> str:
+    """The range of some counts: 1,536, or 672 to 1,536."""
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

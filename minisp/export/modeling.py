@@ -1,79 +1,107 @@
-"""The small modelling file that lets transformers load a checkpoint whose layers differ in width.
+"""The small modelling file that lets transformers load a checkpoint whose layers differ in size.
 
-It subclasses the stock model, builds it, and gives every layer's MLP the width that config.json lists. It is written
-into the checkpoint and needs transformers alone. The architecture name is one that no serving engine knows, so that
-vLLM and SGLang take their Transformers backend, which builds `AutoModel` from this file.
+It subclasses the stock model, builds it, and gives every layer's MLP and attention the sizes that config.json lists. It
+is written into the checkpoint and needs transformers alone. The architecture name is one that no serving engine knows,
+so that vLLM and SGLang take their Transformers backend, which builds `AutoModel` from this file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from string import Template
 from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from minisp.models.families import WIDTHS_KEY, Family
+from minisp.models.families import Family
+from minisp.models.skeleton import KEYS
+from minisp.models.structures import structures_of
 
 FILE_NAME = "modeling_minisp.py"
 
-_SOURCE = Template('''"""A stock $causal whose MLP layers have widths of their own: `$widths_key` in config.json.
+_SOURCE = Template('''"""A stock $causal whose layers have sizes of their own, which config.json lists.
 
 Written by minisp; needs transformers alone. Load it with
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 """
+
+import copy
 
 import torch
 from torch import nn
 from transformers import $base, $causal
 from transformers.pytorch_utils import Conv1D
 
-ROWS = $rows  # modules whose outputs are units: how many such blocks of units each has
-COLUMNS = "$down"  # the module whose inputs are units
+# Key in config.json: parameters of a layer, the axis that is cut, and the places there for each unit that is kept.
+SIZES = {
+$sizes}
+ATTENTION, HEAD_DIM, GROUP = "$attention", $head_dim, $group
 
 
-def set_widths(layers, widths):
-    """Replace every layer's MLP weights by new ones of that layer's width."""
-    for layer, width in zip(layers, widths, strict=True):
-        for path, blocks in ROWS.items():
-            old = layer.get_submodule(path)
-            size_in = old.nx if isinstance(old, Conv1D) else old.in_features
-            layer.set_submodule(path, _like(old, size_in, blocks * width))
-        old = layer.get_submodule(COLUMNS)
-        size_out = old.nf if isinstance(old, Conv1D) else old.out_features
-        layer.set_submodule(COLUMNS, _like(old, width, size_out))
+def resize(layers, config):
+    """Replace what is cut by parameters of each layer's own size."""
+    for key, parameters in SIZES.items():
+        for layer, units in zip(layers, getattr(config, key, None) or (), strict=False):
+            for name, axis, places in parameters:
+                path, _, leaf = name.rpartition(".")
+                module = layer.get_submodule(path)
+                old = getattr(module, leaf)
+                shape = list(old.shape)
+                shape[axis] = places * units
+                new = torch.empty(shape, dtype=old.dtype, device=old.device)
+                setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
+                if isinstance(module, nn.Linear):
+                    module.out_features, module.in_features = module.weight.shape
+                elif isinstance(module, Conv1D):
+                    module.nx, module.nf = module.weight.shape
+            if key == "$heads_key":
+                tell_heads(layer.get_submodule(ATTENTION), units)
 
 
-def _like(old, size_in, size_out):
-    with torch.device(old.weight.device):
-        if isinstance(old, Conv1D):
-            new = Conv1D(size_out, size_in)
-        else:
-            new = nn.Linear(size_in, size_out, bias=old.bias is not None)
-    return new.to(old.weight.dtype)
+def tell_heads(attention, units):
+    """Tell an attention module how many heads it has, in the words that its family uses."""
+    heads = {"num_heads": GROUP * units, "num_key_value_heads": units, "split_size": GROUP * units * HEAD_DIM}
+    for name, value in heads.items():
+        if hasattr(attention, name):
+            setattr(attention, name, value)
+    if $reads_config:
+        attention.config = copy.copy(attention.config)
+        attention.config.num_attention_heads = GROUP * units
+        attention.config.num_key_value_heads = units
 
 
 class MinispModel($base):
     def __init__(self, config):
         super().__init__(config)
-        set_widths(self.get_submodule("$layers"), config.$widths_key)
+        resize(self.get_submodule("$layers"), config)
 
 
 class MinispForCausalLM($causal):
     def __init__(self, config):
         super().__init__(config)
-        set_widths(self.$prefix.get_submodule("$layers"), config.$widths_key)
+        resize(self.$prefix.get_submodule("$layers"), config)
 ''')
 
 
 def modeling_source(model: Any, family: Family) -> str:
     """The text of the modelling file for a causal language model of this family."""
+    lines, first = [], {x.name: x for x in structures_of(model, family, tuple(KEYS)) if x.layer == 0}
+    for name, key in KEYS.items():
+        places: dict[tuple[str, int], int] = {}
+        for part in first[name].slices:
+            places[part.parameter, part.axis] = places.get((part.parameter, part.axis), 0) + part.size
+        rows = "".join(f"        {(*where, size)!r},\n" for where, size in places.items())
+        lines.append(f"    {key!r}: (\n{rows}    ),\n")
+    attention = first["attention"]
     return _SOURCE.substitute(
         causal=_stock(model),
         base=_stock(model, MODEL_MAPPING),
         prefix=model.base_model_prefix,
         layers=family.layers,
-        rows=repr({rows.module: rows.parts for rows in family.mlp.writers}),
-        down=family.mlp.down,
-        widths_key=WIDTHS_KEY,
+        sizes="".join(lines),
+        heads_key=KEYS["attention"],
+        attention=attention.consumer.rpartition(".")[0],
+        head_dim=attention.head_dim,
+        group=attention.columns // attention.head_dim,
+        reads_config=family.attention.reads_config,
     )
 
 
@@ -82,22 +110,28 @@ def _stock(model: Any, classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING) -> str:
     return str(classes[type(model.config)].__name__)
 
 
-def sized_config(model: Any, raw_config: dict[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of the result: the stock class where all layers have one width, else the modelling file's.
+def sized_config(
+    model: Any, raw_config: dict[str, Any], keys: Mapping[str, Any], names: Collection[str]
+) -> tuple[dict[str, Any], bool]:
+    """config.json of the result, and whether it needs the modelling file: where layers differ, or the stock class
+    cannot have their size.
 
     Args:
-        keys: what it says of the layers' sizes, see `families.size_keys`.
+        keys: what it says of the structures' sizes, see `skeleton.size_keys`.
+        names: of the structures that the run could cut; of others it says what it said before.
     """
     config = dict(raw_config)
-    for key in [key for key in config if key in ("auto_map", WIDTHS_KEY, "transformers_version") or "attn_impl" in key]:
+    stale = {"auto_map", "transformers_version", *(KEYS[name] for name in names)}
+    for key in [key for key in config if key in stale or "attn_impl" in key]:
         del config[key]
     config.update(keys)
     config["architectures"] = [_stock(model)]
-    if WIDTHS_KEY in keys:
+    needs_code = any(key in config for key in KEYS.values())
+    if needs_code:
         module = FILE_NAME.removesuffix(".py")
         config["architectures"] = ["MinispForCausalLM"]
         config["auto_map"] = {
             "AutoModel": f"{module}.MinispModel",
             "AutoModelForCausalLM": f"{module}.MinispForCausalLM",
         }
-    return config
+    return config, needs_code

@@ -4,14 +4,17 @@
 memory for good, `tried` for a while.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from minisp.models.families import CausalLM, decoder_layers, family_of
 from minisp.models.structures import Structure
 
 
@@ -93,6 +96,38 @@ def tried(layer: nn.Module, edits: Sequence[Edit]) -> Iterator[None]:
     finally:
         for name, value in before.items():
             replace_parameter_(layer, name, value)
+
+
+def cut_(layer: nn.Module, structure: Structure, kept: Tensor, weight: Tensor | None = None) -> None:
+    """Cut a structure in place down to the units `kept` (n,); a layer that was cut to them before only gets the weight.
+
+    Args:
+        weight: (d, n·c) the consumer's new weight; None takes the kept columns of the old one.
+    """
+    apply_(layer, edits_of(structure, kept, weight))
+    if structure.head_dim:
+        _tell_heads_(layer.get_submodule(structure.consumer.rpartition(".")[0]), structure, len(kept))
+
+
+def _tell_heads_(attention: nn.Module, structure: Structure, units: int) -> None:
+    """Tell an attention module how many heads it has, in the words that its family uses."""
+    width = units * structure.columns
+    heads = {"num_heads": width // structure.head_dim, "num_key_value_heads": units, "split_size": width}
+    for name, value in heads.items():
+        if hasattr(attention, name):
+            setattr(attention, name, value)
+    config: Any = getattr(attention, "config", None)
+    if config is not None and family_of(config).attention.reads_config:
+        # A config of its own: the layers may differ.
+        attention.config = own = copy.copy(config)
+        own.num_attention_heads, own.num_key_value_heads = heads["num_heads"], units
+
+
+def resize_(model: CausalLM, structures: Sequence[Structure], sizes: Sequence[int]) -> None:
+    """Give every structure its number of units, of a model on the meta device."""
+    layers = decoder_layers(model, family_of(model.config))
+    for structure, size in zip(structures, sizes, strict=True):
+        cut_(layers[structure.layer], structure, torch.arange(size))
 
 
 def replace_parameter_(layer: nn.Module, name: str, value: Tensor) -> None:

@@ -1,26 +1,18 @@
-"""Model families: one row of data each, and the functions that read a model through its row.
+"""Model families: one row of data each, which says where a model keeps what can be removed.
 
-A unit of an MLP is one row of `up` (and of `gate`, where there is one) and one column of `down`. GPT-2 stores its
-weights transposed (`Conv1D`); `weight_view` shows every weight as (out, in), so nothing else has to care.
+A unit of an MLP is one row of `up` (and of `gate`, where there is one) and one column of `down`. A unit of attention is
+a key/value group: the rows of its keys, its values and all queries that read them, and their columns of `out`.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
 
-import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 from minisp.errors import UnsupportedModelError
-from minisp.models.edits import edits_of, replace_parameter_
-from minisp.models.structures import Slice, Structure
 
 CausalLM: TypeAlias = Any
 """A transformers causal language model; its `config` and forward carry no static types."""
-
-WIDTHS_KEY = "minisp_widths"
-"""Key in config.json that lists every layer's MLP width where they differ."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +57,58 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Where one family keeps its attention.
+
+    Attributes:
+        query, key, value: paths in the layer of the linear maps whose outputs they are; one path where they are fused.
+        out: path of the linear map that reads the heads.
+        fused: where one map makes all three, how its outputs lie: "blocks", all queries, then all keys, then all
+            values; "heads", query, key and value of one head after the other.
+        norms: paths of norms whose weights run over all queries, and over all keys.
+        has_head_dim: whether the stock class takes the size of a head from the config. Else it divides the hidden size
+            by the number of heads, and fewer heads need the modelling file.
+        reads_config: whether the forward asks the config for the number of heads.
+    """
+
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    out: str = "self_attn.o_proj"
+    fused: Literal["blocks", "heads"] | None = None
+    norms: tuple[str, str] | None = None
+    has_head_dim: bool = True
+    reads_config: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """One row: which models it serves, and where they keep what can be removed.
 
     Attributes:
         model_types: the `model_type` values of config.json.
         mlp: where the MLPs are.
+        attention: where the attention is.
         layers: path of the decoder layers inside the base model.
     """
 
     model_types: tuple[str, ...]
     mlp: Mlp
+    attention: Attention = Attention()
     layers: str = "layers"
 
+
+def fused(qkv: str, out: str, order: Literal["blocks", "heads"], **options: bool) -> Attention:
+    """Attention whose queries, keys and values one linear map makes."""
+    return Attention(qkv, qkv, qkv, out, fused=order, **options)  # type: ignore[arg-type]
+
+
+GATED = Mlp(gate=Rows("mlp.gate_proj"), up=Rows("mlp.up_proj"), down="mlp.down_proj")
+GATE_UP = Mlp(
+    gate=Rows("mlp.gate_up_proj", part=0, parts=2),
+    up=Rows("mlp.gate_up_proj", part=1, parts=2),
+    down="mlp.down_proj",
+)
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -87,33 +118,34 @@ FAMILIES: tuple[Family, ...] = (
             "granite",
             "llama",
             "mistral",
-            "olmo2",
             "qwen2",
             "qwen3",
             "smollm3",
-            "stablelm",
         ),
-        mlp=Mlp(gate=Rows("mlp.gate_proj"), up=Rows("mlp.up_proj"), down="mlp.down_proj"),
+        mlp=GATED,
     ),
+    Family(
+        model_types=("olmo2",),
+        mlp=GATED,
+        attention=Attention(norms=("self_attn.q_norm", "self_attn.k_norm")),
+    ),
+    Family(model_types=("stablelm",), mlp=GATED, attention=Attention(has_head_dim=False)),
     Family(
         model_types=("gemma2", "gemma3_text"),
-        mlp=Mlp(
-            gate=Rows("mlp.gate_proj"),
-            up=Rows("mlp.up_proj"),
-            down="mlp.down_proj",
-            activation_key="hidden_activation",
-        ),
+        mlp=replace(GATED, activation_key="hidden_activation"),
     ),
+    Family(model_types=("glm4",), mlp=GATE_UP),
     Family(
-        model_types=("glm4", "phi3"),
-        mlp=Mlp(
-            gate=Rows("mlp.gate_up_proj", part=0, parts=2),
-            up=Rows("mlp.gate_up_proj", part=1, parts=2),
-            down="mlp.down_proj",
-        ),
+        model_types=("phi3",),
+        mlp=GATE_UP,
+        attention=fused("self_attn.qkv_proj", "self_attn.o_proj", "blocks", reads_config=True),
     ),
     Family(model_types=("starcoder2",), mlp=Mlp(up=Rows("mlp.c_fc"), down="mlp.c_proj")),
-    Family(model_types=("gpt_neox",), mlp=Mlp(up=Rows("mlp.dense_h_to_4h"), down="mlp.dense_4h_to_h")),
+    Family(
+        model_types=("gpt_neox",),
+        mlp=Mlp(up=Rows("mlp.dense_h_to_4h"), down="mlp.dense_4h_to_h"),
+        attention=fused("attention.query_key_value", "attention.dense", "heads", has_head_dim=False),
+    ),
     Family(
         model_types=("opt",),
         layers="decoder.layers",
@@ -125,6 +157,7 @@ FAMILIES: tuple[Family, ...] = (
             width_key="ffn_dim",
             activation_key="activation_function",
         ),
+        attention=Attention(out="self_attn.out_proj", has_head_dim=False),
     ),
     Family(
         model_types=("gpt2",),
@@ -135,6 +168,7 @@ FAMILIES: tuple[Family, ...] = (
             width_key="n_inner",
             activation_key="activation_function",
         ),
+        attention=fused("attn.c_attn", "attn.c_proj", "blocks", has_head_dim=False),
     ),
 )
 
@@ -186,79 +220,3 @@ def decoder_layers(model: CausalLM, family: Family) -> nn.ModuleList:
 def layers_path(model: CausalLM, family: Family) -> str:
     """Path of the decoder layers from the causal language model, such as `model.layers`."""
     return f"{model.base_model_prefix}.{family.layers}"
-
-
-def weight_view(module: nn.Module) -> Tensor:
-    """The weight of a linear map as (out, in), whichever way the module stores it."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
-def structures_of(model: CausalLM, family: Family) -> list[Structure]:
-    """The structures of a model, whose weights may be on the meta device, in the order in which they compute."""
-    return [mlp_structure(layer, index, family.mlp) for index, layer in enumerate(decoder_layers(model, family))]
-
-
-def mlp_structure(layer: nn.Module, index: int, mlp: Mlp) -> Structure:
-    """The MLP of a layer: one unit is a row of each writer, with its bias, and a column of `down`."""
-    down = layer.get_submodule(mlp.down)
-    units = weight_view(down).shape[1]
-    slices, parameters = [], 0
-    for rows in mlp.writers:
-        module = layer.get_submodule(rows.module)
-        slices.append(Slice(f"{rows.module}.weight", 1 if isinstance(module, Conv1D) else 0, start=rows.part * units))
-        parameters += weight_view(module).shape[1]
-        if getattr(module, "bias", None) is not None:
-            slices.append(Slice(f"{rows.module}.bias", 0, start=rows.part * units))
-            parameters += 1
-    slices.append(Slice(f"{mlp.down}.weight", 0 if isinstance(down, Conv1D) else 1))
-    parameters += len(weight_view(down))
-    return Structure(index, "mlp", units, 1, tuple(slices), mlp.down, parameters)
-
-
-@dataclass(frozen=True)
-class MlpWeights:
-    """The tensors of one MLP: gate and up (m, d), down (d, m), biases or None; `gate` is None for a plain MLP."""
-
-    gate: Tensor | None
-    up: Tensor
-    down: Tensor
-    gate_bias: Tensor | None
-    up_bias: Tensor | None
-    down_bias: Tensor | None
-
-
-def mlp_weights(layer: nn.Module, mlp: Mlp) -> MlpWeights:
-    """Views of a layer's MLP tensors; nothing is copied."""
-    down = layer.get_submodule(mlp.down)
-    gate, gate_bias = _rows(layer, mlp.gate) if mlp.gate is not None else (None, None)
-    up, up_bias = _rows(layer, mlp.up)
-    return MlpWeights(gate, up, weight_view(down), gate_bias, up_bias, getattr(down, "bias", None))
-
-
-def _rows(layer: nn.Module, rows: Rows) -> tuple[Tensor, Tensor | None]:
-    """Weight (m, d) and bias (m,), or None, of the rows of a linear map that are units."""
-    module = layer.get_submodule(rows.module)
-    weight, bias = weight_view(module), getattr(module, "bias", None)
-    if rows.parts == 1:
-        return weight, bias
-    part = slice(rows.part * len(weight) // rows.parts, (rows.part + 1) * len(weight) // rows.parts)
-    return weight[part], bias[part] if bias is not None else None
-
-
-def resize_(model: CausalLM, structures: Sequence[Structure], sizes: Sequence[int]) -> None:
-    """Give every structure its number of units, with uninitialised parameters where and of the type that they were."""
-    layers = decoder_layers(model, family_of(model.config))
-    for structure, size in zip(structures, sizes, strict=True):
-        layer = layers[structure.layer]
-        for edit in edits_of(structure, torch.arange(size)):
-            old = layer.get_parameter(edit.parameter)
-            new = torch.empty(edit.shape_after(old.shape), dtype=old.dtype, device=old.device)
-            replace_parameter_(layer, edit.parameter, new)
-
-
-def size_keys(family: Family, sizes: Sequence[int]) -> Mapping[str, Any]:
-    """What config.json says of the layers' widths: one number where all are equal, and the list where they differ."""
-    keys: dict[str, Any] = {family.mlp.width_key: max(sizes)}
-    return keys if len(set(sizes)) == 1 else {**keys, WIDTHS_KEY: list(sizes)}

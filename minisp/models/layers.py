@@ -8,7 +8,7 @@ block, and its class, its file and other models stay what they are.
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from minisp import ops
 from minisp.models.attention import fast_attention
-from minisp.models.families import CausalLM, activation_kind, decoder_layers, family_of, structures_of
+from minisp.models.families import CausalLM, activation_kind, decoder_layers, family_of
+from minisp.models.structures import heads_of, structures_of
 from minisp.ops.portable import capability_of, repeats_keys
 
 # Of a probe: rounding in float32 of sums of up to some 10⁴ terms; what computes something else is off by more.
@@ -64,8 +65,10 @@ def fast_layers(model: Any) -> Iterator[None]:
             del module.forward
 
 
-def autograd_bytes(model: CausalLM, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes per token that autograd keeps of one decoder layer, its MLP watched, within `fast_layers`.
+def autograd_bytes(
+    model: CausalLM, dtype: torch.dtype, device: torch.device, structures: Sequence[str] = ("mlp",)
+) -> int:
+    """Bytes per token that autograd keeps of one decoder layer, its structures watched, within `fast_layers`.
 
     In the compute type: what enters both norms (2d), queries, keys, values and output of attention ((2H + 2H_kv)·D),
     what enters norms of query and key heads where there are such ((H + H_kv)·D), and the MLP's pre-activations (2m, or
@@ -74,19 +77,20 @@ def autograd_bytes(model: CausalLM, dtype: torch.dtype, device: torch.device) ->
     """
     config, family = model.config, family_of(model.config)
     layer = decoder_layers(model, family)[0]
-    heads: int = config.num_attention_heads
+    heads, dim = heads_of(config)
     hidden: int = config.hidden_size
     kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
-    dim: int = getattr(config, "head_dim", None) or hidden // heads
     of_heads = any(p.shape == (dim,) and "norm" in name for name, p in layer.named_parameters())
     normed = (heads + kv_heads) if of_heads else 0
     repeated = heads if repeats_keys(dtype, capability_of(device)) else kv_heads
     width = max(structure.width for structure in structures_of(model, family))
+    # Watched attention keeps the input of its output projection, which is a copy of what attention keeps.
+    watched = heads * dim if "attention" in structures else 0
     kept = len(family.mlp.writers)
     if activation_kind(config, family) is None:
         # The generic way: the activation function keeps its input and output, the product both factors and x.
         kept = 2 if family.mlp.gate is None else 4
-    elements = 2 * hidden + (2 * heads + 2 * repeated + normed) * dim + kept * width
+    elements = watched + 2 * hidden + (2 * heads + 2 * repeated + normed) * dim + kept * width
     return elements * dtype.itemsize + 4 * (2 * 2 + heads + normed)
 
 

@@ -1,16 +1,21 @@
 """A checkpoint as a transformers model: its skeleton on the meta device, some of its weights in memory, or all."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
 from minisp.errors import CheckpointError, one_line
-from minisp.models.edits import replace_parameter_
-from minisp.models.families import WIDTHS_KEY, CausalLM, family_of, resize_, structures_of
+from minisp.models.edits import replace_parameter_, resize_
+from minisp.models.families import CausalLM, Family, family_of
+from minisp.models.structures import Structure, heads_of, structures_of
 from minisp.store.checkpoint import FLOATING, Checkpoint
+
+# Keys in config.json that list, where layers differ, every layer's MLP width, and its key heads.
+KEYS = {"mlp": "minisp_widths", "attention": "minisp_kv_heads"}
 
 
 def skeleton(checkpoint: Checkpoint) -> CausalLM:
@@ -21,7 +26,6 @@ def skeleton(checkpoint: Checkpoint) -> CausalLM:
         CheckpointError: the config contradicts itself or the stored tensors.
     """
     family = family_of(checkpoint.config)
-    widths = checkpoint.raw_config.get(WIDTHS_KEY)
     where = f"{checkpoint.folder}/config.json"
     # Before the model is built: a billion layers would be built for hours.
     count = checkpoint.config.num_hidden_layers
@@ -33,15 +37,16 @@ def skeleton(checkpoint: Checkpoint) -> CausalLM:
             model = AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(f"{where}: expected a buildable model, got: {one_line(error)} Correct it.") from error
-    if widths is not None:
-        structures = structures_of(model, family)
-        full = structures[0].num_units
-        if not isinstance(widths, list) or [type(w) is int and 0 < w <= full for w in widths] != [True] * count:
-            raise CheckpointError(
-                f"{where}: expected {WIDTHS_KEY} to list {count} widths from 1 to {full}, got {widths!r}. "
-                "It was written with the weights: restore it from there."
-            )
-        resize_(model, structures, widths)
+    for name, key in KEYS.items():
+        if (sizes := checkpoint.raw_config.get(key)) is not None:
+            structures = structures_of(model, family, [name])
+            full = structures[0].num_units
+            if not isinstance(sizes, list) or [type(w) is int and 0 < w <= full for w in sizes] != [True] * count:
+                raise CheckpointError(
+                    f"{where}: expected {key} to list {count} sizes from 1 to {full}, got {sizes!r}. "
+                    "It was written with the weights: restore it from there."
+                )
+            resize_(model, structures, sizes)
     model.tie_weights()
     model.requires_grad_(False)
     model.eval()
@@ -72,6 +77,31 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     model = skeleton(checkpoint)
     materialise_(model, checkpoint, [name for name, _ in model.named_parameters()], device, dtype)
     return model
+
+
+def size_keys(family: Family, config: Any, structures: Sequence[Structure], sizes: Sequence[int]) -> Mapping[str, Any]:
+    """What config.json says of the structures' sizes after a run, in the order of its attributes.
+
+    One number where all layers have one size and the stock class can have it; else the list, which the modelling file
+    reads, beside the numbers that the stock class is built with.
+    """
+    by_name: dict[str, list[int]] = {}
+    for structure, size in zip(structures, sizes, strict=True):
+        by_name.setdefault(structure.name, []).append(size)
+    keys: dict[str, Any] = {}
+    if (widths := by_name.get("mlp")) is not None:
+        keys[family.mlp.width_key] = max(widths)
+        if len(set(widths)) > 1:
+            keys[KEYS["mlp"]] = widths
+    if (units := by_name.get("attention")) is not None:
+        heads, head_dim = heads_of(config)
+        group = heads // (getattr(config, "num_key_value_heads", None) or heads)
+        if len(set(units)) == 1 and family.attention.has_head_dim:
+            keys |= {"num_attention_heads": group * units[0], "num_key_value_heads": units[0], "head_dim": head_dim}
+        elif set(units) != {heads // group}:
+            keys[KEYS["attention"]] = units
+            keys |= {"head_dim": head_dim} if family.attention.has_head_dim else {}
+    return keys
 
 
 @contextmanager

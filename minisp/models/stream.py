@@ -21,11 +21,11 @@ from minisp.device import trim_memory
 from minisp.errors import CheckpointError
 from minisp.models.calls import EnoughError, LayerCall, Stub, same_calls
 from minisp.models.edits import replace_parameter_
-from minisp.models.families import CausalLM, Family, decoder_layers, family_of, layers_path, structures_of, weight_view
+from minisp.models.families import CausalLM, Family, decoder_layers, family_of, layers_path
 from minisp.models.loader import Loader
 from minisp.models.objective import Objective
 from minisp.models.skeleton import materialise_, skeleton, stored_names
-from minisp.models.structures import Structure
+from minisp.models.structures import Structure, structures_of, weight_view
 from minisp.models.vocabulary import StreamedVocabulary
 from minisp.store.checkpoint import DTYPE_OF, Checkpoint
 
@@ -46,10 +46,17 @@ class Stream:
         vocabulary: embeddings and head, where they are left on disk.
     """
 
-    def __init__(self, model: CausalLM, device: torch.device, dtype: torch.dtype, checkpoint: Checkpoint | None):
+    def __init__(
+        self,
+        model: CausalLM,
+        device: torch.device,
+        dtype: torch.dtype,
+        checkpoint: Checkpoint | None,
+        structures: Sequence[str] = ("mlp",),
+    ):
         self.model = model
         self.family: Family = family_of(model.config)
-        self.structures: list[Structure] = structures_of(model, self.family)
+        self.structures: list[Structure] = structures_of(model, self.family, structures)
         self.device = device
         self.dtype = dtype
         self.checkpoint = checkpoint
@@ -72,19 +79,21 @@ class Stream:
         *,
         num_slots: int = 1,
         stream_vocabulary: bool = False,
+        structures: Sequence[str] = ("mlp",),
     ) -> "Stream":
         """Everything but the decoder layers is read now; the layers' tensors are only looked up.
 
         Args:
             num_slots: segments in memory at once; 2 reads ahead.
             stream_vocabulary: leave embeddings and head on disk too, see `StreamedVocabulary`.
+            structures: names of what can be removed.
 
         Raises:
             UnsupportedModelError: unknown family.
             CheckpointError: a tensor is missing or has another shape than the config says.
         """
         model = skeleton(checkpoint)
-        stream = cls(model, device, dtype, checkpoint)
+        stream = cls(model, device, dtype, checkpoint, structures)
         stream._loader = Loader(checkpoint, device, num_slots)
         prefix = f"{layers_path(model, stream.family)}."
         left: set[str] = set()
@@ -100,12 +109,12 @@ class Stream:
         return stream
 
     @classmethod
-    def from_module(cls, model: CausalLM) -> "Stream":
+    def from_module(cls, model: CausalLM, structures: Sequence[str] = ("mlp",)) -> "Stream":
         """A model in memory, computed where and in the type that it has; nothing is ever released."""
         parameter = next(model.parameters())
         if parameter.is_meta:
             raise CheckpointError("Model: expected weights in memory, got a model on the meta device. Load it first.")
-        return cls(model, parameter.device, parameter.dtype, None)
+        return cls(model, parameter.device, parameter.dtype, None, structures)
 
     def visit(self, segments: Sequence[range]) -> Iterator[range]:
         """Yield segment after segment of layers, each with its weights in memory until the next one is asked for.

@@ -3,14 +3,24 @@
 A structure knows where its units lie in the parameters of its layer (`Slice`), and which linear map reads them (the
 consumer, whose input is watched and whose weight is refitted). Scores, budget, refit and writer know nothing else.
 
-Shapes: u units of c columns each; W (d, u·c) is the consumer's weight, X (T, u·c) its input.
+Shapes: u units of c columns each; W (d, u·c) is the consumer's weight, X (T, u·c) its input. H query heads, H_kv key
+heads of D dimensions. GPT-2 stores its weights transposed (`Conv1D`): an axis is always the stored one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from minisp.errors import UnsupportedModelError
+from minisp.models.families import Attention, CausalLM, Family, Mlp, Rows, decoder_layers, family_of
+
+# What a person calls the units of each kind of structure.
+UNITS = {"mlp": "MLP units", "attention": "attention groups"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class Structure:
         slices: where the units lie, the consumer's weight included.
         consumer: path in the layer of the linear map that reads the units.
         parameters: of one unit, in all slices.
+        head_dim: D, of attention; 0 of an MLP.
     """
 
     layer: int
@@ -58,6 +69,7 @@ class Structure:
     slices: tuple[Slice, ...]
     consumer: str
     parameters: int
+    head_dim: int = 0
 
     def __str__(self) -> str:
         return f"Layer {self.layer}, {self.name}"
@@ -85,3 +97,121 @@ class Structure:
     def columns_of(self, kept: Tensor) -> Tensor:
         """The columns (n·c,) int64 of the consumer's weight that read the units kept (n,)."""
         return self.consumer_slice.places(kept)
+
+
+def structures_of(model: CausalLM, family: Family, names: Sequence[str] = ("mlp",)) -> list[Structure]:
+    """The structures of a model, whose weights may be on the meta device, in the order in which they compute.
+
+    Args:
+        names: "mlp", "attention", or both.
+
+    Raises:
+        UnsupportedModelError: attention whose heads have norms of their own.
+    """
+    found = []
+    for index, layer in enumerate(decoder_layers(model, family)):
+        if "attention" in names:
+            found.append(attention_structure(layer, index, family.attention, model.config))
+        if "mlp" in names:
+            found.append(mlp_structure(layer, index, family.mlp))
+    return found
+
+
+def mlp_structure(layer: nn.Module, index: int, mlp: Mlp) -> Structure:
+    """The MLP of a layer: one unit is a row of each writer, with its bias, and a column of `down`."""
+    units = weight_view(layer.get_submodule(mlp.down)).shape[1]
+    slices = [part for rows in mlp.writers for part in _rows(layer, rows.module, 1, rows.part * units, 1)]
+    slices.append(_columns(layer, mlp.down, 1))
+    return Structure(index, "mlp", units, 1, tuple(slices), mlp.down, _parameters(layer, slices))
+
+
+def attention_structure(layer: nn.Module, index: int, attention: Attention, config: Any) -> Structure:
+    """The attention of a layer: one unit is a key head, its value head, all queries that read them, columns of `out`.
+
+    How many queries share a key is the config's; how many keys there are is the layer's, which may have been cut.
+    """
+    heads, size = heads_of(config)
+    group = heads // (getattr(config, "num_key_value_heads", None) or heads)
+    width = weight_view(layer.get_submodule(attention.out)).shape[1]
+    units = width // (group * size)
+    if any("norms." in name for name, _ in layer.get_submodule(attention.out.rpartition(".")[0]).named_parameters()):
+        raise UnsupportedModelError(
+            "Attention: expected heads that share their norms, got a norm for every head. Leave attention out of the "
+            "structures."
+        )
+    wide = group * size
+    parts = {"query": (wide, 0, wide), "key": (size, 0, size), "value": (size, 0, size)}
+    if attention.fused == "blocks":
+        parts = {"query": parts["query"], "key": (size, width, size), "value": (size, width + units * size, size)}
+    elif attention.fused == "heads":
+        parts = {name: (size, place * size, 3 * size) for place, name in enumerate(parts)}
+    slices = [part for name, where in parts.items() for part in _rows(layer, getattr(attention, name), *where)]
+    for path, (extent, _, stride) in zip(attention.norms or (), parts.values(), strict=False):
+        slices.append(Slice(f"{path}.weight", 0, extent, 0, stride))
+    slices.append(_columns(layer, attention.out, wide))
+    parameters = _parameters(layer, slices)
+    return Structure(index, "attention", units, wide, tuple(slices), attention.out, parameters, size)
+
+
+def heads_of(config: Any) -> tuple[int, int]:
+    """H and D of a transformers config."""
+    heads: int = config.num_attention_heads
+    size = getattr(config, "head_dim", None) if family_of(config).attention.has_head_dim else None
+    return heads, size or config.hidden_size // heads
+
+
+def _rows(layer: nn.Module, path: str, size: int, start: int, stride: int) -> list[Slice]:
+    """The outputs of a linear map: its weight, and its bias where it has one."""
+    module = layer.get_submodule(path)
+    found = [Slice(f"{path}.weight", 1 if isinstance(module, Conv1D) else 0, size, start, stride)]
+    if getattr(module, "bias", None) is not None:
+        found.append(Slice(f"{path}.bias", 0, size, start, stride))
+    return found
+
+
+def _columns(layer: nn.Module, path: str, size: int) -> Slice:
+    """The inputs of a linear map."""
+    return Slice(f"{path}.weight", 0 if isinstance(layer.get_submodule(path), Conv1D) else 1, size, 0, size)
+
+
+def _parameters(layer: nn.Module, slices: Sequence[Slice]) -> int:
+    """Of one unit."""
+    shapes = [(layer.get_parameter(part.parameter).shape, part) for part in slices]
+    return sum(part.size * shape.numel() // shape[part.axis] for shape, part in shapes)
+
+
+def weight_view(module: nn.Module) -> Tensor:
+    """The weight of a linear map as (out, in), whichever way the module stores it."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+@dataclass(frozen=True)
+class MlpWeights:
+    """The tensors of one MLP: gate and up (m, d), down (d, m), biases or None; `gate` is None for a plain MLP."""
+
+    gate: Tensor | None
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+
+def mlp_weights(layer: nn.Module, mlp: Mlp) -> MlpWeights:
+    """Views of a layer's MLP tensors; nothing is copied."""
+    down = layer.get_submodule(mlp.down)
+    gate, gate_bias = _part(layer, mlp.gate) if mlp.gate is not None else (None, None)
+    up, up_bias = _part(layer, mlp.up)
+    return MlpWeights(gate, up, weight_view(down), gate_bias, up_bias, getattr(down, "bias", None))
+
+
+def _part(layer: nn.Module, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    """Weight (m, d) and bias (m,), or None, of the rows of a linear map that are units."""
+    module = layer.get_submodule(rows.module)
+    weight, bias = weight_view(module), getattr(module, "bias", None)
+    if rows.parts == 1:
+        return weight, bias
+    part = slice(rows.part * len(weight) // rows.parts, (rows.part + 1) * len(weight) // rows.parts)
+    return weight[part], bias[part] if bias is not None else None

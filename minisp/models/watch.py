@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from minisp import ops
-from minisp.models.families import Mlp, MlpWeights, activation_kind, family_of, mlp_weights, weight_view
-from minisp.models.structures import Structure
+from minisp.models.families import Mlp, activation_kind, family_of
+from minisp.models.structures import MlpWeights, Structure, mlp_weights, weight_view
 
 
 class Watcher(Protocol):

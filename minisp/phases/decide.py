@@ -35,10 +35,16 @@ def kept_sizes(structures: Sequence[Structure], scores: Sequence[Tensor], config
     Raises:
         ConfigError: as for `allocate`.
     """
-    step = config.alignment or default_alignment(min(structure.num_units for structure in structures))
     uniform = config.widths == "uniform"
     candidates = [
-        Candidate(score, x.parameters, step, x.name if uniform else str(x))
+        Candidate(score, x.parameters, step_of(x, structures, config), x.name if uniform else str(x))
         for x, score in zip(structures, scores, strict=True)
     ]
     return allocate(candidates, config.keep, min_keep=config.min_keep)
+
+
+def step_of(structure: Structure, structures: Sequence[Structure], config: MinifyConfig) -> int:
+    """In multiples of how many units a structure is kept: groups of heads one by one, units of MLPs aligned."""
+    if structure.name != "mlp":
+        return 1
+    return config.alignment or default_alignment(min(x.num_units for x in structures if x.name == "mlp"))

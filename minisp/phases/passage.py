@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from minisp.models.families import weight_view
 from minisp.models.stream import Stream
-from minisp.models.structures import Structure
+from minisp.models.structures import Structure, weight_view
 from minisp.models.watch import watch
 from minisp.phases.boundaries import enter
 from minisp.phases.run import Run

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minisp.config import MinifyConfig
-from minisp.models.edits import apply_, edits_of
+from minisp.models.edits import cut_
 from minisp.models.layers import fast_layers
 from minisp.models.stream import Stream
 from minisp.models.structures import Structure
@@ -49,7 +49,7 @@ def refit_structures(
         if not run.has_result(structure):
             result, weight = refit_on_dense(stream, structure, kept[place], config, run)
             if stream.checkpoint is None:
-                apply_(stream.layers[structure.layer], edits_of(structure, kept[place], weight))
+                cut_(stream.layers[structure.layer], structure, kept[place], weight)
                 weight = None
             run.keep_result(result, weight)
         run.progress(Phase.REFIT, place + 1, len(kept))
@@ -175,7 +175,7 @@ def _refit_one(sweep: _Sweep, structure: Structure, kept: Tensor, passage: Passa
     found, weight = run.result(structure), run.weight(structure)
     if weight is not None:
         weight = weight.to(stream.device)
-    apply_(layer, edits_of(structure, found.kept, weight))
+    cut_(layer, structure, found.kept, weight)
     if stream.checkpoint is None:
         # The model has the new weights now.
         run.keep_result(found, None)

@@ -9,8 +9,8 @@ from typing import Any
 
 from minisp.config import MinifyConfig
 from minisp.methods.statistics import PANEL_ROWS
-from minisp.models.families import CausalLM, decoder_layers, family_of, structures_of
-from minisp.models.structures import Structure
+from minisp.models.families import CausalLM, decoder_layers, family_of
+from minisp.models.structures import Structure, structures_of
 from minisp.ops.ridge import GATHER_ROWS
 from minisp.phases.run import Phase
 
@@ -153,7 +153,7 @@ def sizes_of(model: CausalLM, **rest: Any) -> Sizes:
         num_layers=len(layers),
         hidden=model.config.hidden_size,
         vocabulary=model.config.vocab_size,
-        structures=tuple(structures_of(model, family)),
+        structures=tuple(structures_of(model, family, rest["config"].structures)),
         layer=max(parameters),
         inside=sum(parameters),
         vocabulary_weights=sum(ends.values()),

@@ -12,7 +12,7 @@ from minisp import ops
 from minisp.config import MinifyConfig
 from minisp.methods.reconstruction import Fit, correct, refit
 from minisp.methods.statistics import Statistics
-from minisp.models.edits import apply_, edits_of
+from minisp.models.edits import cut_
 from minisp.models.stream import Stream
 from minisp.models.structures import Structure
 from minisp.phases.passage import Passage
@@ -70,7 +70,7 @@ def refit_and_correct(
         # Memory of its own: the layer's goes when the next one is read.
         weight = stream.weight(structure).clone()
     else:
-        apply_(stream.layers[structure.layer], edits_of(structure, kept, weight))
+        cut_(stream.layers[structure.layer], structure, kept, weight)
     drift = _Drift.empty(structure.columns * len(kept), len(weight), stream.device)
     for number, x, passing in passage.run():
         target = run.own.read(Record.DENSE.of(structure.layer + 1), str(number), ahead=True)

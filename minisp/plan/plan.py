@@ -1,6 +1,6 @@
 """The plan: what a run would do, as a record, as a table and as JSON."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -9,11 +9,12 @@ from rich.table import Table
 
 from minisp.config import MinifyConfig, Resources
 from minisp.device import product_rate
+from minisp.models.structures import UNITS, Structure
 from minisp.phases.run import Phase
 from minisp.plan.layout import Layout
 from minisp.store.tiers import Room
 from minisp.text.mixture import WRITTEN_SHARE, Shares
-from minisp.units import as_text, megabytes, millions
+from minisp.units import as_text, megabytes, millions, spread
 
 # Share of the rate of large matrix products that sweeps and solves reach: between 0.4 and 0.6 where it was measured.
 REACHED = 0.5
@@ -29,11 +30,10 @@ class Plan:
         config, resources: the options.
         model: folder, file, hub id, or class name of an in-memory model.
         model_type: transformers family.
-        widths: width m of every layer before.
-        kept_units: most units kept in all.
-        alignment: widths are multiples of it.
+        structures: what can be cut.
+        alignment: MLP widths are multiples of it.
         parameters, parameters_after: counts; after is an upper bound.
-        parameters_per_unit: what one unit costs.
+        cuttable: parameters of all structures; kept_parameters: the most of them that stay.
         bytes, bytes_after: weights on disk in the stored type; after is an upper bound.
         batch: calibration windows per micro-batch.
         segments: layers held together, in forward order.
@@ -54,12 +54,12 @@ class Plan:
     resources: Resources
     model: str
     model_type: str
-    widths: tuple[int, ...]
-    kept_units: int
+    structures: tuple[Structure, ...] = field(repr=False)
     alignment: int
     parameters: int
     parameters_after: int
-    parameters_per_unit: int
+    cuttable: int
+    kept_parameters: int
     bytes: int
     bytes_after: int
     batch: int
@@ -81,6 +81,12 @@ class Plan:
     def __str__(self) -> str:
         """The plan's table as text."""
         return as_text(plan_table(self))
+
+    @property
+    def units(self) -> dict[str, tuple[int, ...]]:
+        """Name of a kind of structure → its units in every layer."""
+        names = dict.fromkeys(structure.name for structure in self.structures)
+        return {name: tuple(x.num_units for x in self.structures if x.name == name) for name in names}
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -116,11 +122,16 @@ class Plan:
         return self.scratch_bytes - self.dense_bytes + (self.bytes_after if self.resources.scratch is None else 0)
 
 
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
 def plan_dict(plan: Plan) -> dict[str, Any]:
     """A plan as plain values for JSON."""
-    values = asdict(plan)
+    values = {item.name: _plain(getattr(plan, item.name)) for item in fields(plan) if item.name != "structures"}
+    values["rooms"] = {phase: asdict(room) for phase, room in plan.rooms.items()}
     values["segments"] = [[segment.start, segment.stop] for segment in plan.segments]
-    values["widths"] = list(plan.widths)
+    values["structures"] = {name: list(units) for name, units in plan.units.items()}
     values["peak_memory"] = plan.peak_memory
     return values
 
@@ -140,6 +151,15 @@ def expected_seconds(plan: Plan, shares: Shares | None = None) -> float:
     return float(seconds)
 
 
+def _budget(plan: Plan) -> str:
+    """What stays at most, in units where all of them cost the same."""
+    costs = {structure.parameters for structure in plan.structures}
+    total = sum(structure.num_units for structure in plan.structures)
+    if len(costs) == 1:
+        return f"at most {plan.kept_parameters // costs.pop():,} of {total:,} units"
+    return f"at most {millions(plan.kept_parameters)} of {millions(plan.cuttable)} parameters"
+
+
 def plan_table(plan: Plan, seconds: float | None = None, shares: Shares | None = None) -> Table:
     """The plan as a table for the terminal.
 
@@ -151,11 +171,9 @@ def plan_table(plan: Plan, seconds: float | None = None, shares: Shares | None =
     table = Table(title=escape(f"Plan: {plan.model} ({plan.model_type})"), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
-    low, high = min(plan.widths), max(plan.widths)
-    width = f"{low}" if low == high else f"{low} to {high}"
-    table.add_row("layers", f"{len(plan.widths)}, MLP width {width}")
-    units = f"at most {plan.kept_units:,} of {sum(plan.widths):,} units"
-    table.add_row("keep", f"{config.keep:.0%}: {units}, {config.widths} widths, multiples of {plan.alignment}")
+    sizes = [f"{spread(units)} {UNITS[name]} each" for name, units in plan.units.items()]
+    table.add_row("layers", f"{plan.structures[-1].layer + 1} with {' and '.join(sizes)}")
+    table.add_row("keep", f"{config.keep:.0%}: {_budget(plan)}, {config.widths} widths, multiples of {plan.alignment}")
     table.add_row("parameters", f"{millions(plan.parameters)} → at most {millions(plan.parameters_after)}")
     table.add_row("weights", f"{megabytes(plan.bytes)} → at most {megabytes(plan.bytes_after)}")
     for place, line in enumerate(_calibration(plan, shares)):

@@ -8,13 +8,12 @@ import torch
 from minisp.config import MinifyConfig, Resources, parse_size
 from minisp.device import MEMORY_SHARE, free_main_memory, memory_limit
 from minisp.errors import ConfigError
-from minisp.methods.selection import default_alignment
-from minisp.models.families import CausalLM, activation_kind, decoder_layers, family_of, structures_of
+from minisp.models.families import CausalLM, activation_kind, decoder_layers, family_of
 from minisp.models.layers import autograd_bytes
 from minisp.models.stream import LOGIT_BYTES
-from minisp.models.structures import Structure
+from minisp.models.structures import Structure, structures_of
 from minisp.ops import implementations
-from minisp.phases.decide import kept_sizes
+from minisp.phases.decide import kept_sizes, step_of
 from minisp.phases.refit import dense_bytes
 from minisp.phases.sizes import Sizes, sizes_of
 from minisp.plan.layout import Layout, choose_layout, demands, staging
@@ -83,17 +82,15 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     """
     model = source.model
     family = family_of(model.config)
-    structures = structures_of(model, family)
-    widths = [structure.num_units for structure in structures]
+    structures = structures_of(model, family, config.structures)
     check_window(config.window, getattr(model.config, "max_position_embeddings", None))
-    alignment = config.alignment or default_alignment(min(widths))
-    kept_units = _kept_units(structures, config, alignment)
+    cuttable = sum(structure.num_units * structure.parameters for structure in structures)
+    kept_parameters = _kept_parameters(structures, config)
     parameters = sum(p.numel() for p in model.parameters())
     layers = decoder_layers(model, family)
-    per_unit = structures[0].parameters
-    after = parameters - per_unit * (sum(widths) - kept_units)
+    after = parameters - (cuttable - kept_parameters)
     base = psutil.Process().memory_info().rss
-    kept = max(widths) - (alignment if config.keep < 1 else 0)
+    kept = max(x.width - (step_of(x, structures, config) * x.columns if config.keep < 1 else 0) for x in structures)
     batch, sizes, layout = _fit(source, config, resources, ranks, kept, base)
     host = _host_room(source, resources, sizes, layout, base)
     limit = _room_limit(source, resources, layout, base)
@@ -107,12 +104,12 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
         resources=resources,
         model=source.name,
         model_type=model.config.model_type,
-        widths=tuple(widths),
-        kept_units=kept_units,
-        alignment=alignment,
+        structures=tuple(structures),
+        alignment=max(step_of(structure, structures, config) for structure in structures),
         parameters=parameters,
         parameters_after=after,
-        parameters_per_unit=per_unit,
+        cuttable=cuttable,
+        kept_parameters=kept_parameters,
         bytes=stored_bytes,
         bytes_after=bytes_after,
         batch=batch,
@@ -180,7 +177,7 @@ def _sizes(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: i
         item=source.dtype.itemsize,
         stored_item=source.stored_item,
         tokenizer=source.tokenizer_bytes,
-        autograd=autograd_bytes(source.model, source.dtype, source.device),
+        autograd=autograd_bytes(source.model, source.dtype, source.device, config.structures),
         kept=kept,
         logits=LOGIT_BYTES.get(source.device.type, LOGIT_BYTES["cpu"]),
         loaded=source.checkpoint is None,
@@ -189,13 +186,20 @@ def _sizes(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: i
     )
 
 
-def _kept_units(structures: list[Structure], config: MinifyConfig, alignment: int) -> int:
-    units = [structure.num_units for structure in structures]
-    if config.keep < 1 and alignment >= max(units):
-        raise ConfigError(
-            f"Alignment: expected less than the largest layer width, {max(units)}, got {alignment}. Pass a smaller "
-            "alignment; layers of one unit cannot be cut."
-        )
+def _kept_parameters(structures: list[Structure], config: MinifyConfig) -> int:
+    """The most parameters of the structures that stay."""
+    for name in config.structures:
+        mine = [structure for structure in structures if structure.name == name]
+        largest, step = max(structure.num_units for structure in mine), step_of(mine[0], structures, config)
+        if name == "mlp" and config.keep < 1 and step >= largest:
+            raise ConfigError(
+                f"Alignment: expected less than the largest layer width, {largest}, got {step}. Pass a smaller "
+                "alignment; layers of one unit cannot be cut."
+            )
     # Whatever the saliency will be: refused now rather than after the sweep where no sizes fit the budget.
-    sizes = kept_sizes(structures, [torch.zeros(count) for count in units], config)
-    return sum(sizes) if config.widths == "uniform" else int(config.keep * sum(units) + 1e-9)
+    sizes = kept_sizes(structures, [torch.zeros(x.num_units) for x in structures], config)
+    if config.widths == "uniform":
+        return sum(size * x.parameters for size, x in zip(sizes, structures, strict=True))
+    # Whole units, where all cost the same.
+    unit = structures[0].parameters if len({x.parameters for x in structures}) == 1 else 1
+    return unit * int(config.keep * sum(x.num_units * x.parameters for x in structures) / unit + 1e-9)

@@ -2,29 +2,22 @@
 
 import json
 import resource
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
 
 from minisp.models.stream import Stream
-from minisp.phases.run import Progress as ProgressFunction
+from minisp.models.structures import UNITS
 from minisp.phases.run import Result
 from minisp.plan.plan import Plan, plan_dict
 from minisp.text.calibration import Calibration
 from minisp.units import as_text, megabytes, millions
-
-SECONDS_PER_LINE = 30.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +56,7 @@ class MinifyReport:
         peak_rss: highest resident memory of this process so far, in bytes.
         peak_device_memory: highest GPU memory allocated, in bytes; None without a GPU.
         out: the folder written, or None.
+        needs_code: whether the result has a modelling file, because layers differ in size.
         load_line: the Python expression that loads the folder; None where nothing was written.
         model: the model pruned in place, where one was passed or nothing was written.
     """
@@ -78,6 +72,7 @@ class MinifyReport:
     peak_rss: int
     peak_device_memory: int | None
     out: Path | None
+    needs_code: bool
     load_line: str | None
     model: nn.Module | None = field(repr=False)
 
@@ -109,8 +104,10 @@ def make_report(
     calibration: Calibration,
     seconds: dict[str, float],
     out: Path | None,
+    *,
+    needs_code: bool,
 ) -> MinifyReport:
-    """Gather the report of a run whose results are computed and will stand at `out`."""
+    """Gather the report of a run whose results will stand at `out`, with a modelling file or without."""
     layers = tuple(
         LayerReport(
             layer=result.structure.layer,
@@ -121,7 +118,7 @@ def make_report(
         )
         for result in results
     )
-    cut = plan.parameters_per_unit * sum(layer.width - layer.kept for layer in layers)
+    cut = sum((r.structure.num_units - len(r.kept)) * r.structure.parameters for r in results)
     on_gpu = stream.device.type == "cuda"
     return MinifyReport(
         plan=plan,
@@ -135,14 +132,15 @@ def make_report(
         peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         peak_device_memory=torch.cuda.max_memory_allocated(stream.device) if on_gpu else None,
         out=out,
-        load_line=load_line(out, [layer.kept for layer in layers]) if out is not None else None,
+        needs_code=needs_code,
+        load_line=load_line(out, needs_code=needs_code) if out is not None else None,
         model=stream.model if stream.checkpoint is None else None,
     )
 
 
-def load_line(folder: str | Path, widths: Sequence[int]) -> str:
-    """The Python expression that loads a result with transformers."""
-    trust = ", trust_remote_code=True" if len(set(widths)) > 1 else ""
+def load_line(folder: str | Path, *, needs_code: bool) -> str:
+    """The Python expression that loads a result with transformers; `needs_code`: it has a modelling file."""
+    trust = ", trust_remote_code=True" if needs_code else ""
     name = json.dumps(str(folder), ensure_ascii=False)
     return f"AutoModelForCausalLM.from_pretrained({name}{trust})"
 
@@ -153,8 +151,11 @@ def report_table(report: MinifyReport) -> Table:
     table = Table(title=escape(f"Result: {plan.model}"), title_justify="left")
     for name in ("", "before", "after", "ratio"):
         table.add_column(name, justify="left" if not name else "right")
-    kept, units = sum(layer.kept for layer in report.layers), sum(plan.widths)
-    rows = [("MLP units", units, kept, f"{units:,}", f"{kept:,}")]
+    rows: list[tuple[str, int, int, str, str]] = []
+    for name in plan.units:
+        mine = [layer for layer in report.layers if layer.structure == name]
+        units, kept = sum(layer.width for layer in mine), sum(layer.kept for layer in mine)
+        rows.append((UNITS[name], units, kept, f"{units:,}", f"{kept:,}"))
     rows.append(
         ("parameters", plan.parameters, report.parameters, millions(plan.parameters), millions(report.parameters))
     )
@@ -196,90 +197,3 @@ def peak_memory_line(report: MinifyReport) -> str:
     return (
         f"{megabytes(report.peak_device_memory)} on the GPU (planned {planned}), {megabytes(report.peak_rss)} beside it"
     )
-
-
-def plot_layers(report: MinifyReport, path: Path) -> bool:
-    """Draw widths and residuals per layer into a PNG; False where matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    curves = {layer.layer: layer.damping_curve for layer in report.layers if layer.damping_curve}
-    rows = 3 if curves else 2
-    figure, axes = plt.subplots(rows, 1, figsize=(8, 2.5 * rows), layout="constrained")
-    top, middle = axes[:2]
-    index = [layer.layer for layer in report.layers]
-    top.bar(index, [layer.width for layer in report.layers], color="0.88", label="before")
-    top.bar(index, [layer.kept for layer in report.layers], color="tab:blue", label="kept")
-    top.set_ylabel("MLP width")
-    kept = sum(layer.kept for layer in report.layers) / sum(layer.width for layer in report.layers)
-    top.set_title(f"{report.plan.model}: {kept:.0%} of the MLP units kept", loc="left")
-    top.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
-    for name, label, color in (("residual_sliced", "sliced", "0.6"), ("residual", "refitted", "tab:blue")):
-        # A layer that lost nothing has no residual: a gap, which the axis explains.
-        values = [getattr(layer, name) if layer.kept < layer.width else float("nan") for layer in report.layers]
-        middle.plot(index, values, "o-", color=color, label=label)
-    middle.set(xlabel="layer", ylabel="relative residual\n(of layers that were cut)", xlim=top.get_xlim())
-    middle.set_ylim(bottom=0)
-    middle.legend()
-    for layer, curve in curves.items():
-        dampings, errors = zip(*curve, strict=True)
-        shade = matplotlib.colormaps["viridis"](layer / max(1, len(index) - 1))
-        axes[2].semilogx(dampings, [error / min(errors) for error in errors], ".-", color=shade, label=f"layer {layer}")
-    if curves:
-        axes[2].set(xlabel="damping λ", ylabel="cross-validated error\nover its minimum")
-        axes[2].legend(fontsize=6, ncols=3, loc="upper left")
-    figure.savefig(path, dpi=120, metadata={"Software": None})
-    plt.close(figure)
-    return True
-
-
-@contextmanager
-def progress_bar(quiet: bool = False, *, lines: bool = False) -> Iterator[ProgressFunction]:
-    """A progress function that draws one bar per phase on standard error, where that is a terminal.
-
-    Args:
-        quiet: show nothing.
-        lines: where standard error is no terminal, print a line when a phase begins and every `SECONDS_PER_LINE`.
-    """
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    if quiet or not sys.stderr.isatty():
-        yield _print_lines(console) if lines and not quiet else lambda phase, done, total: None
-        return
-    with Progress(*columns, console=console) as progress:
-        tasks: dict[str, Any] = {}
-
-        def show(phase: str, done: int, total: int) -> None:
-            name, _, detail = phase.partition(", ")
-            if name not in tasks:
-                tasks[name] = progress.add_task(escape(name), total=total)
-            progress.update(tasks[name], completed=done, total=total, description=escape(f"{name} {detail}".strip()))
-
-        yield show
-
-
-def _print_lines(console: Console) -> ProgressFunction:
-    """A progress function that prints plain lines; a phase is named by what stands before its first comma."""
-    begun: set[str] = set()
-    printed = -SECONDS_PER_LINE
-
-    def show(phase: str, done: int, total: int) -> None:
-        nonlocal printed
-        name, now = phase.partition(", ")[0], time.monotonic()
-        if name in begun and now - printed < SECONDS_PER_LINE:
-            return
-        begun.add(name)
-        printed = now
-        console.print(f"{phase}: {done} of {total}", markup=False, highlight=False, soft_wrap=True)
-
-    return show

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from minisp.evaluate import measure, speed
-from minisp.report import report
+from minisp.report import progress as progress_module
+from minisp.report.progress import progress_bar
 from tests.cli.test_app import SMALL, run
 from tests.tiny import WIDTH, save_checkpoint, tiny_model
 
@@ -164,8 +165,8 @@ def test_a_long_phase_has_a_line_every_half_minute(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(report.time, "monotonic", lambda: now)
-    with report.progress_bar(lines=True) as progress:
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
+    with progress_bar(lines=True) as progress:
         for step in range(1, 8):
             progress(f"heal, layer {step}", step, 7)
             now += 10
@@ -177,6 +178,6 @@ def test_a_long_phase_has_a_line_every_half_minute(
         "[b]writing: 1 of 1",
     ]
     # The library says nothing unasked.
-    with report.progress_bar() as progress:
+    with progress_bar() as progress:
         progress("heal", 1, 1)
     assert capsys.readouterr().err == ""
