@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import harness
 from cases import Case, Place, Shape, check, checked_shape
+from synthetic import SHAPES
 
 from minisp.config import MinifyConfig
 from minisp.device import compute_device, compute_dtype
@@ -51,6 +52,20 @@ def _seed() -> None:
 def place() -> Place:
     """The device and the type that minisp takes by itself on this machine."""
     return Place(DEVICE, compute_dtype(MinifyConfig(), DEVICE))
+
+
+@pytest.fixture
+def shapes(size: str) -> dict[str, Shape]:
+    """Shapes of the operations in a model of `synthetic.SHAPES`, four fifths of the units kept, as `operations` names
+    them.
+    """
+    d, m, _, heads, key_heads, vocabulary, _ = SHAPES[size]
+    tokens, length = (2048, 512) if DEVICE.type == "cpu" else (8192, 2048)
+    kept, passing = 4 * m // 5, {"m": m, "T": tokens}
+    headed = {"B": tokens // length, "L": length, "H": heads, "K": key_heads, "D": d // heads}
+    found = {"gram": passing, "cross": {"m": kept, "d": d, "T": tokens}, "mirror": {"m": m}, "saliency": passing}
+    found |= {"activation": passing, "rms_norm": {"d": d, "T": tokens}, "rotary": headed, "attention": headed}
+    return found | {"cross_entropy": {"V": vocabulary, "T": tokens // 8}, "ridge_solve": {"m": m, "n": kept, "d": d}}
 
 
 @pytest.fixture

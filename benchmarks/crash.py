@@ -112,11 +112,19 @@ def campaign(model: Path, windows: torch.Tensor, options: dict[str, Any], kills:
             if not out.exists():
                 run_in_child(model, out, windows, options, None)
             rows += 1
+            harness.say(f"{options['inputs']}: {hit.total()} of {kills} killed, last finished: {dict(hit)}")
             if contents(out) != expected:
                 raise SystemExit(f"crash.py: {options}: a resumed run ended with other bytes than an undisturbed one.")
             shutil.rmtree(out)
             shutil.rmtree(out.with_name(f".{out.name}.scratch"), ignore_errors=True)
     return {"kills": hit.total(), "resumed": rows, "hit": dict(hit), "undisturbed_seconds": seconds}
+
+
+def table(data: dict[str, Any]) -> str:
+    """Processes killed at random moments."""
+    parts = {name: part for name, part in data.items() if isinstance(part, dict) and "kills" in part}
+    rows = ([name, part["kills"], part["resumed"]] for name, part in parts.items())
+    return harness.markdown(["inputs", "killed", "of these, resumed from records"], rows)
 
 
 def main() -> None:
@@ -142,11 +150,7 @@ def main() -> None:
         inputs: campaign(args.model, windows, {**options, "inputs": inputs}, args.kills, args.seed)
         for inputs in args.inputs
     }
-    for inputs, found in figures.items():
-        rows = [(kind, count) for kind, count in sorted(found["hit"].items())]
-        harness.print_table(
-            f"{inputs}: {found['kills']} kills, every result the same", ["last finished", "kills"], rows
-        )
+    print(table(figures))
     harness.write_json(harness.result_name("crash"), {"model": args.model.name, **figures})
 
 

@@ -8,8 +8,8 @@ first. Every part has processes of its own and a time limit, and the limits of a
 hangs or runs out of memory is reported, with the figures that it had written by then, and the others go on. A
 checkpoint for the runs from disk is written meanwhile. All numbers, with the machine's description, go to
 benchmarks/results/gpu_<machine>.json, anew after every part and beside what other calls have left there; each part has
-its date and versions. A table comes last, and plot.py makes figures. What each part expects, and why, stands at its
-function in gpu_parts.py, gpu_passes.py, gpu_layers.py, gpu_solver.py and gpu_end_to_end.py.
+its date and versions. A table comes last. What each part expects, and why, stands in gpu_operations.py, gpu_parts.py
+and gpu_end_to_end.py.
 """
 
 import argparse
@@ -43,7 +43,7 @@ CALLS = {
         "build": 60, "correctness": 110, "ceilings": 30, "gram": 50, "saliency": 45, "ridge": 45, "cross_entropy": 20,
         "end_to_end": 120,
     },
-    2: {"from_disk": 200, "norms": 20, "product": 25, "attention": 25, "layer": 40, "capped_8": 130, "linalg": 30},
+    2: {"from_disk": 200, "norms": 20, "product": 25, "attention": 25, "layer": 40, "capped_8": 130},
     3: {"naive": 130, "naive_tf32": 80, "capped_24": 80, "capped_12": 90, "accumulation": 30},
 }  # fmt: skip
 PARTS = {part: limit for limits in CALLS.values() for part, limit in limits.items()}
@@ -54,6 +54,11 @@ CHECKPOINT_BYTES, RESULT_BYTES = 13.5e9, 12e9
 SHARDS = max(2, min(12, (os.cpu_count() or 1) - 2))
 # Tests of kernels that launch none on a GPU.
 WITHOUT_GPU = ("test_compiles.py", "test_interpreter.py")
+# What the figure calls the whole runs.
+RUNS = {
+    "end_to_end": "minisp", "from_disk": "minisp, defaults, from disk", "capped_24": "minisp, 24 GB",
+    "capped_12": "minisp, 12 GB", "capped_8": "minisp, 8 GB", "naive": "naive", "naive_tf32": "naive, TF32",
+}  # fmt: skip
 Outcomes = dict[str, dict[str, Any]]
 # A command line, and what its environment has beside that of all.
 Command = tuple[list[str], dict[str, str]]
@@ -192,6 +197,7 @@ def run_parts(
             if part in needs and writer is not None:
                 # Most of the time it has had that of all earlier parts.
                 _wait(writer, deadline - PARTS[part] - time.perf_counter())
+            harness.say(part)
             with room_for(part, folder) as scratch:
                 limit = min(PARTS[part] * patience, deadline - time.perf_counter())
                 commands = commands_of(part, folder, scratch, rehearse=rehearse)
@@ -256,14 +262,31 @@ def chosen_parts(only: list[str] | None, call: int, rehearse: bool) -> list[str]
     return parts if is_built or "build" in parts else ["build", *parts]
 
 
-def print_outcomes(outcomes: Outcomes) -> None:
-    """The closing table."""
+def table(data: dict[str, Any]) -> str:
+    """Every part, and what its figures say in short."""
     rows = []
-    for part, outcome in outcomes.items():
-        state = "ok" if outcome["status"] == 0 else f"FAILED ({outcome['status']})"
-        rows.append((part, state, ""))
+    for part, outcome in data["parts"].items():
+        status = outcome.get("status")
+        rows.append((part, "ok" if status == 0 else f"FAILED ({status})", ""))
         rows += [("", row["name"], row["text"]) for row in outcome.get("figures", {}).get("summary", [])]
-    harness.print_table("GPU suite", ["part", "", ""], rows)
+    return harness.markdown(["part", "", ""], rows)
+
+
+def figure(data: dict[str, Any]) -> Any:
+    """Seconds of the whole runs; a run that found no room is named, without a bar. None where nothing was measured."""
+    from drawing import OURS, THEIRS, bars, plt
+
+    figures = {name: part["figures"] for name, part in data["parts"].items() if "figures" in part}
+    runs = {name: figures[name] for name in RUNS if name in figures}
+    if not any(run["seconds"] for run in runs.values()):
+        return None
+    names = [RUNS[name] + ("" if run["seconds"] else ": out of memory") for name, run in runs.items()]
+    seconds = [[run["seconds"] or 0.0] for run in runs.values()]
+    drawn, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    bars(axes, names, seconds, [THEIRS if name.startswith("naive") else OURS for name in runs], "seconds")
+    axes.set_title("7B, 128 windows of 2048 (less is better)")
+    drawn.supxlabel(harness.machine_line(data), fontsize=8.5, color="0.35")
+    return drawn
 
 
 def main() -> None:
@@ -287,7 +310,7 @@ def main() -> None:
             parts, Path(folder), lambda so_far: merge(target, here, so_far), BUDGET - age(), args.rehearse
         )
     print("A rehearsal: nothing was measured." if args.rehearse else path)
-    print_outcomes(outcomes)
+    print(table({"parts": outcomes}))
     if any(outcome["status"] != 0 for outcome in outcomes.values()):
         raise SystemExit(1)
 

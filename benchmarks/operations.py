@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from cases import INTERPRETED, Case, Contenders, Place, Results, Shape
-from synthetic import SHAPES
 from torch import Tensor
 from torch.nn import functional
 
@@ -31,13 +30,19 @@ def gram(shape: Shape, place: Place) -> Case:
         ops.gram_update_(total, x, impl=impl)
         return total
 
+    def by_kernel(precision: str) -> Tensor:
+        from minisp.kernels import gram as kernel
+
+        kernel.gram_update_(total, x, input_precision=precision)
+        return total
+
     contenders = place.ours(update) | _added_products(total, x, x)
     if place.dtype != torch.float32:
         # Without adding to anything, and rounded to 16 bits: less than what is asked.
         contenders["16-bit matmul"] = lambda: x.T @ x
-    elif total.is_cuda:
-        for name, precision in {"tf32": "medium", "tf32x3": "high"}.items():
-            contenders[f"minisp triton {name}"] = partial(_with_precision, precision, partial(update, "triton"))
+    elif place.runs_triton:
+        for precision in ("tf32", "tf32x3"):
+            contenders[f"minisp triton {precision}"] = partial(by_kernel, precision)
     return Case(
         contenders, lambda dtype: (reference.gram(_wide(x, dtype)).tril(),), place.dtype,
         read=lambda found: (found.tril(),), before=total.zero_, flops=tokens * m * m, terms=(tokens,),
@@ -67,22 +72,24 @@ def _wide(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(torch.promote_types(dtype, torch.float32))
 
 
-def _with_precision(precision: str, call: Callable[[], Any]) -> Any:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        return call()
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def _added_products(total: Tensor, x: Tensor, y: Tensor) -> Contenders:
     """total += XᵀY as BLAS can: what most tools do first, float32 copies of 16-bit tensors."""
-    found: Contenders = {"addmm in float32": lambda: total.addmm_(x.float().T, y.float())}
+
+    def in_float32() -> Tensor:
+        return total.addmm_(x.float().T, y.float())
+
+    def in_tf32() -> Tensor:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            return in_float32()
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+    found: Contenders = {"addmm in float32": in_float32}
     if x.dtype != torch.float32:
         found["addmm to float32"] = lambda: torch.addmm(total, x.T, y, out_dtype=torch.float32, out=total)
     elif total.is_cuda:
-        found["addmm tf32"] = partial(_with_precision, "medium", found["addmm in float32"])
+        found["addmm tf32"] = in_tf32
     return found
 
 
@@ -171,7 +178,7 @@ def cross_entropy(shape: Shape, place: Place) -> Case:
     def by_autograd() -> Any:
         leaf = logits.detach().requires_grad_()
         loss = functional.cross_entropy(leaf.float(), targets, reduction="sum")
-        return float(loss), *torch.autograd.grad(loss, leaf)
+        return float(loss.detach()), *torch.autograd.grad(loss, leaf)
 
     contenders = place.ours(lambda impl: ops.cross_entropy_gradient(logits, targets, impl=impl))
     return Case(
@@ -279,23 +286,3 @@ def ridge_solve(shape: Shape, place: Place) -> Case:
         lambda dtype: (reference.ridge_solve(matrix.to(dtype), kept, weight.to(dtype), DAMPING),), torch.float32,
         read=lambda found: (found,), flops=2 * (m - n) * n * d + n**3 / 3 + 2 * n * n * d, terms=(m,),
     )  # fmt: skip
-
-
-def model_shapes(size: str, tokens: int, length: int) -> dict[str, tuple[Callable[[Shape, Place], Case], Shape]]:
-    """Operation → its builder and its shape in a model of `synthetic.SHAPES`, four fifths of the units kept."""
-    d, m, _, heads, key_heads, vocabulary, _ = SHAPES[size]
-    kept = 4 * m // 5
-    passing = {"m": m, "T": tokens}
-    headed = {"B": tokens // length, "L": length, "H": heads, "K": key_heads, "D": d // heads}
-    return {
-        "gram": (gram, passing),
-        "cross": (cross, {"m": kept, "d": d, "T": tokens}),
-        "mirror": (mirror, {"m": m}),
-        "saliency": (saliency, passing),
-        "activation": (activation, passing),
-        "rms_norm": (rms_norm, {"d": d, "T": tokens}),
-        "rotary": (rotary, headed),
-        "attention": (attention, headed),
-        "cross_entropy": (cross_entropy, {"V": vocabulary, "T": tokens // 8}),
-        "ridge_solve": (ridge_solve, {"m": m, "n": kept, "d": d}),
-    }

@@ -4,9 +4,9 @@ test_solver.py runs it, on a CPU or a GPU; gpu_suite.py in its part `ridge`.
 
 Systems (G + μI) Δᵀ = R of the sizes that Llama-like models give: n kept units, d right-hand sides. Accuracy comes
 first, then time, then memory beyond G and R. The floor, written down before measuring: n³/3 + 2dn² FLOPs at the speed
-of a matrix product of the same type. Expected of it: on a CPU 60 % at n = 1536, where the 128-wide diagonal blocks of one
-core and the copies of panels still show, 80 % from 5504 on. On an H100 see docs/derived-solver.md: the floor is that of
-float32 products, and large products in bfloat16 pieces may pass it.
+of a matrix product of the same type. Expected of it: on a CPU 60 % at n = 1536, where the 128-wide diagonal blocks of
+one core and the copies of panels still show, 80 % from 5504 on. On an H100 see docs/derived-solver.md: the floor is
+that of float32 products, and large products in bfloat16 pieces may pass it.
 """
 
 import statistics

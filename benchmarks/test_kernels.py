@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import operations
 import pytest
-from cases import Place
+from cases import Place, Shape
 
 OURS = ("minisp triton", "minisp native", "minisp torch")
 OPPONENTS = {
@@ -21,7 +21,7 @@ OPPONENTS = {
 
 
 @pytest.mark.parametrize(("operation", "contender"), [(op, name) for op in OPPONENTS for name in OURS + OPPONENTS[op]])
-def test_kernel(operation: str, contender: str, size: str, place: Place, contend: Callable[..., None]) -> None:
-    tokens, length = (2048, 512) if place.device.type == "cpu" else (8192, 2048)
-    build, shape = operations.model_shapes(size, tokens, length)[operation]
-    contend(build, shape, place, contender)
+def test_kernel(
+    operation: str, contender: str, shapes: dict[str, Shape], place: Place, contend: Callable[..., None]
+) -> None:
+    contend(getattr(operations, operation), shapes[operation], place, contender)

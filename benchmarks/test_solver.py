@@ -13,7 +13,7 @@ import operations
 import pytest
 import ridge
 import torch
-from cases import Place
+from cases import Place, Shape
 from synthetic import SHAPES
 
 
@@ -44,7 +44,6 @@ def test_system(name: str, dtype: str, size: str, place: Place, timed: Callable[
 
 
 @pytest.mark.parametrize("contender", ["minisp native", "minisp torch", "torch.linalg"])
-def test_ridge_solve(contender: str, size: str, place: Place, contend: Callable[..., None]) -> None:
+def test_ridge_solve(contender: str, shapes: dict[str, Shape], place: Place, contend: Callable[..., None]) -> None:
     """The whole refit of a down projection."""
-    build, shape = operations.model_shapes(size, 0, 1)["ridge_solve"]
-    contend(build, shape, place, contender)
+    contend(operations.ridge_solve, shapes["ridge_solve"], place, contender)
