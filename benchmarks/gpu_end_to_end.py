@@ -1,7 +1,7 @@
 """The parts of gpu_suite.py that minify a Llama-7B-shaped random model, on 128 windows of 2048 tokens.
 
-What is expected is derived, phase by phase, by gpu_budget.py, which writes docs/gpu_budgets.md; here in short, for an
-H100 of 80 GB with the rates that stand there. Kernels that no part before has compiled are compiled within the time.
+What is expected is derived, phase by phase, in docs/gpu_budgets.md; here in short, for an H100 of 80 GB with the rates
+that stand there. Kernels that no part before has compiled are compiled within the time.
 
 `end_to_end`, one sweep (`ONE_SWEEP`), which is naive.py's work too, and then the defaults, on a new model. Floors: 7.9
 and 13.8 PFLOP at 790 TFLOP/s, 10 and 17.5 s. Matrix products at the rates of cuBLAS are 12 s of the first; attention,

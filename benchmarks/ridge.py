@@ -21,6 +21,8 @@ from minisp.ops import cholesky, native_cholesky
 
 # The excess loss takes a solve in float64, 12 GB and minutes for larger systems.
 LARGEST_EXACT = 11008
+# Of the matrix that are in float64 at once, for the backward error.
+COLUMNS = 2048
 
 
 def make_system(n: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -87,9 +89,9 @@ def accuracy(gram: Tensor, right: Tensor, solution: Tensor) -> dict[str, float]:
     loss tr(E A Eᵀ)/tr(X A Xᵀ), E = X less float64's.
     """
     r, x, squares = right[:64].double(), solution[:64].double(), 0.0
-    for start in range(0, len(gram), 2048):
-        part = gram[:, start : start + 2048].double()
-        squares += float((r[:, start : start + 2048] - x @ part).square().sum())
+    for start in range(0, len(gram), COLUMNS):
+        part = gram[:, start : start + COLUMNS].double()
+        squares += float((r[:, start : start + COLUMNS] - x @ part).square().sum())
     found = {"backward_error": squares**0.5 / float(gram.norm().double() * x.norm() + r.norm())}
     if len(gram) > LARGEST_EXACT:
         return found
