@@ -54,11 +54,6 @@ CHECKPOINT_BYTES, RESULT_BYTES = 13.5e9, 12e9
 SHARDS = max(2, min(12, (os.cpu_count() or 1) - 2))
 # Tests of kernels that launch none on a GPU.
 WITHOUT_GPU = ("test_compiles.py", "test_interpreter.py")
-# What the figure calls the whole runs.
-RUNS = {
-    "end_to_end": "minisp", "from_disk": "minisp, defaults, from disk", "capped_24": "minisp, 24 GB",
-    "capped_12": "minisp, 12 GB", "capped_8": "minisp, 8 GB", "naive": "naive", "naive_tf32": "naive, TF32",
-}  # fmt: skip
 Outcomes = dict[str, dict[str, Any]]
 # A command line, and what its environment has beside that of all.
 Command = tuple[list[str], dict[str, str]]
@@ -89,7 +84,7 @@ def commands_of(part: str, folder: Path, scratch: Path, *, rehearse: bool = Fals
         pytest += ["--maxfail=3", "--tb=short", *(["--collect-only"] if rehearse else [])]
         count = 2 if rehearse else SHARDS
         return [([*pytest, *named], {"MINISP_SHARD": f"{number}/{count}"}) for number in range(count)]
-    options = {"result": folder, "checkpoint": checkpoint_place(folder), "out": folder / part, "scratch": scratch}
+    options = {"result": folder, "checkpoint": folder / "checkpoint", "out": folder / part, "scratch": scratch}
     words = [word for name, path in options.items() for word in (f"--{name}", str(path))]
     return [([sys.executable, str(HERE / "gpu_parts.py"), part, *words, *(["--rehearse"] if rehearse else [])], {})]
 
@@ -111,11 +106,6 @@ def stop(child: subprocess.Popen[bytes]) -> None:
             child.wait(10)
 
 
-def checkpoint_place(folder: Path) -> Path:
-    """Where the checkpoint is or will be."""
-    return folder / "checkpoint"
-
-
 def start_checkpoint(folder: Path, log: Path, rehearse: bool = False) -> subprocess.Popen[bytes]:
     """Begin to write a 7B-shaped checkpoint, which the runs from disk wait for."""
     free = shutil.disk_usage(folder).free
@@ -123,7 +113,7 @@ def start_checkpoint(folder: Path, log: Path, rehearse: bool = False) -> subproc
         needed = (CHECKPOINT_BYTES + RESULT_BYTES) / 1e9
         text = f"no room for the checkpoint and a result: needs {needed:.0f} GB in {folder}, has {free / 1e9:.0f} GB"
         return start(([sys.executable, "-c", f"raise SystemExit({text!r})"], {}), log, environment(None))
-    words = [str(checkpoint_place(folder)), "--params", "tiny" if rehearse else "7B"]
+    words = [str(folder / "checkpoint"), "--params", "tiny" if rehearse else "7B"]
     return start(([sys.executable, str(HERE / "synthetic.py"), *words], {}), log, environment(None))
 
 
@@ -237,17 +227,15 @@ def machine() -> dict[str, Any]:
 
 def merge(path: Path, here: dict[str, Any], outcomes: Outcomes) -> None:
     """Put outcomes beside what earlier calls on this machine have left in its file; each has its date and versions."""
-    before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    known = json.loads(path.read_text("utf-8"))["parts"] if path.exists() else {}
     said = {name: here[name] for name in ("torch", "cuda", "driver", "python") if name in here}
     said["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    known = before.get("parts", {})
     # What has been written by this call keeps its date.
-    dated = {part: known[part] if _same(known.get(part), new) else new | said for part, new in outcomes.items()}
+    dated = {
+        part: known[part] if new.items() <= known.get(part, {}).items() else new | said
+        for part, new in outcomes.items()
+    }
     harness.write_whole(path, {"machine": here, "parts": known | dated})
-
-
-def _same(old: dict[str, Any] | None, new: dict[str, Any]) -> bool:
-    return old is not None and all(old.get(key) == value for key, value in new.items())
 
 
 def age() -> float:
@@ -270,23 +258,6 @@ def table(data: dict[str, Any]) -> str:
         rows.append((part, "ok" if status == 0 else f"FAILED ({status})", ""))
         rows += [("", row["name"], row["text"]) for row in outcome.get("figures", {}).get("summary", [])]
     return harness.markdown(["part", "", ""], rows)
-
-
-def figure(data: dict[str, Any]) -> Any:
-    """Seconds of the whole runs; a run that found no room is named, without a bar. None where nothing was measured."""
-    from drawing import OURS, THEIRS, bars, plt
-
-    figures = {name: part["figures"] for name, part in data["parts"].items() if "figures" in part}
-    runs = {name: figures[name] for name in RUNS if name in figures}
-    if not any(run["seconds"] for run in runs.values()):
-        return None
-    names = [RUNS[name] + ("" if run["seconds"] else ": out of memory") for name, run in runs.items()]
-    seconds = [[run["seconds"] or 0.0] for run in runs.values()]
-    drawn, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    bars(axes, names, seconds, [THEIRS if name.startswith("naive") else OURS for name in runs], "seconds")
-    axes.set_title("7B, 128 windows of 2048 (less is better)")
-    drawn.supxlabel(harness.machine_line(data), fontsize=8.5, color="0.35")
-    return drawn
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gpu_suite
+import gpu_end_to_end
 import minify_cpu
 import ridge
 from drawing import STYLE, plt
@@ -68,7 +68,7 @@ def _ratio(data: Data, cell: Data, domain: str) -> float:
 
 # The start of a result file's name → who draws it.
 KINDS: dict[str, Callable[[Data], Figure | None]] = {
-    "minify_cpu": minify_cpu.figure, "ridge": ridge.figure, "gpu": gpu_suite.figure, "quality": plot_quality
+    "minify_cpu": minify_cpu.figure, "ridge": ridge.figure, "gpu": gpu_end_to_end.figure, "quality": plot_quality
 }  # fmt: skip
 
 

@@ -33,13 +33,13 @@ def test_figures_of_a_gpu_result(script: Any, tmp_path: Path, missing: tuple[str
     (tmp_path / "other.json").write_text("{}")
     (path,) = script("plot").plot_folder(tmp_path)
     assert path.read_bytes().startswith(b"\x89PNG")
-    (axes,) = script("gpu_suite").figure(result).axes
+    (axes,) = script("gpu_end_to_end").figure(result).axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert ("minisp, 8 GB" in labels, "naive: out of memory" in labels) == (missing != ("capped_8", "naive"),) * 2
 
 
 def test_what_ran_out_of_memory_has_no_bar(script: Any) -> None:
-    (axes,) = script("gpu_suite").figure(gpu_result()).axes
+    (axes,) = script("gpu_end_to_end").figure(gpu_result()).axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["minisp", "minisp, 8 GB", "naive: out of memory"]
     assert [patch.get_width() for patch in axes.patches] == [20.0, 50.0, 0.0]

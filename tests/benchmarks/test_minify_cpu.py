@@ -1,4 +1,4 @@
-"""The CPU benchmark against the paper's recipe: who is the opponent, in which order they run, and what the page says."""
+"""The CPU benchmark against the paper's recipe: who is the opponent, in which order all run, what the page says."""
 
 import importlib
 from pathlib import Path
