@@ -131,6 +131,7 @@ class Bench:
         Raises:
             AssertionError: an error is larger than what is allowed, see `cases.check`.
         """
+        self.free()
         place = Place(self.device, dtype or self.half)
         small, errors = build(checked_shape(shape), place), {}
         for name in small.contenders:
@@ -167,13 +168,14 @@ def line(name: str, text: str) -> dict[str, str]:
 
 
 def told(row: Figures) -> str:
-    """A row of `Bench.measure` in words: the rate of minisp's first contender, and how much longer each other takes."""
+    """A row of `Bench.measure` in words: the rate of minisp's first contender, how much longer others take, errors."""
     timed = {name: found[1] for name, found in row.items() if isinstance(found, list)}
     ours = next((name for name in timed if name.startswith("minisp")), None)
+    failed = [f"{key} {text[:60]}" for key, text in row.items() if key.endswith(": error")]
     if ours is None:
-        return "minisp was not timed"
+        return ", ".join(["minisp was not timed", *failed])
     work, unit = (row["flops"], "TFLOP/s") if row["flops"] else (row["bytes"], "TB/s")
     words = [f"{work / timed[ours] / 1e12:.3g} {unit} ({ours.removeprefix('minisp ')})"]
-    return ", ".join(
-        words + [f"×{seconds / timed[ours]:.2f} of {name}" for name, seconds in timed.items() if name != ours]
-    )
+    words += [f"×{seconds / timed[ours]:.2f} of {name}" for name, seconds in timed.items() if name != ours]
+    extra = row.get(f"{ours}: extra_bytes")
+    return ", ".join([*words, *([f"{extra / 1e9:.2f} GB beside"] if extra else []), *failed])

