@@ -29,11 +29,15 @@ DEVICE = compute_device(MinifyConfig())
 FLUSH_BYTES = 2**28
 # Seconds of one contender, about; it is called 3 to 20 times.
 BUDGET = 0.5
-# Why a contender does not exist here.
-ABSENT = {
-    "minisp triton": "no GPU here: Triton's kernels need one",
-    "minisp native": "minisp._C has no kernel for this operation on this device",
-}
+
+
+def absent(name: str, place: Place) -> str:
+    """Why a contender does not exist here."""
+    if name == "minisp triton" and place.device.type == "cpu":
+        return "no GPU here: Triton's kernels need one"
+    if name.startswith("minisp"):
+        return f"{name} has no kernel of this operation for {place.device}"
+    return f"this opponent needs another type or device than {place.dtype} on {place.device}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -102,7 +106,7 @@ def contend(timed: Callable[..., None], benchmark: Any) -> Callable[..., None]:
     def measure(build: Callable[[Shape, Place], Case], shape: Shape, place: Place, name: str) -> None:
         small = build(checked_shape(shape), place)
         if name not in small.contenders:
-            pytest.skip(ABSENT.get(name, f"this opponent needs another type or device than {place}"))
+            pytest.skip(absent(name, place))
         try:
             error = check(small, name)
         except BackendError as refused:
