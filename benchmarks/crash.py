@@ -1,6 +1,6 @@
 """Kill runs at random moments, resume them, and compare what they end with, byte for byte.
 
-    python benchmarks/crash.py MODEL [--kills 30] [--seed 0] [--inputs both pruned]
+    python benchmarks/crash.py MODEL [--kills 30] [--seed 0] [--refit-on dense pruned]
 
 One undisturbed run gives the bytes and the time to expect. Then, again and again: a run in a process of its own is
 killed (SIGKILL) after a random time, several times in a row where it lives on; after every kill nothing at the output
@@ -112,6 +112,7 @@ def campaign(model: Path, windows: torch.Tensor, options: dict[str, Any], kills:
             if not out.exists():
                 run_in_child(model, out, windows, options, None)
             rows += 1
+            harness.say(f"{options['inputs']}: {hit.total()} of {kills} killed, last finished: {dict(hit)}")
             if contents(out) != expected:
                 raise SystemExit(f"crash.py: {options}: a resumed run ended with other bytes than an undisturbed one.")
             shutil.rmtree(out)
@@ -119,13 +120,20 @@ def campaign(model: Path, windows: torch.Tensor, options: dict[str, Any], kills:
     return {"kills": hit.total(), "resumed": rows, "hit": dict(hit), "undisturbed_seconds": seconds}
 
 
+def table(data: dict[str, Any]) -> str:
+    """Processes killed at random moments."""
+    parts = {name: part for name, part in data.items() if isinstance(part, dict) and "kills" in part}
+    rows = ([name, part["kills"], part["resumed"]] for name, part in parts.items())
+    return harness.markdown(["inputs", "killed", "of these, resumed from records"], rows)
+
+
 def main() -> None:
     """Run the campaigns and print what the kills hit."""
     parser = argparse.ArgumentParser(description="Kill runs at random moments and compare what they end with.")
     parser.add_argument("model", type=Path)
-    parser.add_argument("--kills", type=int, default=30, help="processes to kill, for each kind of inputs")
+    parser.add_argument("--kills", type=int, default=30, help="processes to kill, for each kind of refit")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--inputs", nargs="+", default=["both", "pruned"])
+    parser.add_argument("--refit-on", nargs="+", default=["dense", "pruned"])
     parser.add_argument("--save-seconds", type=float, default=0.0, help="between boundaries that are saved to disk")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window", type=int, default=64)
@@ -139,14 +147,10 @@ def main() -> None:
     load_tokenizer(args.model)
     windows = torch.randint(vocabulary, (args.windows, args.window), generator=torch.Generator().manual_seed(args.seed))
     figures = {
-        inputs: campaign(args.model, windows, {**options, "inputs": inputs}, args.kills, args.seed)
-        for inputs in args.inputs
+        kind: campaign(args.model, windows, {**options, "refit_on": kind}, args.kills, args.seed)
+        for kind in args.refit_on
     }
-    for inputs, found in figures.items():
-        rows = [(kind, count) for kind, count in sorted(found["hit"].items())]
-        harness.print_table(
-            f"{inputs}: {found['kills']} kills, every result the same", ["last finished", "kills"], rows
-        )
+    print(table(figures))
     harness.write_json(harness.result_name("crash"), {"model": args.model.name, **figures})
 
 

@@ -60,6 +60,7 @@ def all_digests(model_types: tuple[str, ...] = MODEL_TYPES, model: Path | None =
             for recipe, options in RECIPES.items():
                 for file, digest in digests(source, vocabulary, options).items():
                     found[f"{name} {recipe} {file}"] = digest
+            harness.say(f"{name}: done")
     return found
 
 

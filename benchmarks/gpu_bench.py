@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import harness
 import torch
+from cases import Case, Place, Shape, check, checked_shape
 
 # More than any GPU's second-level cache.
 FLUSH_BYTES = 2**28
@@ -46,10 +48,6 @@ class Bench:
         """The shapes to measure."""
         return small if self.rehearsal else real
 
-    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Random data of a shape, 16-bit unless told otherwise: zeros would cost less power, and run faster."""
-        return torch.randn(*shape, device=self.device, dtype=dtype or self.half)
-
     def synchronize(self) -> None:
         """Wait for what was queued."""
         if not self.rehearsal:
@@ -75,12 +73,6 @@ class Bench:
         if not self.rehearsal:
             torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / self.memory_bytes()))
 
-    def compiled(self, function: Callable[..., T]) -> Callable[..., T]:
-        """torch.compile of a function, for the shapes of its first call alone; a rehearsal only traces it."""
-        # As if it were the first: a second one would be compiled for all shapes, and count towards a limit.
-        torch._dynamo.reset()
-        return torch.compile(function, dynamic=False, backend="eager" if self.rehearsal else "inductor")
-
     def timed(self, call: Callable[[], object]) -> float:
         """Seconds of the GPU for one call, of the wall clock in a rehearsal."""
         if self.rehearsal:
@@ -99,7 +91,8 @@ class Bench:
         self, contenders: Contenders, *, budget: float = 0.3, before: Callable[[], object] = lambda: None
     ) -> Figures:
         """[p20, p50, p80] seconds of every contender, interleaved, after a first call, the second-level cache
-        overwritten before each; None, and "name: error", for one that fails.
+        overwritten before each, and "name: extra_bytes", what its first call allocated at most beside what was there;
+        None, and "name: error", for one that fails.
 
         Args:
             contenders: what to call, by name.
@@ -111,8 +104,10 @@ class Bench:
         flush = torch.empty(self.shapes(FLUSH_BYTES, 16), dtype=torch.uint8, device=self.device)
         for name, call in contenders.items():
             before()
+            held = 0 if self.rehearsal else harness.start_peak(self.device)
             try:
                 call()
+                figures[f"{name}: extra_bytes"] = self.peak_bytes() - held
                 before()
                 first[name] = self.timed(call)
             except Exception as error:  # one that is missing or has no room is no reason to lose the rest
@@ -127,6 +122,31 @@ class Bench:
                     flush.fill_(number)
                     times[name].append(self.timed(contenders[name]))
         return figures | {name: quantiles(found) for name, found in times.items()}
+
+    def measure(
+        self, build: Callable[[Shape, Place], Case], shape: Shape, dtype: torch.dtype | None = None, budget: float = 0.3
+    ) -> Figures:
+        """A row: shape, least work, errors of minisp's contenders in units of what is allowed, and a race of all.
+
+        Raises:
+            AssertionError: an error is larger than what is allowed, see `cases.check`.
+        """
+        self.free()
+        place = Place(self.device, dtype or self.half)
+        small, errors = build(checked_shape(shape), place), {}
+        for name in small.contenders:
+            if name.startswith("minisp"):
+                try:
+                    errors[name] = check(small, name)
+                except AssertionError:
+                    raise
+                except Exception as error:  # the race goes on without it
+                    errors[name] = f"{type(error).__name__}: {error}"[:200]
+        del small
+        case = build(shape, place)
+        row = {"shape": shape, "dtype": str(place.dtype).removeprefix("torch."), "errors": errors}
+        row |= {"flops": case.flops, "bytes": case.num_bytes}
+        return row | self.race(case.contenders, budget=budget, before=case.before)
 
     def seconds(self, call: Callable[[], object]) -> float:
         """Median seconds of one call, which must not fail."""
@@ -147,6 +167,15 @@ def line(name: str, text: str) -> dict[str, str]:
     return {"name": name, "text": text}
 
 
-def ratio(row: Figures, other: str, ours: str = "minisp") -> str:
-    """How many times as long another contender takes, in words; nothing where either has failed."""
-    return f"×{row[other][1] / row[ours][1]:.2f} of {other}" if row.get(other) and row.get(ours) else f"no {other}"
+def told(row: Figures) -> str:
+    """A row of `Bench.measure` in words: the rate of minisp's first contender, how much longer others take, errors."""
+    timed = {name: found[1] for name, found in row.items() if isinstance(found, list)}
+    ours = next((name for name in timed if name.startswith("minisp")), None)
+    failed = [f"{key} {text[:60]}" for key, text in row.items() if key.endswith(": error")]
+    if ours is None:
+        return ", ".join(["minisp was not timed", *failed])
+    work, unit = (row["flops"], "TFLOP/s") if row["flops"] else (row["bytes"], "TB/s")
+    words = [f"{work / timed[ours] / 1e12:.3g} {unit} ({ours.removeprefix('minisp ')})"]
+    words += [f"×{seconds / timed[ours]:.2f} of {name}" for name, seconds in timed.items() if name != ours]
+    extra = row.get(f"{ours}: extra_bytes")
+    return ", ".join([*words, *([f"{extra / 1e9:.2f} GB beside"] if extra else []), *failed])

@@ -1,36 +1,41 @@
-"""The parts of gpu_suite.py that measure the machine and the matrix products, and the command that runs any part.
+"""The parts of gpu_suite.py that measure the machine and a whole layer, and the command that runs any part.
 
-    python benchmarks/gpu_parts.py PART... --result FILE [--rehearse]
+    python benchmarks/gpu_parts.py PART... --result FOLDER [--rehearse]
 
-Every part is a function that says first what it expects and why. It yields all of its figures so far whenever there
-are more, so that a part that runs out of time keeps what it has. Expected times are derived for an H100 SXM (3.0 TB/s
-of copying, 790 TFLOP/s, cuBLAS at 680), not measured.
-
-Times are [p20, p50, p80] in seconds as `gpu_bench.Bench.race` takes them. T tokens, m units, n kept units, d hidden
-size, V vocabulary; bytes are counted as moved.
+Every part is a generator that yields all of its figures so far whenever there are more, so that a part that runs out of
+time keeps what it has.
+Times are [p20, p50, p80] in seconds as `gpu_bench.Bench.race` takes them.
 """
 
 import argparse
 import os
+import re
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import gpu_end_to_end
-import gpu_layers
-import gpu_passes
-import gpu_solver
+import gpu_operations
 import harness
 import torch
-from gpu_bench import Bench, Contenders, Figures, line, ratio
-from torch import Tensor
+from gpu_bench import Bench, Figures, line
+from gpu_end_to_end import ONE_SWEEP, in_memory, llama_config
+from torch import nn
 
-from minisp import ops
-from minisp.kernels import cross as cross_kernel
+from minisp.fast import minify
 from minisp.kernels import gram as gram_kernel
+
+# What a kernel is, by its name; the first that matches.
+KINDS = {
+    "minisp": r"minisp::|^(gram|cross|add_partials|mirror|activation|rms_norm|rotate)\w*_kernel",
+    "attention": r"flash|fmha|attention|sdpa",
+    "products": r"gemm|cutlass|nvjet|xmma|cublas|aten::(mm|addmm|bmm)|splitk",
+    "copies": r"memcpy|memset|aten::copy_",
+}
 
 
 def ceilings(bench: Bench) -> Iterator[Figures]:
@@ -51,7 +56,7 @@ def ceilings(bench: Bench) -> Iterator[Figures]:
     n = bench.shapes(8192, 16)
     for name, dtype in {"bf16": bench.half, "tf32": torch.float32, "fp32": torch.float32}.items():
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-        a, b = (bench.randn(n, n, dtype=dtype) for _ in range(2))
+        a, b = (torch.randn(n, n, device=bench.device, dtype=dtype) for _ in range(2))
         figures[f"{name}_flops"] = 2 * n**3 / bench.seconds(partial(torch.mm, a, b))
     torch.backends.cuda.matmul.allow_tf32 = False
     rates = " / ".join(f"{figures[f'{name}_flops'] / 1e12:.0f}" for name in ("bf16", "tf32", "fp32"))
@@ -90,106 +95,6 @@ def disk_rates(folder: str, size: int) -> Figures:
     return {f"{folder} write_bytes_per_s": size / written, f"{folder} read_bytes_per_s": size / seconds}
 
 
-def gram(bench: Bench) -> Iterator[Figures]:
-    """G += XᵀX against cuBLAS. Floor: Tm² FLOPs, half of a GEMM's 2Tm², 2Tm bytes of X and 4m² bytes of G (its half,
-    read and written). Expected 55 to 68 % of 790 TFLOP/s on the half that is computed, ×1.3 to 1.5 of the strongest
-    cuBLAS call at m ≥ 8192 and 8192 tokens; at 2048 tokens, which runs in a small memory have, 40 %, for G is read and
-    written as often as a fifth of the products take; ×1.0 at 1536, whose 78 tiles are split in three.
-    In float32 with IEEE products no more than cuBLAS, which has the same units to offer. The mirror step: 4m² bytes,
-    60 to 75 % of a copy.
-    """
-    figures: Figures = {"rows": [], "float32": [], "mirror": [], "summary": []}
-    for width in bench.shapes((1536, 4096, 8192, 11008, 14336, 28672), (48, 136)):
-        matrix = torch.zeros(width, width, device=bench.device)
-        for tokens in bench.shapes((2048, 8192, 16384), (16,)):
-            x = bench.randn(tokens, width)
-            row = {"m": width, "T": tokens, **bench.race(_gram_contenders(matrix, x, tokens), budget=0.05)}
-            figures["rows"].append(row)
-            best = min((row[k][1] for k in ("addmm to float32", "bf16 matmul") if row[k]), default=None)
-            if tokens in (8192, 16) and row["minisp"] and best:
-                rate = tokens * width**2 / row["minisp"][1] / 1e12
-                text = f"×{best / row['minisp'][1]:.2f} of cuBLAS, {rate:.0f} useful TFLOP/s"
-                figures["summary"].append(line(f"Gram m = {width}", text))
-            yield figures
-            del x
-        found = bench.race({"minisp": partial(gram_kernel.mirror_, matrix), "torch": partial(_mirrored, matrix)})
-        figures["mirror"].append({"m": width, **found})
-        del matrix
-    for width in bench.shapes((4096, 11008), (48,)):
-        yield from _gram_in_float32(bench, width, figures)
-
-
-def _mirrored(matrix: Tensor) -> Tensor:
-    return matrix.tril() + matrix.tril(-1).T
-
-
-def _gram_contenders(matrix: Tensor, x: Tensor, tokens: int) -> Contenders:
-    def float32_of_tools() -> None:
-        wide = x.float()
-        matrix.addmm_(wide.T, wide)
-
-    contenders: Contenders = {
-        "minisp": partial(gram_kernel.gram_update_, matrix, x),
-        "addmm to float32": lambda: torch.addmm(matrix, x.T, x, out_dtype=torch.float32, out=matrix),
-        # Without adding to anything, and rounded to 16 bits: less than what is asked.
-        "bf16 matmul": lambda: x.T @ x,
-    }
-    # It takes seconds: once for every width.
-    return contenders | ({"float32 of tools": float32_of_tools} if tokens in (8192, 16) else {})
-
-
-def _gram_in_float32(bench: Bench, width: int, figures: Figures) -> Iterator[Figures]:
-    tokens = bench.shapes(8192, 16)
-    matrix = torch.zeros(width, width, device=bench.device)
-    x = bench.randn(tokens, width, dtype=torch.float32)
-
-    def tools(allow_tf32: bool) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-        matrix.addmm_(x.T, x)
-        torch.backends.cuda.matmul.allow_tf32 = False
-
-    contenders: Contenders = {
-        f"minisp {precision}": partial(gram_kernel.gram_update_, matrix, x, input_precision=precision)
-        for precision in cross_kernel.PRECISIONS
-    }
-    contenders |= {"addmm": partial(tools, False), "addmm tf32": partial(tools, True)}
-    row = {"m": width, "T": tokens, **bench.race(contenders)}
-    figures["float32"].append(row)
-    text = ", ".join(ratio(row, "addmm", name) + f" ({name.split()[1]})" for name in list(contenders)[:3])
-    figures["summary"].append(line(f"Gram in float32, m = {width}", text))
-    yield figures
-
-
-def product(bench: Bench) -> Iterator[Figures]:
-    """C += XᵀY, which the drift correction needs. Floor: 2Tnd FLOPs. minisp takes cuBLAS here, 650 TFLOP/s expected at
-    8192 tokens; its Triton kernel, which serves float32 and is measured beside it, 420 to 500; what tools ship,
-    float32 copies, 50.
-    """
-    rows, summary = [], []
-    for n, d in bench.shapes(((8806, 4096), (11469, 4096), (22938, 8192)), ((48, 32),)):
-        for tokens in bench.shapes((2048, 8192), (16,)):
-            x, y = bench.randn(tokens, n), bench.randn(tokens, d)
-            row = {"n": n, "d": d, "T": tokens, **bench.race(_product_contenders(bench, x, y))}
-            rows.append(row)
-            if row["minisp"]:
-                rate = 2 * tokens * n * d / row["minisp"][1] / 1e12
-                others = ", ".join(ratio(row, name) for name in ("Triton", "float32 of tools"))
-                summary.append(line(f"XᵀY {n} × {d}, {tokens} tokens", f"{rate:.0f} TFLOP/s, {others}"))
-            yield {"rows": rows, "summary": summary}
-
-
-def _product_contenders(bench: Bench, x: Tensor, y: Tensor) -> Contenders:
-    total = torch.zeros(x.shape[1], y.shape[1], device=bench.device)
-    wide, other = x.float(), y.float()
-    return {
-        "minisp": partial(ops.cross_update_, total, x, y),
-        "Triton": partial(cross_kernel.cross_update_, total, x, y),
-        "float32 of tools": lambda: total.addmm_(x.float().T, y.float()),
-        "Triton, float32": partial(cross_kernel.cross_update_, total, wide, other),
-        "cuBLAS, float32": lambda: total.addmm_(wide.T, other),
-    }
-
-
 def accumulation(bench: Bench) -> Iterator[Figures]:
     """A million tokens into one G: the diagonal's bias from truncating tensor cores should stay below 1e-4. One
     accumulator sums all 16384 tokens of a launch, for neither width leaves a GPU programs to split them among (528 and
@@ -202,7 +107,7 @@ def accumulation(bench: Bench) -> Iterator[Figures]:
         matrix = torch.zeros(width, width, device=bench.device)
         exact = torch.zeros(len(range(0, width, every)), dtype=torch.float64, device=bench.device)
         for _ in range(launches):
-            x = bench.randn(tokens, width)
+            x = torch.randn(tokens, width, device=bench.device, dtype=bench.half)
             gram_kernel.gram_update_(matrix, x)
             exact += x[:, ::every].double().square().sum(0)
         errors = matrix.diagonal()[::every].double() / exact - 1
@@ -212,17 +117,58 @@ def accumulation(bench: Bench) -> Iterator[Figures]:
         yield {"rows": rows, "summary": summary}
 
 
+def layer(bench: Bench) -> Iterator[Figures]:
+    """Where the time of one 7B-shaped layer goes: one sweep and its refit under torch's profiler, milliseconds by kind
+    of kernel. Expected of 8192 tokens and one layer, forward and backward: products 2.6 TFLOP at 680, 3.9 ms, and Gram
+    1.0 TFLOP, 2.1 ms; attention 0.33 TFLOP, 1.3 ms; norms, rotary and residuals 90 bytes a hidden element where they
+    are fused, 1.2 ms, and 380, 4.9 ms, where transformers' eager ones run; activation 0.7 ms. Beside them the head of
+    32000 tokens, 2.6 ms, and one solve.
+    """
+    windows = torch.randint(0, 100, bench.shapes((4, 2048), (4, 16)), generator=torch.Generator().manual_seed(0))
+    config = llama_config(bench)
+    config.num_hidden_layers = 1
+    found: Figures = {}
+
+    def profiled(model: nn.Module) -> dict[str, float]:
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        kinds += [] if bench.rehearsal else [torch.profiler.ProfilerActivity.CUDA]
+        with warnings.catch_warnings():
+            # The windows are few for a refit that anyone would use.
+            warnings.simplefilter("ignore")
+            with torch.profiler.profile(activities=kinds) as profile:
+                report = minify(model, keep=0.8, calibration=windows, progress=lambda *_: None, **ONE_SWEEP)
+                bench.synchronize()
+        found["kernels"] = kernels_of(profile, bench)
+        return report.seconds
+
+    # Once for what is compiled and set up at first.
+    in_memory(bench, config, profiled)
+    found["phases"] = in_memory(bench, config, profiled)["phases"]
+    by_kind: dict[str, float] = {}
+    for row in found["kernels"]:
+        by_kind[row["kind"]] = by_kind.get(row["kind"], 0.0) + row["milliseconds"]
+    found |= {"milliseconds": by_kind, "kernels": found["kernels"][:40]}
+    text = ", ".join(f"{kind} {spent:.1f}" for kind, spent in sorted(by_kind.items()))
+    yield found | {"summary": [line("one layer, ms", text)]}
+
+
+def kernels_of(profile: torch.profiler.profile, bench: Bench) -> list[Figures]:
+    """Milliseconds, calls and kind of every kernel, the longest first; in a rehearsal of every operation."""
+    rows = []
+    for event in profile.key_averages():
+        spent = event.self_cpu_time_total if bench.rehearsal else event.self_device_time_total
+        # An operation of the host has the time of the kernels that it launched, which have events of their own.
+        if spent and (bench.rehearsal or (event.device_type.name == "CUDA" and not event.is_user_annotation)):
+            kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key, re.IGNORECASE)), "others")
+            rows.append({"name": event.key[:80], "kind": kind, "calls": event.count, "milliseconds": spent / 1e3})
+    return sorted(rows, key=lambda row: -row["milliseconds"])
+
+
 FUNCTIONS: dict[str, Callable[[Bench], Iterator[Figures]]] = {
     "ceilings": ceilings,
-    "gram": gram,
-    "product": product,
-    "saliency": gpu_passes.saliency,
-    "cross_entropy": gpu_passes.cross_entropy,
-    "norms": gpu_passes.norms,
-    "ridge": gpu_solver.ridge_,
-    "linalg": gpu_solver.linalg,
-    "attention": gpu_layers.attention,
-    "layer": gpu_layers.layer,
+    **{part: partial(gpu_operations.operation, part) for part in gpu_operations.OPERATIONS},
+    "ridge": gpu_operations.systems,
+    "layer": layer,
     "accumulation": accumulation,
 }
 
@@ -245,6 +191,7 @@ def main() -> None:
             found = FUNCTIONS[part](bench)
         else:
             found = gpu_end_to_end.run(part, bench, args.checkpoint, args.out / part, args.scratch)
+        harness.say(part)
         for figures in found:
             harness.write_whole(args.result / f"{part}.json", figures)
         harness.print_table(part, ["", ""], [(row["name"], row["text"]) for row in figures["summary"]])

@@ -8,8 +8,8 @@ first. Every part has processes of its own and a time limit, and the limits of a
 hangs or runs out of memory is reported, with the figures that it had written by then, and the others go on. A
 checkpoint for the runs from disk is written meanwhile. All numbers, with the machine's description, go to
 benchmarks/results/gpu_<machine>.json, anew after every part and beside what other calls have left there; each part has
-its date and versions. A table comes last, and plot.py makes figures. What each part expects, and why, stands at its
-function in gpu_parts.py, gpu_passes.py, gpu_layers.py, gpu_solver.py and gpu_end_to_end.py.
+its date and versions. A table comes last. What each part expects, and why, stands in gpu_operations.py, gpu_parts.py
+and gpu_end_to_end.py.
 """
 
 import argparse
@@ -43,7 +43,7 @@ CALLS = {
         "build": 60, "correctness": 110, "ceilings": 30, "gram": 50, "saliency": 45, "ridge": 45, "cross_entropy": 20,
         "end_to_end": 120,
     },
-    2: {"from_disk": 200, "norms": 20, "product": 25, "attention": 25, "layer": 40, "capped_8": 130, "linalg": 30},
+    2: {"from_disk": 200, "norms": 20, "product": 25, "attention": 25, "layer": 40, "capped_8": 130},
     3: {"naive": 130, "naive_tf32": 80, "capped_24": 80, "capped_12": 90, "accumulation": 30},
 }  # fmt: skip
 PARTS = {part: limit for limits in CALLS.values() for part, limit in limits.items()}
@@ -84,7 +84,7 @@ def commands_of(part: str, folder: Path, scratch: Path, *, rehearse: bool = Fals
         pytest += ["--maxfail=3", "--tb=short", *(["--collect-only"] if rehearse else [])]
         count = 2 if rehearse else SHARDS
         return [([*pytest, *named], {"MINISP_SHARD": f"{number}/{count}"}) for number in range(count)]
-    options = {"result": folder, "checkpoint": checkpoint_place(folder), "out": folder / part, "scratch": scratch}
+    options = {"result": folder, "checkpoint": folder / "checkpoint", "out": folder / part, "scratch": scratch}
     words = [word for name, path in options.items() for word in (f"--{name}", str(path))]
     return [([sys.executable, str(HERE / "gpu_parts.py"), part, *words, *(["--rehearse"] if rehearse else [])], {})]
 
@@ -106,11 +106,6 @@ def stop(child: subprocess.Popen[bytes]) -> None:
             child.wait(10)
 
 
-def checkpoint_place(folder: Path) -> Path:
-    """Where the checkpoint is or will be."""
-    return folder / "checkpoint"
-
-
 def start_checkpoint(folder: Path, log: Path, rehearse: bool = False) -> subprocess.Popen[bytes]:
     """Begin to write a 7B-shaped checkpoint, which the runs from disk wait for."""
     free = shutil.disk_usage(folder).free
@@ -118,7 +113,7 @@ def start_checkpoint(folder: Path, log: Path, rehearse: bool = False) -> subproc
         needed = (CHECKPOINT_BYTES + RESULT_BYTES) / 1e9
         text = f"no room for the checkpoint and a result: needs {needed:.0f} GB in {folder}, has {free / 1e9:.0f} GB"
         return start(([sys.executable, "-c", f"raise SystemExit({text!r})"], {}), log, environment(None))
-    words = [str(checkpoint_place(folder)), "--params", "tiny" if rehearse else "7B"]
+    words = [str(folder / "checkpoint"), "--params", "tiny" if rehearse else "7B"]
     return start(([sys.executable, str(HERE / "synthetic.py"), *words], {}), log, environment(None))
 
 
@@ -192,6 +187,7 @@ def run_parts(
             if part in needs and writer is not None:
                 # Most of the time it has had that of all earlier parts.
                 _wait(writer, deadline - PARTS[part] - time.perf_counter())
+            harness.say(part)
             with room_for(part, folder) as scratch:
                 limit = min(PARTS[part] * patience, deadline - time.perf_counter())
                 commands = commands_of(part, folder, scratch, rehearse=rehearse)
@@ -231,17 +227,15 @@ def machine() -> dict[str, Any]:
 
 def merge(path: Path, here: dict[str, Any], outcomes: Outcomes) -> None:
     """Put outcomes beside what earlier calls on this machine have left in its file; each has its date and versions."""
-    before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    known = json.loads(path.read_text("utf-8"))["parts"] if path.exists() else {}
     said = {name: here[name] for name in ("torch", "cuda", "driver", "python") if name in here}
     said["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    known = before.get("parts", {})
     # What has been written by this call keeps its date.
-    dated = {part: known[part] if _same(known.get(part), new) else new | said for part, new in outcomes.items()}
+    dated = {
+        part: known[part] if new.items() <= known.get(part, {}).items() else new | said
+        for part, new in outcomes.items()
+    }
     harness.write_whole(path, {"machine": here, "parts": known | dated})
-
-
-def _same(old: dict[str, Any] | None, new: dict[str, Any]) -> bool:
-    return old is not None and all(old.get(key) == value for key, value in new.items())
 
 
 def age() -> float:
@@ -256,14 +250,14 @@ def chosen_parts(only: list[str] | None, call: int, rehearse: bool) -> list[str]
     return parts if is_built or "build" in parts else ["build", *parts]
 
 
-def print_outcomes(outcomes: Outcomes) -> None:
-    """The closing table."""
+def table(data: dict[str, Any]) -> str:
+    """Every part, and what its figures say in short."""
     rows = []
-    for part, outcome in outcomes.items():
-        state = "ok" if outcome["status"] == 0 else f"FAILED ({outcome['status']})"
-        rows.append((part, state, ""))
+    for part, outcome in data["parts"].items():
+        status = outcome.get("status")
+        rows.append((part, "ok" if status == 0 else f"FAILED ({status})", ""))
         rows += [("", row["name"], row["text"]) for row in outcome.get("figures", {}).get("summary", [])]
-    harness.print_table("GPU suite", ["part", "", ""], rows)
+    return harness.markdown(["part", "", ""], rows)
 
 
 def main() -> None:
@@ -287,7 +281,7 @@ def main() -> None:
             parts, Path(folder), lambda so_far: merge(target, here, so_far), BUDGET - age(), args.rehearse
         )
     print("A rehearsal: nothing was measured." if args.rehearse else path)
-    print_outcomes(outcomes)
+    print(table({"parts": outcomes}))
     if any(outcome["status"] != 0 for outcome in outcomes.values()):
         raise SystemExit(1)
 

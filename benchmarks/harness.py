@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -95,6 +96,30 @@ def run_child(command: Sequence[str | Path], result: Path, python: str | Path = 
         peak_rss=usage.ru_maxrss * 1024,
         disturbance=max(0.0, foreign) / (seconds * (os.cpu_count() or 1)),
     )
+
+
+def machine_line(data: dict[str, Any]) -> str:
+    """The machine of a result file in one line."""
+    machine = data["machine"]
+    name = machine["gpu"] or f"{machine['cpu'].replace('(R)', '')}, {machine['cores']} cores"
+    return f"{name}, torch {machine['torch']}"
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; all columns but the first are aligned right."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Median (smallest–largest)."""
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+
+def say(words: str) -> None:
+    """A line of progress, with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')}  {words}", flush=True)
 
 
 def own_peak_rss() -> int:

@@ -111,23 +111,8 @@ def limits(args: argparse.Namespace) -> list[dict[str, Any]]:
         found = run(args, {"host_memory": text} if limit else {}, limit)
         rows.append({"limit": text, "peak_bytes": found.peak_rss, "wall_seconds": found.seconds, **found.output})
         rows[-1]["disturbance"] = found.disturbance
-    harness.print_table(
-        f"{args.model.name}, {args.windows} × {args.window} tokens",
-        ["limit", "planned", "measured", "planned/measured", "segments", "head", "seconds", "weights"],
-        [
-            (
-                row["limit"] if row["limit_bytes"] else "none",
-                f"{row['planned_bytes'] / 1e9:.2f} GB",
-                f"{row['peak_bytes'] / 1e9:.2f} GB",
-                f"{row['planned_bytes'] / row['peak_bytes']:.2f}",
-                row["segments"],
-                "on disk" if row["vocabulary_streamed"] else "held",
-                f"{row['wall_seconds']:.0f}",
-                row["weights"][:8],
-            )
-            for row in rows
-        ],
-    )
+        share = f"{found.peak_rss / 1e9:.2f} GB of {found.output['planned_bytes'] / 1e9:.2f} planned"
+        harness.say(f"limit {text}: {share}, {found.seconds:.0f} s")
     return rows
 
 
@@ -137,12 +122,37 @@ def streaming(args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(args.streaming_repeats):
         for name in seconds:
             found = run(args, {"segment": args.segment, "in_memory": name == "in memory"})
-            seconds[name].append(sum(found.output["seconds"][phase] for phase in ("saliency sweep", "reconstruction")))
+            seconds[name].append(sum(found.output["seconds"][phase] for phase in ("saliency sweep", "refit")))
+            harness.say(f"weights {name}: {seconds[name][-1]:.1f} s")
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     overhead = medians["streamed"] / medians["in memory"] - 1
-    rows = [(name, f"{medians[name]:.1f}", f"{min(v):.1f}–{max(v):.1f}") for name, v in seconds.items()]
-    harness.print_table(f"Streaming costs {overhead:+.1%}", ["weights", "seconds", "range"], rows)
+    harness.say(f"streaming costs {overhead:+.1%}")
     return {"seconds": seconds, "overhead": overhead, "segment": args.segment}
+
+
+def table(data: dict[str, Any]) -> Iterator[str]:
+    """Planned and measured, and what streaming costs."""
+    columns = ["limit", "planned", "peak of the process", "segments", "seconds"]
+    yield f"{data['windows']} windows of {data['window']} tokens.\n\n"
+    yield harness.markdown(
+        columns,
+        (
+            [
+                run["limit"] if run["limit_bytes"] else "none",
+                *(f"{run[key] / 1e9:.2f} GB" for key in ("planned_bytes", "peak_bytes")),
+                run["segments"],
+                f"{run['wall_seconds']:.0f}",
+            ]
+            for run in data["limits"]
+        ),
+    )
+    same = len({run["weights"] for run in data["limits"]}) == 1
+    yield f"\nThe results are {'the same bytes' if same else 'not the same'}."
+    if data.get("streaming"):
+        seconds = data["streaming"]["seconds"]
+        ranges = (f"{name} {harness.spread(values)}" for name, values in seconds.items())
+        yield f" Sweeps, seconds: {', '.join(ranges)}."
+    yield "\n"
 
 
 def main() -> None:
@@ -171,7 +181,8 @@ def main() -> None:
         content["limits"] = limits(args)
     if args.streaming_repeats:
         content["streaming"] = streaming(args)
-    print(harness.write_json(name, content))
+    path = harness.write_json(name, content)
+    print("".join(table(content)) if "limits" in content else "", path)
 
 
 if __name__ == "__main__":

@@ -2,43 +2,46 @@
 
     python benchmarks/minify_cpu.py --calibration CALIBRATION.txt --evaluation EVALUATION.txt
 
-Every run is a child process of its own, so that peak memory is the whole process; contenders are interleaved. The floor
-is in `minify_floor.py`. minisp computes in the type that it takes by itself on this machine. Ratios are to the honest
-opponent: the faster of the two naive ones here. Where processors have no bfloat16 products that is float32, and naive
-bfloat16 may take an hour a run: both are tried on a single window first. One that is `contenders.SLOW` times slower
-than the other runs once, or, where that would take longer than `contenders.PATIENCE`, not at all; the result file says
-so.
+Every run is a child process of its own, so that peak memory is the whole process; contenders are interleaved. minisp
+computes in the type that it takes by itself on this machine. Ratios are to the honest opponent: the faster of the naive
+ones. Naive float32 always runs; naive bfloat16 runs where minisp takes bfloat16 too, for elsewhere processors have no
+bfloat16 products, and it would take an hour. The floor of minisp's time is the operations that its plan counts, at the
+speed of matrix products measured here; no floor counts element-wise passes, where much of the time goes.
 """
 
 import argparse
 import json
+import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import harness
-import minify_floor
 import naive
 import torch
-from contenders import Contender, agreement, judged, opponent, print_correctness, print_speed, say
 
 HERE = Path(__file__).parent
 PAPER = {
-    "saliency": "taylor", "allocation": "score", "correct_drift": False,
+    "saliency": "taylor", "labels": "text", "allocation": "score", "correct_drift": False,
     "shrink_to": "zero", "alignment": 1, "min_keep": 0.0, "damping": naive.DAMPING,
 }  # fmt: skip
+# What minify() does before it minifies; the opponent's figure has no loading and no tokenising in it either.
+NOT_MINIFYING = ("loading", "calibration text")
+Row = dict[str, Any]
 
 
-def run_contender(contender: Contender, args: argparse.Namespace, *, evaluate: bool) -> harness.ChildRun:
+def run_contender(contender: Row, args: argparse.Namespace, *, evaluate: bool) -> harness.ChildRun:
     """One child process that minifies; with `evaluate`, perplexity of the result is in its output too."""
     with tempfile.TemporaryDirectory() as work:
         result, out = Path(work) / "result.json", Path(work) / "out"
-        if contender.naive:
+        if contender["name"].startswith("naive"):
             command = [HERE / "naive.py", args.model, "--text", args.calibration, "--save", out, "--json", result]
-            command += [word for key, value in contender.options.items() for word in (f"--{key}", value)]
+            command += [word for key, value in contender["options"].items() for word in (f"--{key}", value)]
             command += ["--keep", args.keep, "--windows", args.windows, "--window", args.window]
             return harness.run_child(command + (["--eval", args.evaluation, args.foreign] if evaluate else []), result)
-        command = [__file__, *args.forward, "--child", json.dumps(contender.options), "--out", out, "--result", result]
+        options = json.dumps(contender["options"])
+        command = [__file__, *args.forward, "--child", options, "--out", out, "--result", result]
         run = harness.run_child(command, result)
         if evaluate:
             run.output.update(evaluate_folder(out, args))
@@ -60,7 +63,8 @@ def child_minify(args: argparse.Namespace) -> dict[str, Any]:
     windows = naive.read_windows(args.model, args.calibration, args.windows, args.window)
     options = {"num_windows": args.windows, "window": args.window, **json.loads(args.child)}
     report = minify(args.model, keep=args.keep, out=args.out, calibration=windows, **options)
-    return {"seconds": report.seconds, "kept": [kept.tolist() for kept in report.kept]}
+    work = {"flops": report.plan.flops, "solve_flops": report.plan.solve_flops}
+    return {"seconds": report.seconds, "kept": [kept.tolist() for kept in report.kept], "work": work}
 
 
 def child_evaluate(args: argparse.Namespace) -> dict[str, float]:
@@ -71,18 +75,18 @@ def child_evaluate(args: argparse.Namespace) -> dict[str, float]:
     return naive.evaluate(model, args.model, args.evaluation, args.foreign)
 
 
-def make_contenders(args: argparse.Namespace) -> list[Contender]:
-    """The opponent in both dtypes, minisp with the paper's recipe, and as it comes, in the type it takes here."""
-    naives = [
-        Contender(f"naive {d}", {"dtype": d, "batch": args.batch, "damping": naive.DAMPING}, args.repeats)
-        for d in ("bfloat16", "float32")
+def make_contenders(args: argparse.Namespace, own: str) -> list[Row]:
+    """The opponent, minisp with the paper's recipe, and as it comes, in the type `own` that it takes here."""
+    naives = {
+        f"naive {dtype}": {"dtype": dtype, "batch": args.batch, "damping": naive.DAMPING}
+        for dtype in dict.fromkeys((own, "float32"))
+    }
+    ours = {"ours, paper's recipe": {**PAPER, "dtype": own}, "ours, the defaults": {"dtype": own}}
+    return [
+        {"name": name, "options": options, "minify_seconds": [], "phases": [], "peak_rss_bytes": [], "disturbance": []}
+        for name, options in (naives | ours).items()
+        if args.only is None or any(part in name for part in args.only)
     ]
-    own = {"dtype": own_dtype()}
-    ours = [
-        Contender("ours, paper's recipe", {**PAPER, **own}, args.repeats),
-        Contender("ours, the defaults", own, args.repeats),
-    ]
-    return [c for c in naives + ours if args.only is None or any(part in c.name for part in args.only)]
 
 
 def own_dtype() -> str:
@@ -93,71 +97,121 @@ def own_dtype() -> str:
     return str(compute_dtype(MinifyConfig(), CPU)).removeprefix("torch.")
 
 
-def without_the_hopeless(contenders: list[Contender], args: argparse.Namespace) -> tuple[list[Contender], list[str]]:
-    """Those that are run, and notes on those that are not, or once: naive ones are tried on a single window."""
-    tried = {c.name: c for c in contenders if c.naive}
-    if len(tried) < 2:
-        return contenders, []
-    probe = argparse.Namespace(**{**vars(args), "windows": 1})
-    seconds = {}
-    for name, contender in tried.items():
-        alone = Contender(name, {**contender.options, "batch": 1}, 1)
-        seconds[name] = run_contender(alone, probe, evaluate=False).output["seconds"]["calibration"]
-        say(f"{name}: one window of {args.window} tokens in {seconds[name]:.1f} s")
-    return judged(contenders, seconds, args.windows)
-
-
-def run_all(contenders: list[Contender], args: argparse.Namespace, keys: list[str]) -> None:
+def run_all(contenders: list[Row], args: argparse.Namespace, keys: list[str]) -> None:
     """All runs, in rounds whose order alternates; the first round evaluates."""
+    first: list[list[int]] = []
     for repeat in range(args.repeats):
-        for contender in contenders if repeat % 2 == 0 else reversed(contenders):
-            if repeat >= contender.repeats:
-                continue
-            run = run_contender(contender, args, evaluate=repeat == 0)
-            contender.add(run)
+        for row in contenders if repeat % 2 == 0 else reversed(contenders):
+            run = run_contender(row, args, evaluate=repeat == 0)
+            phases = run.output["seconds"]
+            row["phases"].append(phases)
+            row["minify_seconds"].append(sum(s for phase, s in phases.items() if phase not in NOT_MINIFYING))
+            row["peak_rss_bytes"].append(run.peak_rss)
+            row["disturbance"].append(run.disturbance)
             if repeat == 0:
-                contender.quality, contender.kept = {key: run.output[key] for key in keys}, run.output["kept"]
-            took = f"{contender.minify_seconds[-1]:.1f} s, {run.peak_rss / 2**20:.0f} MiB"
-            say(f"run {repeat + 1} of {contender.repeats}, {contender.name}: {took}")
+                kept = run.output["kept"]
+                first = first or kept
+                row |= {key: run.output[key] for key in keys} | {"widths": [len(indices) for indices in kept]}
+                row |= {"units_kept_as_first": agreement(kept, first), "work": run.output.get("work")}
+            took = f"{row['minify_seconds'][-1]:.1f} s, {run.peak_rss / 2**20:.0f} MiB"
+            harness.say(f"run {repeat + 1} of {args.repeats}, {row['name']}: {took}")
+
+
+def agreement(kept: list[list[int]], reference: list[list[int]]) -> float:
+    """Share of the units in `reference` that `kept` has too."""
+    common = sum(len(set(a) & set(b)) for a, b in zip(kept, reference, strict=True))
+    return common / sum(len(b) for b in reference)
 
 
 def compare(args: argparse.Namespace) -> None:
     """The parent: floor, then the runs. It never loads a model (see `harness.ChildRun`)."""
-    found = minify_floor.floor(args.model, args.windows, args.window, args.keep, own_dtype())
-    minify_floor.print_floor(found)
+    own = own_dtype()
+    rates = {name: harness.gemm_ceiling(getattr(torch, name), 1024) for name in dict.fromkeys((own, "float32"))}
     dense = evaluate_folder(args.model, args)
-    contenders, notes = without_the_hopeless(make_contenders(args), args)
+    harness.say(f"dense: {dense}")
+    contenders = make_contenders(args, own)
     run_all(contenders, args, list(dense))
-    print_correctness(contenders, dense)
-    print_speed(contenders)
-    print(harness.write_json(harness.result_name("minify_cpu"), result(args, found, dense, contenders, notes)))
-
-
-def result(
-    args: argparse.Namespace,
-    floor: dict[str, Any],
-    dense: dict[str, float],
-    contenders: list[Contender],
-    notes: list[str],
-) -> dict[str, Any]:
-    """What the result file holds."""
+    for row in contenders:
+        if row["work"]:
+            floor = row["work"]["flops"] / rates[own] + row["work"]["solve_flops"] / rates["float32"]
+            harness.say(f"{row['name']}: floor {floor:.1f} s, {floor / statistics.median(row['minify_seconds']):.0%}")
     settings = {key: getattr(args, key) for key in ("keep", "windows", "window", "batch", "repeats")}
-    return {
+    windows, window = naive.EVALUATION
+    found = {
         "settings": {**settings, "model": Path(args.model).name, "calibration": args.calibration.name},
         "evaluation": {
-            "text": args.evaluation.name,
-            "foreign text": "Python's documentation",
-            "windows": naive.EVALUATION[0],
-            "window": naive.EVALUATION[1],
+            "text": args.evaluation.name, "foreign text": "Python's documentation", "windows": windows, "window": window
         },
         **{f"dense_{key}": value for key, value in dense.items()},
-        "floor": floor,
-        "opponent": opponent(contenders).name,
-        "notes": notes,
-        "contenders": [
-            {**c.summary(), "units_kept_as_first": agreement(c.kept, contenders[0].kept)} for c in contenders
-        ],
-    }
+        "gemm_flops": rates,
+        "contenders": contenders,
+    }  # fmt: skip
+    print("".join(table(found)))
+    print(harness.write_json(harness.result_name("minify_cpu"), found))
+
+
+def table(data: Row) -> Iterator[str]:
+    """Quality, time and memory of whole processes, ratios to the faster naive contender."""
+    measured = {"text": "perplexity", "documentation": "foreign_perplexity"}
+    measured = {domain: key for domain, key in measured.items() if f"dense_{key}" in data}
+    settings, base = data["settings"], opponent(data)
+    yield f"{settings['keep']:.0%} kept, {settings['windows']} windows of {settings['window']} tokens; "
+    yield "interleaved runs: median (fastest–slowest). "
+    yield f"Speed and memory are ratios to {base['name']}" if base else "No opponent was measured beside them"
+    yield ". Disturbance is the share of the machine that others used meanwhile.\n\n"
+    columns = ["", " · ".join(measured), "minify, seconds", "speed", "peak of the process", "memory", "runs"]
+    rows = []
+    for one in data["contenders"]:
+        name = one["name"] + ("" if one["name"].startswith("naive") else f", {one['options']['dtype']}")
+        ratios = " · ".join(f"{one[key] / data[f'dense_{key}']:.3f}" for key in measured.values())
+        peak, speed, memory = statistics.median(one["peak_rss_bytes"]), "", ""
+        if base:
+            speed = f"×{statistics.median(base['minify_seconds']) / statistics.median(one['minify_seconds']):.2f}"
+            memory = f"{peak / statistics.median(base['peak_rss_bytes']):.2f}"
+        last = [len(one["minify_seconds"]), f"{max(one['disturbance']):.1%}"]
+        rows.append([name, ratios, harness.spread(one["minify_seconds"]), speed, f"{peak / 1e9:.2f} GB", memory, *last])
+    yield harness.markdown([*columns, "disturbance"], rows)
+    yield from (f"\n{note}\n" for note in data.get("notes", []))
+
+
+def opponent(data: Row) -> Row | None:
+    """The naive contender with the fewest seconds; None where none was measured."""
+    naives = [one for one in data["contenders"] if one["name"].startswith("naive")]
+    return min(naives, key=lambda one: statistics.median(one["minify_seconds"]), default=None)
+
+
+def figure(data: Row) -> Any:
+    """Quality, time and memory of each contender."""
+    from drawing import OURS, THEIRS, bars, plt
+
+    contenders = data["contenders"]
+    names = [c["name"].replace("ours", "minisp") for c in contenders]
+    colors = [OURS if name.startswith("minisp") else THEIRS for name in names]
+    titles = {"perplexity": "Text", "foreign_perplexity": "Documentation"}
+    measured = [key for key in titles if f"dense_{key}" in data]
+    size = (3.2 * (len(measured) + 2), 2.7)
+    drawn, (*qualities, time, memory) = plt.subplots(
+        1, len(measured) + 2, figsize=size, layout="constrained", sharey=True
+    )
+    for axes, key in zip(qualities, measured, strict=True):
+        ratios = [[c[key] / data[f"dense_{key}"]] for c in contenders]
+        bars(axes, names, ratios, colors, "perplexity / dense model's")
+        axes.axvline(1, color="0.25", linewidth=1, linestyle=":")
+        axes.set_title(titles[key])
+    bars(time, names, [c["minify_seconds"] for c in contenders], colors, "seconds")
+    bars(memory, names, [[p / 1e9 for p in c["peak_rss_bytes"]] for c in contenders], colors, "GB, peak of the process")
+    # Shared axes are inverted once for each panel.
+    time.set_ylim(len(names) - 0.5, -0.5)
+    settings = data["settings"]
+    for axes, title in ((time, "Time"), (memory, "Memory")):
+        axes.set_title(title)
+    drawn.supxlabel(
+        f"Less is better. {settings['keep']:.0%} of the units kept, {settings['windows']} windows of "
+        f"{settings['window']} tokens; {harness.machine_line(data)}",
+        fontsize=8.5,
+        color="0.35",
+    )
+    return drawn
 
 
 def main() -> None:

@@ -17,9 +17,11 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from minisp.store.writer import Entry, check_output, output_folder, write_json, write_tensors
 
-# Shapes of published Llama models: hidden size, MLP width, layers, heads, key-value heads, vocabulary, tied embeddings.
+# Shapes of SmolLM2-135M and of published Llama models:
+# hidden size, MLP width, layers, heads, key-value heads, vocabulary, tied embeddings.
 SHAPES = {
     "tiny": (64, 192, 4, 4, 2, 512, True),
+    "135M": (576, 1536, 30, 9, 3, 49152, True),
     "1B": (2048, 8192, 16, 32, 8, 128256, True),
     "3B": (3072, 8192, 28, 24, 8, 128256, True),
     "7B": (4096, 11008, 32, 32, 32, 32000, False),

@@ -1,15 +1,21 @@
 """All result files as tables: `python benchmarks/tables.py` writes benchmarks/RESULTS.md anew.
 
-Nothing in RESULTS.md is written by hand; what a file does not hold is an empty cell. What was measured on a GPU is not
-among it: `gpu_suite.py` prints its own figures.
+Nothing in RESULTS.md is written by hand; what a file does not hold is an empty cell. A benchmark makes the table of its
+results in a function of its own.
 """
 
-import csv
 import json
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import crash
+import gpu_suite
+import memory
+import minify_cpu
+import ridge
+from harness import machine_line
+from harness import markdown as table
 
 HERE = Path(__file__).parent
 TARGET = HERE / "RESULTS.md"
@@ -19,31 +25,6 @@ Written by `python benchmarks/tables.py` from the files in `results/`; what each
 how, in the script that it is named after. Ratios of perplexity are to the dense model's, less is better.
 """
 Data = dict[str, Any]
-
-# One form of every Triton kernel; kernel_table.csv has all of them.
-KERNELS = {
-    "gram bf16 aligned": "Gram, bfloat16",
-    "gram bf16 by descriptors": "Gram, bfloat16, by descriptors",
-    "gram fp32 ieee aligned": "Gram, float32 (IEEE)",
-    "cross bf16 aligned": "cross product, bfloat16",
-    "saliency bf16 silu gated": "saliency, SiLU, gated, bfloat16",
-    "activation bf16 silu gated": "activation, SiLU, gated, bfloat16",
-    "cross entropy bf16": "cross entropy, bfloat16",
-}
-GENERATIONS = ("80", "89", "90", "100", "120")
-
-
-def machine_line(data: Data) -> str:
-    """The machine in one line."""
-    machine = data["machine"]
-    name = machine["gpu"] or f"{machine['cpu'].replace('(R)', '')}, {machine['cores']} cores"
-    return f"{name}, torch {machine['torch']}"
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table; all columns but the first are aligned right."""
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
 
 
 def by_keep(found: Data, show: Callable[[Data], str]) -> str:
@@ -91,102 +72,6 @@ def ablation(data: Data) -> Iterator[str]:
     yield table(["kept, idea", " · ".join(dense)], ([key, _ratios(cell, dense)] for key, cell in data["rows"].items()))
 
 
-def minify_cpu(data: Data) -> Iterator[str]:
-    """minify_cpu.py: quality, time and memory of whole processes, ratios to the faster naive contender."""
-    measured = {"text": "perplexity", "documentation": "foreign_perplexity"}
-    measured = {domain: key for domain, key in measured.items() if f"dense_{key}" in data}
-    settings, base = data["settings"], opponent(data)
-    yield f"{settings['keep']:.0%} kept, {settings['windows']} windows of {settings['window']} tokens; "
-    yield "interleaved runs: median (fastest–slowest). "
-    yield f"Speed and memory are ratios to {base['name']}" if base else "No opponent was measured beside them"
-    yield ". Disturbance is the share of the machine that others used meanwhile.\n\n"
-    columns = [
-        "",
-        " · ".join(measured),
-        "minify, seconds",
-        "speed",
-        "peak of the process",
-        "memory",
-        "runs",
-        "disturbance",
-    ]
-    rows = []
-    for one in data["contenders"]:
-        name = one["name"] + ("" if one["name"].startswith("naive") else f", {one['options']['dtype']}")
-        ratios = " · ".join(f"{one[key] / data[f'dense_{key}']:.3f}" for key in measured.values())
-        peak, speed, memory = statistics.median(one["peak_rss_bytes"]), "", ""
-        if base:
-            speed = f"×{statistics.median(base['minify_seconds']) / statistics.median(one['minify_seconds']):.2f}"
-            memory = f"{peak / statistics.median(base['peak_rss_bytes']):.2f}"
-        last = [len(one["minify_seconds"]), f"{max(one['disturbance']):.1%}"]
-        rows.append([name, ratios, _spread(one["minify_seconds"]), speed, f"{peak / 1e9:.2f} GB", memory, *last])
-    yield table(columns, rows)
-    yield from (f"\n{note}\n" for note in data.get("notes", []))
-
-
-def opponent(data: Data) -> Data | None:
-    """Of a minify_cpu file: the naive contender with the fewest seconds; None where none was measured."""
-    naives = [one for one in data["contenders"] if one["name"].startswith("naive")]
-    return min(naives, key=lambda one: statistics.median(one["minify_seconds"]), default=None)
-
-
-def memory(data: Data) -> Iterator[str]:
-    """memory.py: planned and measured, and what streaming costs."""
-    columns = ["limit", "planned", "peak of the process", "segments", "seconds"]
-    yield f"{data['windows']} windows of {data['window']} tokens.\n\n"
-    yield table(
-        columns,
-        (
-            [
-                run["limit"] if run["limit_bytes"] else "none",
-                *(f"{run[key] / 1e9:.2f} GB" for key in ("planned_bytes", "peak_bytes")),
-                run["segments"],
-                f"{run['wall_seconds']:.0f}",
-            ]
-            for run in data["limits"]
-        ),
-    )
-    same = len({run["weights"] for run in data["limits"]}) == 1
-    yield f"\nThe results are {'the same bytes' if same else 'not the same'}."
-    if data.get("streaming"):
-        seconds = data["streaming"]["seconds"]
-        yield " Sweeps, seconds: " + ", ".join(f"{name} {_spread(values)}" for name, values in seconds.items()) + "."
-    yield "\n"
-
-
-def crash(data: Data) -> Iterator[str]:
-    """crash.py: processes killed at random moments."""
-    parts = {name: part for name, part in data.items() if isinstance(part, dict) and "kills" in part}
-    rows = ([name, part["kills"], part["resumed"]] for name, part in parts.items())
-    yield table(["inputs", "killed", "of these, resumed from records"], rows)
-
-
-def ridge(data: Data) -> Iterator[str]:
-    """ridge.py: solvers by size; speed against torch's Cholesky, memory in multiples of the Gram matrix."""
-    found = {(s["dtype"], s["n"], s["d"], s["name"]): s for s in data["solves"]}
-    columns = ["n, d, solver", "seconds", "speed", "memory", "backward error"]
-    rows = []
-    for (dtype, n, d, name), solve in sorted(found.items()):
-        base = statistics.median(found[dtype, n, d, "torch cholesky"]["seconds"])
-        speed = f"×{base / statistics.median(solve['seconds']):.2f}"
-        share = f"{solve['extra_bytes'] / solve['gram_bytes']:.2f}"
-        who = f"{n}, {d}, {dtype}, {name.replace('ours', 'minisp')}"
-        rows.append([who, _spread(solve["seconds"], 3), speed, share, f"{solve['backward_error']:.1e}"])
-    yield table(columns, rows)
-
-
-def kernels(source: Path) -> Iterator[str]:
-    """kernel_table.py: registers a thread / KB of shared memory a program."""
-    with source.open(encoding="utf-8", newline="") as stream:
-        found = {(row["name"], row["capability"]): row for row in csv.DictReader(stream)}
-    rows = []
-    for name, words in KERNELS.items():
-        cells = [found.get((name, capability)) for capability in GENERATIONS]
-        rows.append([words, *(f"{c['registers']} / {int(c['shared']) // 1024}" if c else "–" for c in cells)])
-    yield f"Registers a thread / KB of shared memory a program; {len(found)} compilations in all.\n\n"
-    yield table(["", *(f"sm_{capability}" for capability in GENERATIONS)], rows)
-
-
 def downstream_offline(data: Data) -> Iterator[str]:
     """downstream_offline.py: right answers by task and model."""
     yield "Right answers in %, with their 95 % interval; of the others the difference to the first model, with its own "
@@ -226,10 +111,12 @@ def blend(data: Data) -> Iterator[str]:
     yield from (f"\n{note}\n" for note in data.get("notes", []))
 
 
-KINDS = {
-    function.__name__: function
-    for function in (quality, peers, ablation, blend, minify_cpu, memory, crash, ridge, downstream_offline)
-}
+# The start of a result file's name → who makes its tables.
+KINDS: dict[str, Callable[[Data], str | Iterator[str]]] = {
+    "quality": quality, "peers": peers, "ablation": ablation, "blend": blend, "downstream_offline": downstream_offline,
+    "minify_cpu": minify_cpu.table, "memory": memory.table, "crash": crash.table, "ridge": ridge.table,
+    "gpu": gpu_suite.table,
+}  # fmt: skip
 
 
 def _ratios(values: Data, dense: Data) -> str:
@@ -239,11 +126,6 @@ def _ratios(values: Data, dense: Data) -> str:
 
 def _seconds(value: float | None) -> str:
     return "–" if value is None else f"{value:.0f}"
-
-
-def _spread(values: Sequence[float], digits: int = 1) -> str:
-    middle, low, high = statistics.median(values), min(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
 def render(folder: Path) -> str:
@@ -257,9 +139,6 @@ def render(folder: Path) -> str:
         parts.append(f"## {source.stem}\n\n{machine_line(data)}.\n\n{''.join(KINDS[kind](data))}")
         if source.with_suffix(".png").exists():
             parts.append(f"![{source.stem}](results/{source.stem}.png)\n")
-    compiled = folder / "kernel_table.csv"
-    if compiled.exists():
-        parts.append(f"## kernel_table\n\n{''.join(kernels(compiled))}")
     return "\n".join(parts)
 
 

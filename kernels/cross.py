@@ -22,7 +22,7 @@ PRECISIONS = ("ieee", "tf32", "tf32x3")
 # Tensor cores truncate their sums, a bias that grows with the tokens per launch; reading and writing C costs less of
 # the time the more tokens share it.
 TOKENS_PER_LAUNCH = 16384
-# Two programs run at once on a multiprocessor of sm_90 (at most 128 registers, which kernel_table.py holds, and 98 KB
+# Two programs run at once on a multiprocessor of sm_90 (at most 128 registers, which tests/kernels holds, and 98 KB
 # each); elsewhere they take turns.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 # With fewer tokens, a split spends more time on its partial sums (128 KB written and read again) than on products.

@@ -14,20 +14,17 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def gpu_result() -> dict[str, Any]:
     """The shape of what gpu_suite.py writes; the numbers mean nothing."""
-    times = {"minisp": [1e-3, 2e-3, 3e-3], "bf16 matmul": [3e-3, 4e-3, 5e-3], "addmm to float32": None}
     parts: dict[str, Any] = {
-        "ceilings": {"figures": {"bf16_flops": 7e14, "copy_bytes_per_s": 3e12}},
-        "gram": {"figures": {"rows": [{"m": m, "T": t, **times} for m in (1536, 8192) for t in (4096, 8192)]}},
-        "saliency": {"figures": {"rows": [{"m": 4096, "T": 8192, **times, "torch.compile": None}]}},
-        "end_to_end": {"figures": {"seconds": 20.0}},
-        "capped_8": {"figures": {"seconds": 50.0, "gigabytes": 8}},
-        "naive": {"figures": {"seconds": None, "error": "out of memory"}},
+        "ceilings": {"status": 0, "figures": {"bf16_flops": 7e14, "summary": [{"name": "copy", "text": "3 TB/s"}]}},
+        "end_to_end": {"status": 0, "figures": {"seconds": 20.0}},
+        "capped_8": {"status": 0, "figures": {"seconds": 50.0, "gigabytes": 8}},
+        "naive": {"status": 0, "figures": {"seconds": None, "error": "out of memory"}},
         "ridge": {"status": "stopped after 60 s"},
     }
     return {"machine": {"gpu": "Imaginary 100", "torch": "0"}, "parts": parts}
 
 
-@pytest.mark.parametrize("missing", [(), ("gram", "ceilings"), ("saliency",), ("end_to_end", "capped_8")])
+@pytest.mark.parametrize("missing", [(), ("ceilings",), ("capped_8", "naive")])
 def test_figures_of_a_gpu_result(script: Any, tmp_path: Path, missing: tuple[str, ...]) -> None:
     result = gpu_result()
     for part in missing:
@@ -36,22 +33,23 @@ def test_figures_of_a_gpu_result(script: Any, tmp_path: Path, missing: tuple[str
     (tmp_path / "other.json").write_text("{}")
     (path,) = script("plot").plot_folder(tmp_path)
     assert path.read_bytes().startswith(b"\x89PNG")
-    figure = script("plot").plot_gpu(result)
-    titles = " ".join(axes.get_title() for axes in figure.axes)
-    assert ("Gram" in titles, "Saliency" in titles, "7B" in titles) == (
-        "gram" not in missing,
-        "saliency" not in missing,
-        "end_to_end" not in missing,
-    )
+    (axes,) = script("gpu_end_to_end").figure(result).axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert ("minisp, 8 GB" in labels, "naive: out of memory" in labels) == (missing != ("capped_8", "naive"),) * 2
 
 
 def test_what_ran_out_of_memory_has_no_bar(script: Any) -> None:
-    figure = script("plot").plot_gpu(gpu_result())
-    axes = figure.axes[-1]
+    (axes,) = script("gpu_end_to_end").figure(gpu_result()).axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["minisp", "minisp, 8 GB", "naive: out of memory"]
     assert [patch.get_width() for patch in axes.patches] == [20.0, 50.0, 0.0]
     assert all(text.get_text() != "0" for text in axes.texts)
+
+
+def test_the_gpu_table_names_what_failed_and_what_was_found(script: Any) -> None:
+    lines = script("gpu_suite").table(gpu_result()).splitlines()
+    assert "|  | copy | 3 TB/s |" in lines
+    assert "| ridge | FAILED (stopped after 60 s) |  |" in lines and "| ceilings | ok |  |" in lines
 
 
 def test_nothing_measured_gives_no_figure(script: Any, tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ BENCHMARKS = ROOT / "benchmarks"
 
 
 def test_the_opponents_of_the_saliency_pass_compute_the_same(script: Any) -> None:
-    passes = script("gpu_passes")
+    passes = script("operations")
     gate, up, grad = torch.randn(50, 7), torch.randn(50, 7), torch.randn(50, 7)
     x, grad_gate, grad_up, sums = reference.activation_backward(gate, up, grad, "silu")
     for ours, true in zip(passes.eager_saliency(gate, up, grad), (x, grad_gate, grad_up, sums), strict=True):
         torch.testing.assert_close(ours, true)
-    for ours, true in zip(passes.autograd_saliency(gate, up, grad), (grad_gate, grad_up, sums), strict=True):
+    for ours, true in zip(passes.autograd_saliency(gate, up, grad), (x, grad_gate, grad_up, sums), strict=True):
         torch.testing.assert_close(ours, true)
 
 
@@ -44,7 +44,7 @@ def test_a_race_goes_on_without_the_one_that_falls(script: Any, monkeypatch: pyt
 
 
 def test_a_kernel_is_counted_once_and_by_its_kind(script: Any) -> None:
-    layers, bench = script("gpu_layers"), script("gpu_bench").Bench()
+    layers, bench = script("gpu_parts"), script("gpu_bench").Bench()
 
     def event(key: str, device: str, *, is_user_annotation: bool = False) -> SimpleNamespace:
         kind = SimpleNamespace(name=device)
@@ -70,7 +70,7 @@ def test_a_kernel_is_counted_once_and_by_its_kind(script: Any) -> None:
     assert all(row["milliseconds"] == 2.0 for row in rows)
 
 
-PARTS_IN_MEMORY = ("gram", "product", "saliency", "cross_entropy", "norms", "linalg", "attention")
+PARTS_IN_MEMORY = ("gram", "product", "saliency", "cross_entropy", "norms", "attention", "ridge")
 
 
 @pytest.mark.parametrize("part", PARTS_IN_MEMORY)
@@ -81,27 +81,66 @@ def test_a_part_goes_on_where_nothing_can_be_timed(part: str, script: Any, monke
     assert found and all("summary" in figures for figures in found)
 
 
+def test_a_wrong_operation_ends_its_part_and_one_that_is_missing_does_not(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, operations = script("gpu_bench").Bench(rehearsal=True), script("operations")
+    shape = {"V": 50, "T": 8}
+    row = bench.measure(operations.cross_entropy, shape, torch.float32)
+    assert 0 <= row["errors"]["minisp torch"] <= 1 and row["minisp torch"]
+
+    def missing(*arguments: Any, impl: str) -> Any:
+        raise AttributeError("no such symbol")
+
+    monkeypatch.setattr(operations.ops, "cross_entropy_gradient", missing)
+    row = bench.measure(operations.cross_entropy, shape, torch.float32)
+    assert row["errors"]["minisp torch"] == row["minisp torch: error"] == "AttributeError: no such symbol"
+    assert row["autograd"]
+    text = script("gpu_bench").told(row)
+    assert text.startswith("minisp was not timed") and "minisp torch: error AttributeError: no such symbol" in text
+    for wrong in (1.001, float("nan")):
+        monkeypatch.setattr(
+            operations.ops, "cross_entropy_gradient", lambda logits, targets, impl, by=wrong: (1.0, logits * by)
+        )
+        with pytest.raises(AssertionError, match="times what is allowed"):
+            bench.measure(operations.cross_entropy, shape, torch.float32)
+
+
 def test_a_solver_that_is_missing_leaves_the_others_their_rows(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    solver, ridge = script("gpu_solver"), script("ridge")
+    parts, ridge = script("gpu_operations"), script("ridge")
 
     def missing(gram: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         raise AttributeError("no such symbol")
 
-    monkeypatch.setitem(ridge.CONTENDERS, solver.BARE, missing)
-    (found, *_) = solver.ridge_(script("gpu_bench").Bench(rehearsal=True))
-    rows = {row["name"]: row for row in found["rows"][:3]}
-    assert rows[solver.BARE]["error"] == "AttributeError: no such symbol"
-    assert len(rows[solver.TORCH]["seconds"]) == len(rows[solver.CHECKED]["seconds"]) == 3
-    assert "with the engine's checks" in found["summary"][0]["text"]
-    assert "no such symbol" in found["summary"][0]["text"]
+    monkeypatch.setitem(ridge.CONTENDERS, parts.SOLVERS["minisp"], missing)
+    (found, *_) = parts.systems(script("gpu_bench").Bench(rehearsal=True))
+    row, text = found["rows"][0], found["summary"][0]["text"]
+    assert row["minisp: error"] == "AttributeError: no such symbol" and row["minisp"] is None
+    assert len(row["torch cholesky"]) == len(row[parts.ENGINE]) == 3
+    assert set(row["accuracy"]) == {"torch cholesky", parts.ENGINE}
+    assert "of torch cholesky" in text and "no such symbol" in text
+
+
+def test_a_solver_that_is_wrong_ends_its_part(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, ridge = script("gpu_operations"), script("ridge")
+    right = ridge.CONTENDERS["torch cholesky"]
+    monkeypatch.setitem(ridge.CONTENDERS, "torch cholesky", lambda gram, rows: right(gram, rows) * 1.01)
+    with pytest.raises(AssertionError, match="backward_error"):
+        list(parts.systems(script("gpu_bench").Bench(rehearsal=True)))
 
 
 def test_the_residual_by_columns_is_that_of_the_whole(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    solver, ridge = script("gpu_solver"), script("ridge")
+    ridge = script("ridge")
     gram, right = ridge.make_system(90, 12, torch.float32, torch.device("cpu"))
-    solution = ridge.torch_solve(gram, right)
-    expected = ridge.accuracy(gram, right, solution)["backward_error"]
-    assert solver.backward_error(gram, right, solution) == pytest.approx(expected, rel=1e-6)
+    x = ridge.torch_solve(gram, right)
+    a, r, x64 = gram.double(), right.double(), x.double()
+    expected = float((r - x64 @ a).norm() / (a.norm() * x64.norm() + r.norm()))
+    monkeypatch.setattr(ridge, "COLUMNS", 32)
+    found = ridge.accuracy(gram, right, x)
+    assert found["backward_error"] == pytest.approx(expected, rel=1e-6)
+    assert found["excess_loss"] < 1e-6
+    monkeypatch.setattr(ridge, "LARGEST_EXACT", 89)
+    assert set(ridge.accuracy(gram, right, x)) == {"backward_error"}
 
 
 def test_runs_from_disk_take_the_windows_that_there_is_room_for(
@@ -149,8 +188,12 @@ def test_every_part_can_be_rehearsed(script: Any, tmp_path: Path) -> None:
     assert all(figures["summary"] for figures in found.values())
     # What a CPU lacks, and nothing else, has failed.
     assert errors_of(found) <= {"addmm to float32: error"}
-    timed = {key for figures in found.values() for row in figures.get("norm", []) for key in row}
-    assert "minisp" in timed
+    rows = [row for part in found.values() for row in part.get("rows", []) if "errors" in row]
+    assert len(rows) > 12
+    # Every kernel went through the interpreter, was right, and was timed; attention has none.
+    for row in rows:
+        ours = "minisp torch" if row["operation"] == "attention" else "minisp triton"
+        assert row["errors"][ours] <= 1 and row[ours], row
     assert all(found[part]["seconds"] > 0 for part in script("gpu_end_to_end").PARTS)
     assert (folders["out"] / "capped_8" / "config.json").exists()
 

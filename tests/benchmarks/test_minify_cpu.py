@@ -1,4 +1,4 @@
-"""The CPU benchmark against the paper's recipe: who is the opponent, who is left out, and what the floor counts."""
+"""The CPU benchmark against the paper's recipe: who is the opponent, in which order all run, what the page says."""
 
 import importlib
 from pathlib import Path
@@ -16,60 +16,49 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
-def contender(script: Any, name: str, seconds: list[float], repeats: int = 3) -> Any:
-    made = script("contenders").Contender(name, {}, repeats)
-    made.minify_seconds = seconds
-    return made
-
-
 def test_the_opponent_is_the_faster_of_the_naive_ones(script: Any) -> None:
     names = ["ours", "naive bfloat16", "naive float32"]
     for seconds, expected in (([1, 9, 5], "naive float32"), ([1, 5, 9], "naive bfloat16")):
-        rows = [contender(script, name, [own]) for name, own in zip(names, seconds, strict=True)]
-        assert script("contenders").opponent(rows).name == expected
-        data = {"contenders": [{"name": row.name, "minify_seconds": row.minify_seconds} for row in rows]}
-        assert script("tables").opponent(data)["name"] == expected
-    assert script("tables").opponent({"contenders": [{"name": "ours", "minify_seconds": [1.0]}]}) is None
+        rows = [{"name": name, "minify_seconds": [own]} for name, own in zip(names, seconds, strict=True)]
+        assert script("minify_cpu").opponent({"contenders": rows})["name"] == expected
+    assert script("minify_cpu").opponent({"contenders": [{"name": "ours", "minify_seconds": [1.0]}]}) is None
 
 
 @pytest.mark.parametrize(
-    ("seconds", "repeats", "says"),
+    ("own", "only", "names"),
     [
-        ((2.0, 1.0), {"naive bfloat16": 3, "naive float32": 3, "ours": 3}, None),
-        ((3.1, 1.0), {"naive bfloat16": 1, "naive float32": 3, "ours": 3}, "one run only: one window takes ×3.1"),
-        ((60.0, 1.0), {"naive float32": 3, "ours": 3}, r"not run: one window takes ×60.0 the seconds of naive float32"),
-        ((1.0, 3.5), {"naive bfloat16": 3, "naive float32": 1, "ours": 3}, "naive float32: one run only"),
+        ("float32", None, ["naive float32", "ours, paper's recipe", "ours, the defaults"]),
+        ("bfloat16", None, ["naive bfloat16", "naive float32", "ours, paper's recipe", "ours, the defaults"]),
+        ("bfloat16", ["float32", "defaults"], ["naive float32", "ours, the defaults"]),
     ],
 )
-def test_a_naive_one_that_is_no_opponent_runs_once_or_not_and_it_is_said(
-    script: Any, seconds: tuple[float, float], repeats: dict[str, int], says: str | None
+def test_naive_bfloat16_is_an_opponent_where_minisp_takes_bfloat16_too(
+    script: Any, own: str, only: list[str] | None, names: list[str]
 ) -> None:
-    rows = [contender(script, name, []) for name in ("naive bfloat16", "naive float32", "ours")]
-    probes = dict(zip(("naive bfloat16", "naive float32"), seconds, strict=True))
-    left, notes = script("contenders").judged(rows, probes, 32)
-    assert {row.name: row.repeats for row in left} == repeats
-    assert (says in notes[0]) if says else notes == []
+    rows = script("minify_cpu").make_contenders(SimpleNamespace(batch=4, only=only), own)
+    assert [row["name"] for row in rows] == names
+    assert {row["options"]["dtype"] for row in rows if row["name"].startswith("ours")} == {own}
 
 
-def test_the_floor_of_the_defaults_is_the_recipe_and_trials_and_correction(script: Any) -> None:
-    config = SimpleNamespace(
-        hidden_size=8, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=40, head_dim=4,
-    )  # fmt: skip
-    found = script("minify_floor").work(config, 64, 256, 0.5)
-    mlp, attention = 3 * 8 * 24, 2 * 8 * 4 * 3
-    layers, head, products = 3 * (mlp + attention), 8 * 40, 2 * 3 * 256 * 8
-    tokens, trials, heals = 64 * 256, 2048, 32 * 256
-    recipe = tokens * (4 * (layers + head) + 3 * products + 3 * 24**2)
-    assert found["recipe"].own * 1e9 == pytest.approx(recipe)
-    # Four passes of all layers: the dense model's, and of three layers, two and one; a head at every second token.
-    trying = trials * ((2 * layers + products) * (1 + 2) + 4 * 2 * head / 2)
-    cut = 3 * (mlp / 2 + attention)
-    # The cut model once, its Gram matrices, the cross products, and the product that stands for another passage.
-    correcting = heals * (2 * cut + products + 3 * (12**2 + 4 * 12 * 8))
-    assert found["defaults"].own * 1e9 == pytest.approx(recipe + trying + correcting)
-    assert found["naive"].own * 1e9 == pytest.approx(tokens * (6 * (layers + head) + 3 * products))
-    assert found["naive"].seconds(1e9, 1e9) > found["recipe"].seconds(1e9, 1e9)
+def test_rounds_alternate_and_only_the_first_evaluates(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, calls = script("minify_cpu"), []
+
+    def run(contender: Any, args: Any, *, evaluate: bool) -> SimpleNamespace:
+        calls.append((contender["name"], evaluate))
+        kept = [[0, 1, 2, 3]] if contender["name"].startswith("naive") else [[0, 1, 2, 7]]
+        seconds = {"loading": 5.0, "calibration": 2.0, "refit": 1.0}
+        found = {"seconds": seconds, "kept": kept, "perplexity": 9.0}
+        return SimpleNamespace(output=found, peak_rss=2**30, disturbance=0.5)
+
+    monkeypatch.setattr(module, "run_contender", run)
+    rows = module.make_contenders(SimpleNamespace(batch=4, only=["naive", "defaults"]), "float32")
+    module.run_all(rows, SimpleNamespace(repeats=2), ["perplexity"])
+    one, other = "naive float32", "ours, the defaults"
+    assert calls == [(one, True), (other, True), (other, False), (one, False)]
+    # Loading is nobody's time.
+    assert rows[1]["minify_seconds"] == [3.0, 3.0] and rows[1]["peak_rss_bytes"] == [2**30] * 2
+    assert [row["units_kept_as_first"] for row in rows] == [1.0, 0.75]
+    assert (rows[0]["perplexity"], rows[0]["widths"]) == (9.0, [4])
 
 
 def test_the_page_names_the_opponent_the_runs_and_what_was_left_out(script: Any) -> None:
@@ -83,6 +72,6 @@ def test_the_page_names_the_opponent_the_runs_and_what_was_left_out(script: Any)
         "notes": ["naive bfloat16: not run: reason."],
         "contenders": [row("naive float32", [10.0, 12.0, 11.0], 4e9), row("ours, the defaults", [5.5], 1e9)],
     }
-    page = "".join(script("tables").minify_cpu(data))
+    page = "".join(script("minify_cpu").table(data))
     assert "ratios to naive float32" in page and "naive bfloat16: not run: reason." in page
     assert "| ours, the defaults, float32 | 1.100 | 5.5 (5.5–5.5) | ×2.00 | 1.00 GB | 0.25 | 1 | 1.0% |" in page

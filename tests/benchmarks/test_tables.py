@@ -38,6 +38,6 @@ def test_a_row_that_was_not_measured_is_an_empty_cell(tables: Any) -> None:
 def test_results_that_differ_are_called_so(tables: Any) -> None:
     run = {"limit": "0", "limit_bytes": 0, "planned_bytes": 2e9, "peak_bytes": 1e9, "segments": 1, "wall_seconds": 8.0}
     data = {"windows": 4, "window": 128, "limits": [{**run, "weights": "a"}, {**run, "weights": "b"}]}
-    assert "not the same" in "".join(tables.memory(data))
+    assert "not the same" in "".join(tables.memory.table(data))
     data["limits"][1]["weights"] = "a"
-    assert "the same bytes" in "".join(tables.memory(data))
+    assert "the same bytes" in "".join(tables.memory.table(data))

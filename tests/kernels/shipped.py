@@ -1,37 +1,22 @@
-"""Registers, shared memory and instructions of every Triton kernel as shipped, for every GPU generation. Needs no GPU.
+"""Every Triton kernel as its launcher compiles it, in every form, and what is asked of the machine code of each.
 
-    python benchmarks/kernel_table.py [--write]     # with --write: to benchmarks/results/kernel_table.csv
-
-Triton compiles for a GPU that is not there; its PTX and cuobjdump, which comes with it, say what came out. A kernel
-that spills registers to memory, or asks for more shared memory than a launch may have, would be slow or refused on a
-machine that nobody tried: tests/kernels/test_compiles.py lets none through.
+`compiled.py` compiles this list for GPUs that are not there, and `test_compiles.py` lets nothing through that would be
+slow or refused on a machine that nobody tried.
 """
 
-import argparse
-import csv
-import os
-import re
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from minisp.kernels import cross, cross_entropy, gram, gram_tma, norm, rotary, saliency
 
-# Bytes of shared memory that one launch may ask for, by compute capability.
-SHARED_LIMIT = {80: 166912, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-# What drives the matrix units in PTX, the copy engine, and loads and stores of 16 bytes a thread or more.
-MATRIX_UNIT = {80: "mma.sync", 89: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+# The GPU generations, by compute capability.
+CAPABILITIES = (80, 89, 90, 100, 120)
 COPY_ENGINE = "cp.async.bulk.tensor"
+# Loads and stores of 16 bytes a thread or more, in PTX.
 WIDE = ("ld.global.v4", "st.global.v4")
-# Registers of a multiprocessor of sm_90, which the programs that run on it at once share.
-REGISTERS = 65536
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LAYOUTS: dict[str, dict[str, int]] = {
     "aligned": {"stride_x_unit": 1, "stride_y_unit": 1},
@@ -41,7 +26,6 @@ LAYOUTS: dict[str, dict[str, int]] = {
 # Integers that Triton makes constants where they are 1, and whose being 1 is no matter of the layout.
 ONES = {"num_tokens", "num_rows", "num_cols", "num_partials", "width", "vocabulary"}
 ONES |= {"stride_token", "stride_out", "stride_x_token", "stride_y_token"}
-RESULT = Path(__file__).parent / "results" / "kernel_table.csv"
 
 
 @dataclass(frozen=True)
@@ -67,22 +51,10 @@ class Shipped:
     constants: dict[str, Any]
     options: dict[str, int]
     aligned: tuple[str, ...]
-    capabilities: tuple[int, ...] = tuple(SHARED_LIMIT)
+    capabilities: tuple[int, ...] = CAPABILITIES
     needs: tuple[str, ...] = ()
     forbids: tuple[str, ...] = ()
     at_once: int = 1
-
-
-@dataclass(frozen=True)
-class Row:
-    """What the compiler made of it for one GPU: per thread registers, bytes of stack; per program bytes of shared."""
-
-    name: str
-    capability: int
-    warps: int
-    registers: int
-    stack: int
-    shared: int
 
 
 def products() -> Iterator[Shipped]:
@@ -232,92 +204,3 @@ def shipped() -> list[Shipped]:
     """Every kernel in every form that a launcher asks for."""
     entries = [*products(), *around_products(), *passes(), *in_layers()]
     return [*entries, *ones(entries)]
-
-
-def compile_one(number: int, capability: int) -> tuple[Row, str]:
-    """Compile entry `number` of `shipped()` for a GPU; what came out, and its PTX."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    entry = shipped()[number]
-    signature = entry.signature | dict.fromkeys(entry.constants, "constexpr")
-    attrs = {(entry.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in entry.aligned}
-    attrs = {place: hint for place, hint in attrs.items() if entry.kernel.arg_names[place[0]] not in entry.constants}
-    source = ASTSource(entry.kernel, signature, entry.constants, attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=entry.options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        command = [tool, "--dump-resource-usage", cubin.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    registers, stack = (re.search(rf"{word}:(\d+)", usage) for word in ("REG", "STACK"))
-    assert registers and stack, usage
-    warps, shared = entry.options["num_warps"], compiled.metadata.shared
-    row = Row(entry.name, capability, warps, int(registers[1]), int(stack[1]), shared)
-    return row, compiled.asm["ptx"]
-
-
-def faults(entry: Shipped, row: Row, ptx: str) -> list[str]:
-    """What is wrong with a compiled kernel; empty where nothing is."""
-    needs = [word.format(matrix=MATRIX_UNIT[row.capability]) for word in entry.needs]
-    return [
-        # Registers spill to the stack.
-        *([f"a stack of {row.stack} bytes"] if row.stack else []),
-        *([f"{row.shared} bytes of shared memory"] if row.shared > SHARED_LIMIT[row.capability] else []),
-        *(f"no {word}" for word in needs if word not in ptx),
-        *(
-            [f"{row.registers} registers, too many for {entry.at_once} programs at once"]
-            if row.capability == 90 and entry.at_once * row.warps * 32 * row.registers > REGISTERS
-            else []
-        ),
-        *(f"{word} where there must be none" for word in entry.forbids if word in ptx),
-    ]
-
-
-def compile_all(numbers: Sequence[int]) -> list[tuple[Row, list[str]]]:
-    """Rows and faults of these entries of `shipped()` for all their GPUs, on all cores."""
-    everything = shipped()
-    jobs = [(n, capability) for n in numbers for capability in everything[n].capabilities]
-    # Fresh processes: a forked one would inherit the locks of this one's threads.
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        return list(pool.map(_row_and_faults, *zip(*jobs, strict=True), chunksize=8))
-
-
-def _row_and_faults(number: int, capability: int) -> tuple[Row, list[str]]:
-    row, ptx = compile_one(number, capability)
-    return row, faults(shipped()[number], row, ptx)
-
-
-def table_lines(rows: Sequence[Row]) -> list[str]:
-    """The table as text: one line a kernel, registers / kilobytes of shared memory under each GPU."""
-    by_name: dict[str, dict[int, Row]] = {}
-    for row in rows:
-        by_name.setdefault(row.name, {})[row.capability] = row
-    lines = [f"{'registers / KB shared':<42}" + "".join(f"{f'sm_{c}':>12}" for c in SHARED_LIMIT)]
-    for name, cells in by_name.items():
-        texts = (f"{cells[c].registers} / {cells[c].shared / 1024:.0f}" if c in cells else "" for c in SHARED_LIMIT)
-        lines.append(f"{name:<42}" + "".join(f"{text:>12}" for text in texts))
-    return lines
-
-
-def main() -> None:
-    """Compile, print, and write if asked."""
-    parser = argparse.ArgumentParser(description="What the compilers make of the Triton kernels.")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")
-    args = parser.parse_args()
-    results = compile_all(range(len(shipped())))
-    print("\n".join(table_lines([row for row, _ in results])))
-    wrong = [f"{row.name}, sm_{row.capability}: {', '.join(found)}" for row, found in results if found]
-    if args.write:
-        with RESULT.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(Row.__dataclass_fields__)
-            writer.writerows(vars(row).values() for row, _ in results)
-    if wrong:
-        raise SystemExit("\n".join(wrong))
-
-
-if __name__ == "__main__":
-    main()
