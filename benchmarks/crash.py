@@ -112,7 +112,7 @@ def campaign(model: Path, windows: torch.Tensor, options: dict[str, Any], kills:
             if not out.exists():
                 run_in_child(model, out, windows, options, None)
             rows += 1
-            harness.say(f"{options['inputs']}: {hit.total()} of {kills} killed, last finished: {dict(hit)}")
+            harness.say(f"{options['refit_on']}: {hit.total()} of {kills} killed, last finished: {dict(hit)}")
             if contents(out) != expected:
                 raise SystemExit(f"crash.py: {options}: a resumed run ended with other bytes than an undisturbed one.")
             shutil.rmtree(out)
@@ -124,7 +124,7 @@ def table(data: dict[str, Any]) -> str:
     """Processes killed at random moments."""
     parts = {name: part for name, part in data.items() if isinstance(part, dict) and "kills" in part}
     rows = ([name, part["kills"], part["resumed"]] for name, part in parts.items())
-    return harness.markdown(["inputs", "killed", "of these, resumed from records"], rows)
+    return harness.markdown(["refitted on", "killed", "of these, resumed from records"], rows)
 
 
 def main() -> None:
