@@ -1,4 +1,4 @@
-"""What pytest-benchmark times here, and how: `python -m pytest benchmarks/ --benchmark-only`, on a CPU or on a GPU.
+"""What pytest-benchmark times here, and how: `python -m pytest benchmarks/ --benchmark-only -n0`, on a CPU or on a GPU.
 
 Sizes are those of a model: MINISP_BENCH_SIZES=135M,1B,7B, by default 135M on a CPU and 7B on a GPU. With
 --benchmark-json=FILE all numbers are kept, with the machine's description.

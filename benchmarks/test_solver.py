@@ -1,6 +1,6 @@
 """The ridge solver, as it is and as the engine calls it, beside torch.linalg: see conftest.py for how to run it.
 
-    python -m pytest benchmarks/test_solver.py --benchmark-only --benchmark-json=benchmarks/results/ridge_NAME.json
+    python -m pytest benchmarks/test_solver.py --benchmark-only -n0 --benchmark-json=benchmarks/results/ridge_NAME.json
 
 ridge.py holds the systems and contenders, and makes the table and the figure of such a file.
 """

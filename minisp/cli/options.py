@@ -41,6 +41,9 @@ def _option(field: Field[Any], text: str, panel: str) -> Any:
     if field.name == "damping":
         option = typer.Option(help=text, rich_help_panel=panel, parser=_number_or_word, metavar="<number>")
         return Annotated[Any, option]
+    if field.name == "structures":
+        text += " As in `mlp,attention`."
+        return Annotated[Any, typer.Option(help=text, rich_help_panel=panel, parser=_words, metavar="<words>")]
     if isinstance(field.default, bool) and not field.default:
         return Annotated[bool, typer.Option(f"--{field.name}", help=text, rich_help_panel=panel)]
     if get_origin(field.type) is Literal:
@@ -57,3 +60,7 @@ def _number_or_word(text: Any) -> float | str:
         return float(text)
     except ValueError:
         return str(text)
+
+
+def _words(text: Any) -> tuple[str, ...]:
+    return text if isinstance(text, tuple) else tuple(word.strip() for word in str(text).split(","))

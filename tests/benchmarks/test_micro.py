@@ -40,7 +40,7 @@ def test_a_wrong_result_is_not_timed(script: Any) -> None:
 def test_they_run_and_write_what_the_table_of_the_solver_reads(script: Any, tmp_path: Path) -> None:
     result = tmp_path / "ridge_here.json"
     chosen = "test_system and float64 or mirror or ridge_solve"
-    command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-q", "-k", chosen]
+    command = [sys.executable, "-m", "pytest", "benchmarks/", "--benchmark-only", "-n0", "-q", "-k", chosen]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MINISP_BENCH_SIZES": "tiny"}
     done = subprocess.run(
         [*command, f"--benchmark-json={result}"], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -14,7 +14,7 @@ FILES = sorted({path.name for path in HERE.glob("test_*.py")} - {Path(__file__).
 
 @pytest.mark.parametrize("name", FILES)
 def test_kernels_are_correct_under_the_interpreter(name: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "kernel", str(HERE / name)]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-m", "kernel", str(HERE / name)]
     result = subprocess.run(
         command,
         env=os.environ | {"TRITON_INTERPRET": "1"},

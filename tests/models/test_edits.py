@@ -9,18 +9,10 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from minisp.errors import UnsupportedModelError
-from minisp.models.edits import Edit, apply_, edits_of, rewrite, tried
-from minisp.models.families import (
-    ACTIVATIONS,
-    WIDTHS_KEY,
-    activation_kind,
-    family_of,
-    mlp_weights,
-    resize_,
-    size_keys,
-    structures_of,
-)
-from minisp.models.structures import Slice, Structure
+from minisp.models.edits import Edit, apply_, edits_of, resize_, rewrite, tried
+from minisp.models.families import ACTIVATIONS, activation_kind, family_of
+from minisp.models.skeleton import KEYS, size_keys
+from minisp.models.structures import Slice, Structure, mlp_weights, structures_of
 from minisp.ops import reference
 from tests.tiny import HIDDEN, LAYERS, MODEL_TYPES, VOCABULARY, WIDTH, tiny_model
 from tests.toys import UNIT_AXES, down_of, layers_of
@@ -156,10 +148,15 @@ def test_a_resized_model_has_other_widths_and_nothing_else(model_type: str, over
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_widths_in_the_config_are_a_number_or_a_list(model_type: str) -> None:
-    family = family_of(tiny_model(model_type).config)
+    model = tiny_model(model_type)
+    family = family_of(model.config)
+    structures = structures_of(model, family)
     key = {"opt": "ffn_dim", "gpt2": "n_inner"}.get(model_type, "intermediate_size")
-    assert size_keys(family, [40, 40, 40]) == {key: 40}
-    assert size_keys(family, [40, 16, 44]) == {key: 44, WIDTHS_KEY: [40, 16, 44]}
+    assert size_keys(family, model.config, structures, [40, 40, 40]) == {key: 40}
+    assert size_keys(family, model.config, structures, [40, 16, 44]) == {
+        key: 44,
+        KEYS["mlp"]: [40, 16, 44],
+    }
 
 
 # Two units of two columns each: in a fused parameter, its rows 4 to 7 and, alternating with others, its rows 0 and 2.

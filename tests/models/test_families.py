@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from minisp import fast
 from minisp.methods.statistics import Statistics
-from minisp.models.families import decoder_layers, family_of, structures_of
+from minisp.models.families import decoder_layers, family_of
 from minisp.models.layers import fast_layers
 from minisp.models.objective import Objective
 from minisp.models.skeleton import frozen, load_model
 from minisp.models.stream import Stream
+from minisp.models.structures import structures_of
 from minisp.models.watch import watch
 from minisp.phases.batches import Batches
 from minisp.phases.run import Run

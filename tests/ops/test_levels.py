@@ -37,12 +37,13 @@ def run_python(*arguments: str, cap: str) -> subprocess.CompletedProcess[str]:
 
 @needs_extension
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.slow
 def test_the_operations_at(level: str) -> None:
     if level not in machine_levels():
         pytest.skip(f"this processor has no {level}")
     code = "from minisp.ops import native; print(native.level())"
     assert run_python("-c", code, cap=level).stdout.split() == [level]
-    result = run_python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *TESTS, cap=level)
+    result = run_python("-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", *TESTS, cap=level)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
@@ -63,6 +64,7 @@ def test_a_cap_above_the_machine_changes_nothing() -> None:
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.slow
 def test_every_level_against_plain_doubles_with_emulated_instructions(tmp_path: Path) -> None:
     program = build_program(ROOT / "tests" / "levels.cpp", tmp_path, levels=LEVELS, flags="-O2 -ffp-contract=fast")
     run = subprocess.run([program], capture_output=True, text=True)
@@ -74,6 +76,7 @@ def test_every_level_against_plain_doubles_with_emulated_instructions(tmp_path: 
 
 
 @pytest.mark.skipif(None in ARM, reason="no aarch64-linux-gnu-g++, or no qemu-aarch64 to run what it makes")
+@pytest.mark.slow
 def test_the_portable_level_on_arm_against_plain_doubles(tmp_path: Path) -> None:
     compiler, emulator = ARM
     source, flags = ROOT / "tests" / "levels.cpp", "-O3 -static"

@@ -20,11 +20,13 @@ def run(program: Path, *arguments: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_sanitizers_find_nothing(tmp_path: Path) -> None:
     program = build_program(ROOT / "tests" / "sanitize.cpp", tmp_path, levels=("portable",), flags=FLAGS)
     assert run(program).endswith("clean\n")
 
 
+@pytest.mark.slow
 def test_the_sanitizers_find_nothing_in_emulated_matrix_tiles(tmp_path: Path) -> None:
     program = build_program(ROOT / "tests" / "levels.cpp", tmp_path, levels=("amx",), flags=FLAGS)
     assert run(program, "few").startswith("amx float32")

@@ -40,7 +40,7 @@ NOT_JSON = r"{}: expected valid JSON, got .*The file is damaged"
 NOT_AN_OBJECT = r"expected a JSON object, got list\. The file is damaged"
 UNREADABLE = r"config\.json: expected what transformers can read, got: .*{}.*Correct it"
 LAYER_COUNT = r"expected as many layers as are stored, at least one, got {}\. Correct it"
-WIDTHS = r"expected minisp_widths to list 3 widths from 1 to 48, got .*restore it"
+WIDTHS = r"expected minisp_widths to list 3 sizes from 1 to 48, got .*restore it"
 SHAPE = r"expected floating-point values of shape \({}\).* got F32 \({}\)\. The config and the weights belong to"
 NOT_FINITE = r"tensor {}: expected finite values, got 1 NaN or infinite of \d+\. .*repair"
 TRUNCATED = r"expected a complete safetensors file, got .*truncated or damaged: download it again"
@@ -240,7 +240,7 @@ def test_a_bad_source_of_calibration_is_refused(source: Any, says: str, good: Pa
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"kepe": 0.5}, r"Unknown option kepe: expected one of keep, saliency, .*Check the spelling"),
+        ({"kepe": 0.5}, r"Unknown option kepe: expected one of keep, structures, saliency, .*Check the spelling"),
         ({"keep": "0.5"}, r"keep: expected a number in \(0, 1\], got '0\.5'"),
         ({"keep": None}, r"keep: expected a number in \(0, 1\], got None"),
         ({"keep": True}, r"keep: expected a number in \(0, 1\], got True"),

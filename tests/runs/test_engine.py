@@ -189,8 +189,8 @@ def test_a_result_can_be_minified_again(tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path / "source", tiny_model("llama"))
     first = fast.minify(source, keep=0.8, out=tmp_path / "a", calibration=windows(), alignment=4)
     second = fast.minify(tmp_path / "a", keep=0.8, out=tmp_path / "b", calibration=windows(), alignment=4)
-    assert second.plan.widths == tuple(len(kept) for kept in first.kept)
-    assert sum(len(kept) for kept in second.kept) <= 0.8 * sum(second.plan.widths)
+    assert second.plan.units == {"mlp": tuple(len(kept) for kept in first.kept)}
+    assert sum(len(kept) for kept in second.kept) <= 0.8 * sum(second.plan.units["mlp"])
     load_model(Checkpoint.open(tmp_path / "b"), CPU, torch.float32)(windows(1))
 
 

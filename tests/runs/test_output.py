@@ -241,6 +241,7 @@ def test_an_interrupted_run_can_be_resumed(
     assert contents(there / "out") == clean[1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_nothing_that_loads_and_can_be_resumed(
     source: Path, tmp_path: Path, clean: tuple[list[str], dict[str, bytes]]
 ) -> None:
