@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported: the processes share the cores, and most tests are of tiny tensors.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
