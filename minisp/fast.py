@@ -42,6 +42,7 @@ from minisp.store.claim import open_scratch
 from minisp.store.hub import load_tokenizer, local_folder
 from minisp.store.tiers import Room, Tiers
 from minisp.store.writer import check_output, output_folder
+from minisp.text.calibration import Calibration
 
 __all__ = ["minify", "plan", "MinifyReport", "Plan"]
 
@@ -56,14 +57,14 @@ def minify(
     progress: Progress | None = None,
     **options: Any,
 ) -> MinifyReport:
-    """Cut the MLP units that matter least and refit what is left.
+    """Cut the units that matter least and refit what is left.
 
     Method: Taylor saliency over calibration text, one global ranking, ridge reconstruction (Khasia, 2026, "Model
     Minification: A Taylor-Ridge Framework for Structured Compression").
 
     Args:
         model: a Hugging Face folder, a hub id, a GGUF file, or a transformers model in memory (cut in place).
-        keep: fraction of MLP units kept, in (0, 1].
+        keep: share of the parameters that may be cut, and stays: of the MLP units, by default; in (0, 1].
         out: folder to write, which must be new or empty. Without it the result stays in memory (`report.model`).
         calibration: text to calibrate on: a file (.txt, .jsonl), documents (iterable of strings), tokens
             (integer tensor (N, L)), "hf:NAME", or a weighted mixture {source: weight}. A share of generic text joins
@@ -80,15 +81,7 @@ def minify(
         MinispError: one of its subclasses, see `minisp.errors`; nothing is then left at `out`, and what was finished
             of a checkpoint's run waits in the scratch folder for `resume`. A model in memory may then be cut in part.
     """
-    if isinstance(calibration, Tensor) and calibration.dim() == 2:
-        # Ready-made windows bring their own number and length, and are taken as they are.
-        count, length = (max(1, size) for size in calibration.shape)
-        options = {"num_windows": count, "window": length, "generic": 0.0, **options}
-        if options["window"] != length:
-            raise ConfigError(
-                f"Option window: expected {length}, the length of the windows that were passed, got "
-                f"{options['window']}. Leave it out, or pass the tokens as one flat tensor."
-            )
+    options = _for_windows(calibration, options)
     config, resources = split_options(keep=keep, **options)
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
@@ -107,24 +100,7 @@ def minify(
             stack.enter_context(frozen(stream.model))
             if tokenizer is None and checkpoint is not None:
                 tokenizer = load_tokenizer(checkpoint.folder)
-        with _timed(seconds, "calibration text"):
-            text = calibrate(stream, calibration, tokenizer, config, run, write_room=made_plan.write_room)
-        batches = make_batches(text.windows, config, made_plan.batch, ranks)
-        with _timed(seconds, "saliency sweep"):
-            tiers.room = made_plan.rooms.get(Phase.SWEEP, Room())
-            dense = made_plan.layout.dense is not None and tiers.free_bytes() >= 4 * made_plan.dense_bytes
-            objective = Objective(config.labels, config.seed)
-            gram, segments = config.collects_gram, made_plan.segments
-            saliency_sweep(stream, batches, segments, run, objective=objective, gram=gram, dense=dense)
-            stream.release(made_plan.layout.layer_slots)
-        with _timed(seconds, "decision"):
-            tiers.room = made_plan.rooms.get(Phase.TRIALS, Room())
-            kept = decide(stream, text.windows, config, run)
-            stream.release()
-        with _timed(seconds, "refit"):
-            tiers.room = made_plan.rooms.get(Phase.REFIT_SWEEP, Room())
-            refit_structures(stream, batches.refit, kept, config, run)
-            stream.release()
+        text = _run_phases(stream, calibration, tokenizer, made_plan, run, seconds)
         with _timed(seconds, "writing"):
             folder = stack.enter_context(output_folder(target)) if target is not None and ranks.first else None
             results = [run.result(structure) for structure in stream.structures]
@@ -145,6 +121,45 @@ def plan(model: str | Path | nn.Module, *, keep: float = 0.8, **options: Any) ->
     config, resources = split_options(keep=keep, **options)
     checkpoint = None if isinstance(model, nn.Module) else Checkpoint.open(local_folder(model))
     return _plan(model, checkpoint, config, resources, writes=True, ranks=Ranks())
+
+
+def _for_windows(calibration: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with the number and length of ready-made windows (N, L), which are taken as they are."""
+    if not isinstance(calibration, Tensor) or calibration.dim() != 2:
+        return options
+    count, length = (max(1, size) for size in calibration.shape)
+    options = {"num_windows": count, "window": length, "generic": 0.0, **options}
+    if options["window"] != length:
+        raise ConfigError(
+            f"Option window: expected {length}, the length of the windows that were passed, got "
+            f"{options['window']}. Leave it out, or pass the tokens as one flat tensor."
+        )
+    return options
+
+
+def _run_phases(
+    stream: Stream, calibration: Any, tokenizer: Any, plan: Plan, run: Run, seconds: dict[str, float]
+) -> Calibration:
+    """Leave a result of every structure, and say what was calibrated on; `seconds` gets the time of each phase."""
+    config, tiers = plan.config, run.own
+    with _timed(seconds, "calibration text"):
+        text = calibrate(stream, calibration, tokenizer, config, run, write_room=plan.write_room)
+    batches = make_batches(text.windows, config, plan.batch, run.ranks)
+    with _timed(seconds, "saliency sweep"):
+        tiers.room = plan.rooms.get(Phase.SWEEP, Room())
+        dense = plan.layout.dense is not None and tiers.free_bytes() >= 4 * plan.dense_bytes
+        objective, gram = Objective(config.labels, config.seed), config.collects_gram
+        saliency_sweep(stream, batches, plan.segments, run, objective=objective, gram=gram, dense=dense)
+        stream.release(plan.layout.layer_slots)
+    with _timed(seconds, "decision"):
+        tiers.room = plan.rooms.get(Phase.TRIALS, Room())
+        kept = decide(stream, text.windows, config, run)
+        stream.release()
+    with _timed(seconds, "refit"):
+        tiers.room = plan.rooms.get(Phase.REFIT_SWEEP, Room())
+        refit_structures(stream, batches.refit, kept, config, run)
+        stream.release()
+    return text
 
 
 def _plan(

@@ -24,12 +24,7 @@ from minisp.store.files import Piece, read_pieces, tensor_bytes
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-FLOATING = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+FLOATING = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 DTYPES = FLOATING | {
     torch.int64: "I64",
     torch.int32: "I32",
@@ -275,10 +270,9 @@ def _check_index(folder: Path, tensors: dict[str, StoredTensor]) -> None:
 
 def _read_config(folder: Path, model_type: str) -> PretrainedConfig:
     if model_type not in CONFIG_MAPPING:
-        raise UnsupportedModelError(
-            f"{folder}/config.json: expected a model type that transformers {transformers.__version__} knows, got "
-            f"{model_type!r}. Update transformers, or pass a model of another family."
-        )
+        known = f"a model type that transformers {transformers.__version__} knows"
+        remedy = "Update transformers, or pass a model of another family."
+        raise UnsupportedModelError(f"{folder}/config.json: expected {known}, got {model_type!r}. {remedy}")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -295,9 +289,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent}: expected {path.name}, found none. Not a transformers checkpoint."
-        ) from None
+        says = f"{path.parent}: expected {path.name}, found none. Not a transformers checkpoint."
+        raise CheckpointError(says) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected valid JSON, got {error}. The file is damaged.") from error
     if not isinstance(value, dict):

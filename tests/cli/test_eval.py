@@ -168,16 +168,16 @@ def test_a_long_phase_has_a_line_every_half_minute(
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
     with progress_bar(lines=True) as progress:
         for step in range(1, 8):
-            progress(f"heal, layer {step}", step, 7)
+            progress(f"refit sweep, layer {step}", step, 7)
             now += 10
         progress("[b]writing", 1, 1)
     assert capsys.readouterr().err.splitlines() == [
-        "heal, layer 1: 1 of 7",
-        "heal, layer 4: 4 of 7",
-        "heal, layer 7: 7 of 7",
+        "refit sweep, layer 1: 1 of 7",
+        "refit sweep, layer 4: 4 of 7",
+        "refit sweep, layer 7: 7 of 7",
         "[b]writing: 1 of 1",
     ]
     # The library says nothing unasked.
     with progress_bar() as progress:
-        progress("heal", 1, 1)
+        progress("refit sweep", 1, 1)
     assert capsys.readouterr().err == ""
