@@ -122,6 +122,7 @@ def cholesky_of(matrices: Tensor) -> Tensor:
     Raises:
         NumericalError: one of them is not.
     """
+    factors: Tensor
     factors, info = torch.linalg.cholesky_ex(matrices)
     if bool(info.any()):
         raise NumericalError(

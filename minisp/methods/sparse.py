@@ -11,6 +11,7 @@ Shapes: W (R, C), outputs by inputs, without the bias. A mask `removed` (R, C) i
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Literal, get_args
 
@@ -104,8 +105,8 @@ def least_groups(inputs: Factor, weight: Tensor, pattern: Pattern) -> Tensor:
     if group is None:
         raise ConfigError(f"Pattern: expected one with groups, such as 2:4, got {pattern!r}. Use `least` for it.")
     kept, size = group
+    values = _grouped(weight.to(inputs.matrix.dtype).masked_fill(inputs.dead, 0), size)
     blocks = inputs.inverse_blocks(torch.arange(len(inputs.matrix), device=weight.device).view(-1, size))
-    values = _grouped(weight.to(blocks.dtype).masked_fill(inputs.dead, 0), size)
     best = values.new_full(values.shape[:2], torch.inf)
     removed = torch.zeros_like(values, dtype=torch.bool)
     for places in combinations(range(size), size - kept):
@@ -148,33 +149,29 @@ def sparsegpt(inputs: Factor, weight: Tensor, pattern: Pattern, share: float, *,
     # Weights of dead inputs go first.
     divisor = upper.diagonal().masked_fill(inputs.dead, torch.inf)
 
-    def choose(current: Tensor, first: int) -> Tensor:
-        """Which of the columns (R, k) from `first` on go."""
-        scores = (current / divisor[first : first + current.shape[1]]).square()
-        return least(scores, pattern, share)
+    def choose(start: int, place: int, current: Tensor) -> Tensor:
+        first = start + place
+        return least((current / divisor[first : first + current.shape[1]]).square(), pattern, share)
 
     for start in range(0, result.shape[1], columns):
         stop = min(start + columns, result.shape[1])
-        block = result[:, start:stop]
-        errors = _sweep_(
-            block, upper[start:stop, start:stop], lambda now, at, start=start: choose(now, start + at), size
-        )
+        errors = _sweep_(result[:, start:stop], upper[start:stop, start:stop], partial(choose, start), size)
         result[:, stop:] -= errors @ upper[start:stop, stop:]
     return result
 
 
-def _sweep_(block: Tensor, upper: Tensor, choose: Callable[[Tensor, int], Tensor], size: int) -> Tensor:
+def _sweep_(block: Tensor, upper: Tensor, choose: Callable[[int, Tensor], Tensor], size: int) -> Tensor:
     """Remove weights from a block (R, k), left to right, in place; returns what each left, over U_jj (R, k).
 
     Args:
-        choose: the mask of what goes of some columns, as they are, and of the place of the first.
+        choose: the mask of what goes of some columns, given the place of the first in the block, and what they are now.
         size: m, or 1 where the whole block is chosen from at once.
     """
     errors = torch.zeros_like(block)
-    removed = choose(block, 0) if size == 1 else torch.zeros_like(block, dtype=torch.bool)
+    removed = choose(0, block) if size == 1 else torch.zeros_like(block, dtype=torch.bool)
     for place in range(block.shape[1]):
         if size > 1 and place % size == 0:
-            removed[:, place : place + size] = choose(block[:, place : place + size], place)
+            removed[:, place : place + size] = choose(place, block[:, place : place + size])
         goes = removed[:, place]
         errors[:, place] = torch.where(goes, block[:, place], 0) / upper[place, place]
         block[:, place:] -= errors[:, place, None] * upper[place, place:]

@@ -6,8 +6,12 @@ Nothing here uses the code that it is compared with. Weights are numbered by row
 from typing import NamedTuple
 
 import torch
+from hypothesis import settings
 from torch import Tensor
 
+from tests.toys import toy_examples
+
+few_examples = settings(toy_examples, max_examples=15)
 ROWS, COLUMNS = 5, 6
 
 

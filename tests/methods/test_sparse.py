@@ -20,8 +20,7 @@ from minisp.methods.sparse import (
     wanda_scores,
 )
 from minisp.methods.surgeon import change_cost, element_costs, update_elements
-from tests.methods.fisher import factorial, normal, removal
-from tests.toys import toy_examples
+from tests.methods.fisher import factorial, few_examples, normal, removal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -112,7 +111,7 @@ def test_groups_of_eight() -> None:
     assert torch.equal(removed[0], min(costs, key=lambda pair: pair[0])[1])
 
 
-@toy_examples
+@few_examples
 @given(st.integers(0, 200))
 def test_where_groups_do_not_correlate_the_best_mask_never_costs_more_than_another(seed: int) -> None:
     curvature, weight = block_inputs(4, seed), normal(ROWS, COLUMNS, seed=seed + 9)
@@ -215,7 +214,7 @@ def test_the_first_column_alone_is_removed_as_exactly_as_can_be() -> None:
     assert change_cost(curvature, weight, found) == pytest.approx(cost)
 
 
-@toy_examples
+@few_examples
 @given(st.integers(0, 100))
 def test_the_joint_update_of_its_mask_never_costs_more_than_sparsegpt(seed: int) -> None:
     _, curvature, weight = toy(seed, 0.01)
@@ -231,14 +230,14 @@ def test_weights_of_dead_inputs_go_first_and_move_nothing() -> None:
     for removed in (sparsegpt(inputs, weight, "2:4", 0.5) == 0, least_groups(inputs, weight, "2:4")):
         assert removed[:, 1:3].all()
     found = sparsegpt(inputs, weight, "unstructured", 0.25)
-    assert torch.equal(found, weight.masked_fill(torch.arange(COLUMNS).isin(torch.tensor([1, 2])), 0))
+    assert torch.equal(found, weight.masked_fill(torch.isin(torch.arange(COLUMNS), torch.tensor([1, 2])), 0))
 
 
 def test_facts_of_a_matrix() -> None:
     weight = torch.tensor([[0.0, 1, 2, 0, 1, 1, 0, 0], [0, 1, 2, 3, 0, 0, 0, 5], [0, -0.0, 0, 0, 0, 0, 0, 0]])
     facts = sparsity_facts(weight, "2:4")
     assert (facts.weights, facts.zeros, facts.groups, facts.broken) == (24, 16, 6, 1)
-    assert (facts.zero_rows, facts.zero_columns, facts.share, facts.holds) == (1, 1, 16 / 24, False)
+    assert (facts.zero_rows, facts.zero_columns, facts.share, facts.holds) == (1, 2, 16 / 24, False)
     # The group of eight of the second row has four that are not zero.
     facts = sparsity_facts(weight, "4:8")
     assert (facts.groups, facts.broken, facts.holds) == (3, 0, True)
@@ -258,7 +257,7 @@ def test_what_cannot_be_is_refused() -> None:
         lambda: sparsegpt(inputs, weight, "2:4", 0.5),
         lambda: sparsity_facts(weight, "2:4"),
     ):
-        with pytest.raises(ConfigError, match="multiple of 4, got 6|shape"):
+        with pytest.raises(ConfigError, match="multiple of 4, got 6"):
             call()
     with pytest.raises(ConfigError, match="blocks of a multiple of 4 columns, got 6"):
         sparsegpt(identity(8), torch.ones(2, 8), "2:4", 0.5, columns=6)

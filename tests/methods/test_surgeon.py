@@ -23,8 +23,7 @@ from minisp.methods.surgeon import (
     update_elements,
     update_lines,
 )
-from tests.methods.fisher import COLUMNS, ROWS, Tokens, factorial, fisher, lines, normal, removal
-from tests.toys import toy_examples
+from tests.methods.fisher import COLUMNS, ROWS, Tokens, factorial, few_examples, fisher, lines, normal, removal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -296,7 +295,7 @@ def test_a_bias_takes_part_and_stays() -> None:
     assert float(row_costs(curvature, weight, places((2,)))) == pytest.approx(cost)
 
 
-@toy_examples
+@few_examples
 @given(st.permutations(range(ROWS)), st.permutations(range(COLUMNS)), st.integers(0, 5))
 def test_permuting_rows_and_columns_permutes_costs_and_updates(rows: list[int], columns: list[int], seed: int) -> None:
     tokens, weight = factorial(seed=seed), normal(ROWS, COLUMNS, seed=seed + 10)
@@ -313,7 +312,7 @@ def test_permuting_rows_and_columns_permutes_costs_and_updates(rows: list[int], 
     torch.testing.assert_close(removed_lines(after, turned_weight, *gone), wanted)
 
 
-@toy_examples
+@few_examples
 @given(st.floats(-6, 6), st.integers(0, 5))
 def test_a_scale_that_moves_between_the_factors_changes_nothing(exponent: float, seed: int) -> None:
     tokens, weight = factorial(seed=seed), normal(ROWS, COLUMNS, seed=seed + 10)
@@ -331,7 +330,7 @@ def test_a_scale_that_moves_between_the_factors_changes_nothing(exponent: float,
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-8 if largest else 2e-3)
 
 
-@toy_examples
+@few_examples
 @given(st.integers(0, 5), st.data())
 def test_no_update_of_the_same_zeros_costs_less(seed: int, data: st.DataObject) -> None:
     tokens, weight = factorial(seed=seed), normal(ROWS, COLUMNS, seed=seed + 10)

@@ -16,7 +16,7 @@ from minisp.methods.thresholds import (
     linear_shots,
     removed_weights,
 )
-from tests.toys import toy_examples
+from tests.methods.fisher import few_examples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,7 +42,7 @@ def test_a_share_is_read_as_it_is_written() -> None:
     assert least_count(0.1, 30) == 3 and least_count(0.7, 10) == 7 and least_count(0.71, 10) == 8
 
 
-@toy_examples
+@few_examples
 @given(SHAPES, st.floats(0.01, 0.99), st.data())
 def test_the_threshold_is_the_least_that_removes_the_share(
     shapes: list[tuple[int, int]], share: float, data: st.DataObject
@@ -79,7 +79,7 @@ def test_scores_that_are_no_numbers_are_refused() -> None:
             CostHistogram().update_(torch.tensor([[1.0, bad]]))
 
 
-@toy_examples
+@few_examples
 @given(st.integers(0, 1000), st.floats(0.01, 0.99), st.integers(1, 4))
 def test_a_histogram_finds_the_threshold_of_all_matrices_to_its_resolution(seed: int, share: float, parts: int) -> None:
     generator = torch.Generator().manual_seed(seed)
