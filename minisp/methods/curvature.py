@@ -113,7 +113,8 @@ class Factor:
         turned.diagonal().add_(self.dead.flip(0).to(turned.dtype))
         upper = cholesky_of(turned).flip(0, 1)
         unit = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-        return torch.linalg.solve_triangular(upper, unit, upper=True)
+        root: Tensor = torch.linalg.solve_triangular(upper, unit, upper=True)
+        return root
 
 
 def cholesky_of(matrices: Tensor) -> Tensor:

@@ -152,9 +152,10 @@ def update_elements(
     |Q|³/3 + 2 R C (R + C) FLOPs, 3 |Q|² + 2 R C values. Its matrix is [G⁻¹]_ik [A⁻¹]_jl for removed (i, j), (k, l).
 
     Beyond it, no correlation is given up: the same minimum of ½ tr(G ΔW A ΔWᵀ) is approached by conjugate gradients on
-    the weights that stay, preconditioned with G⁻¹ and A⁻¹. A step takes 4 R C (R + C) FLOPs; 6 R C values. Each step
-    costs less than the one before, from the cost of removing the weights without any update. So the result is never
-    worse than the mask alone, whatever the number of steps, and 20 steps usually reach the minimum to 1 %.
+    the weights that stay, preconditioned with G⁻¹ and A⁻¹. A step takes 4 R C (R + C) FLOPs; 6 R C values. No step makes
+    the cost larger, and the first is from the weights removed without any update. So the result is never worse than the
+    mask alone, whatever the number of steps. How near 50 steps come to the minimum depends on the spectra: of random
+    power-law factors, to 1.003 or 2 times the minimum where the mask alone costs 4 or 32 times it.
 
     Args:
         removed: (R, C) bool, True for what goes; what went in an earlier shot has to be among it.
