@@ -152,10 +152,10 @@ def update_elements(
     |Q|³/3 + 2 R C (R + C) FLOPs, 3 |Q|² + 2 R C values. Its matrix is [G⁻¹]_ik [A⁻¹]_jl for removed (i, j), (k, l).
 
     Beyond it, no correlation is given up: the same minimum of ½ tr(G ΔW A ΔWᵀ) is approached by conjugate gradients on
-    the weights that stay, preconditioned with G⁻¹ and A⁻¹. A step takes 4 R C (R + C) FLOPs; 6 R C values. No step makes
-    the cost larger, and the first is from the weights removed without any update. So the result is never worse than the
-    mask alone, whatever the number of steps. How near 50 steps come to the minimum depends on the spectra: of random
-    power-law factors, to 1.003 or 2 times the minimum where the mask alone costs 4 or 32 times it.
+    the weights that stay, preconditioned with G⁻¹ and A⁻¹. A step takes 4 R C (R + C) FLOPs; 6 R C values. Steps begin
+    at the weights removed without any update, and none makes the cost larger: the result is never worse than the mask
+    alone. How near 50 steps come to the minimum depends on the spectra: with random power-law factors, where the mask
+    alone costs 4 or 32 times the minimum, to 1.003 or 2 times it.
 
     Args:
         removed: (R, C) bool, True for what goes; what went in an earlier shot has to be among it.
