@@ -172,7 +172,7 @@ def update_elements(
     if int(correlated.sum()) <= largest:
         change = _direct(curvature, exact, correlated)
     else:
-        change = _iterated(curvature, exact, correlated, ~removed & live, steps)
+        change = _iterated(curvature, exact, correlated, ~removed, steps)
     return (exact + change).masked_fill_(removed, 0)
 
 

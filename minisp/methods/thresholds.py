@@ -83,9 +83,8 @@ def _gains(matrix: LineScores) -> tuple[Tensor, Tensor]:
     rows, columns = len(matrix.rows), len(matrix.columns)
     scores, order = torch.cat([matrix.rows, matrix.columns]).double().cpu().sort(stable=True)
     is_row = order < rows
-    rows_before = is_row.cumsum(0) - is_row.long()
-    columns_before = (~is_row).cumsum(0) - (~is_row).long()
-    return scores, torch.where(is_row, columns - columns_before, rows - rows_before)
+    # A row takes what earlier columns have left of it, a column what earlier rows have.
+    return scores, torch.where(is_row, columns - (~is_row).cumsum(0), rows - is_row.cumsum(0))
 
 
 @dataclass

@@ -118,6 +118,14 @@ def test_a_half_step_is_the_least_squares_fit() -> None:
     torch.testing.assert_close(half_step(tokens.g, tokens.a, held, chunk=7), wanted, rtol=1e-5, atol=1e-4)
 
 
+def test_what_lies_above_the_diagonal_of_a_running_sum_does_not_count() -> None:
+    tokens, held = any_tokens(), torch.eye(3, dtype=torch.float64)
+    record = NearestSum.empty(4, held)
+    record.update_(tokens.g, tokens.a)
+    record.total[0, 3] = torch.nan
+    torch.testing.assert_close(record.finalize_().double(), half_step(tokens.g, tokens.a, held))
+
+
 def test_power_iteration_finds_the_factors_of_a_product() -> None:
     tokens = factorial()
     information = fisher(tokens)

@@ -95,6 +95,12 @@ def test_a_histogram_finds_the_threshold_of_all_matrices_to_its_resolution(seed:
     assert int(histogram.counts.sum()) == 300
 
 
+def test_a_negative_zero_is_free() -> None:
+    histogram = CostHistogram()
+    histogram.update_(torch.tensor([-0.0, 1.0, 2.0, 3.0]))
+    assert 0 <= histogram.threshold(0.25) < 1e-37
+
+
 def test_histograms_add_up() -> None:
     one, other, both = CostHistogram(), CostHistogram(), CostHistogram()
     costs = torch.rand(2, 50, generator=torch.Generator().manual_seed(0))
