@@ -1,7 +1,7 @@
-"""Builds the environments in which the serving tests start real servers: `python tests/serving/build.py xllamacpp vllm`.
+"""Builds an environment for every server that exports are tested on: `python benchmarks/server_environments.py xllamacpp`.
 
-Each lies in a folder of its own below $MINISP_CACHE/servers, or ~/.cache/minisp/servers, for their requirements and
-minisp's differ. The tests use what is there and skip, saying so, what is not.
+Each lies in a folder of its own below $MINISP_CACHE/servers, or ~/.cache/minisp/servers, for the requirements of a
+server and of minisp differ. Tests and benchmarks use what is there and say so where something is not.
 """
 
 import json
@@ -56,7 +56,7 @@ def build(server: str) -> None:
 if __name__ == "__main__":
     unknown = set(sys.argv[1:]) - set(STEPS)
     if len(sys.argv) < 2 or unknown:
-        raise SystemExit(f"usage: python tests/serving/build.py {{{','.join(STEPS)}}} ...")
+        raise SystemExit(f"usage: python benchmarks/server_environments.py {{{','.join(STEPS)}}} ...")
     for name in sys.argv[1:]:
         if interpreter(name) is None:
             build(name)
