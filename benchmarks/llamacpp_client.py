@@ -2,7 +2,8 @@
 
 Usage: python llamacpp_client.py < request.json, with the request
 
-    {"models": [path, …], "prompts": [[token, …], …], "num_tokens": n, "texts": [text, …]}
+    {"models": [path, …], "prompts": [[token, …], …], "num_tokens": n, "texts": [text, …],
+     "banned": [token that is never chosen, …]}
 
 prints, after the word ANSWER, the version of the binding and for each model
 
@@ -27,8 +28,9 @@ def served(path: str) -> xllamacpp.Server:
     params.model.path = path
     params.n_ctx, params.n_parallel, params.warmup, params.port = 1024, 2, False, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    # A cache of half precision would not give the tokens that float32 gives.
+    # A cache of half precision would not give what float32 gives, and the fused attention rounds whatever the cache is.
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return xllamacpp.Server(params)
 
 
@@ -44,10 +46,11 @@ def ask(address: str, path: str, values: dict[str, Any]) -> Any:
 def answers(address: str, request: dict[str, Any]) -> dict[str, Any]:
     """Everything that is asked of one model."""
     count, prompts = request["num_tokens"], request["prompts"]
+    greedy = {"temperature": 0, "logit_bias": [[token, False] for token in request["banned"]]}
 
     def complete(prompt: list[int]) -> dict[str, Any]:
-        wanted = {"n_predict": count, "temperature": 0, "cache_prompt": False, "n_probs": 1, "return_tokens": True}
-        found = ask(address, "/completion", {**wanted, "prompt": prompt})
+        wanted = {"n_predict": count, "cache_prompt": False, "n_probs": 1, "return_tokens": True}
+        found = ask(address, "/completion", {**greedy, **wanted, "prompt": prompt})
         times = [found["timings"]["prompt_ms"], found["timings"]["predicted_ms"]]
         chosen = [step["logprob"] for step in found["completion_probabilities"]]
         return {"tokens": found["tokens"], "chosen": chosen, "text": found["content"], "milliseconds": times}
@@ -55,11 +58,11 @@ def answers(address: str, request: dict[str, Any]) -> dict[str, Any]:
     alone = [complete(prompt) for prompt in prompts]
     with ThreadPoolExecutor(len(prompts)) as pool:
         together = list(pool.map(complete, prompts))
-    asked = {"prompt": prompts[0], "max_tokens": count, "temperature": 0, "stream": True}
-    lines = ask(address, "/v1/completions", asked).splitlines()
+    asked = {**greedy, "prompt": prompts[0], "n_predict": count, "cache_prompt": False, "stream": True}
+    lines = ask(address, "/completion", asked).splitlines()
     events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-    said = [event["choices"][0]["text"] for event in events if event["choices"]]
-    asked = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": count, "temperature": 0}
+    said = [event["content"] for event in events]
+    asked = {**greedy, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": count}
     chat = ask(address, "/v1/chat/completions", asked)
     return {
         "prompts": alone,

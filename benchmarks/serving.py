@@ -35,8 +35,13 @@ class Greedy:
     chosen: list[float]
 
 
-def ask_llamacpp(models: list[Path], prompts: list[list[int]], texts: list[str], num_tokens: int) -> dict[str, Any]:
+def ask_llamacpp(
+    models: list[Path], prompts: list[list[int]], texts: list[str], num_tokens: int, banned: list[int] | None = None
+) -> dict[str, Any]:
     """The answers of llama.cpp's server for each GGUF file; see llamacpp_client.py for what they hold.
+
+    Args:
+        banned: tokens that are never chosen.
 
     Raises:
         SystemExit: the environment is not built, or a file did not load; with the end of what llama.cpp said.
@@ -45,7 +50,7 @@ def ask_llamacpp(models: list[Path], prompts: list[list[int]], texts: list[str],
     if python is None:
         raise SystemExit("llama.cpp: no environment. Run python benchmarks/server_environments.py xllamacpp.")
     paths = [str(path) for path in models]
-    request = {"models": paths, "prompts": prompts, "texts": texts, "num_tokens": num_tokens}
+    request = {"models": paths, "prompts": prompts, "texts": texts, "num_tokens": num_tokens, "banned": banned or []}
     done = subprocess.run(
         [str(python), str(CLIENT)], input=json.dumps(request), capture_output=True, text=True, check=False
     )
@@ -57,16 +62,17 @@ def ask_llamacpp(models: list[Path], prompts: list[list[int]], texts: list[str],
 
 
 @torch.no_grad()
-def greedy(model: Any, prompt: list[int], num_tokens: int) -> Greedy:
+def greedy(model: Any, prompt: list[int], num_tokens: int, banned: list[int] | None = None) -> Greedy:
     """What transformers goes on with, whatever ends a text; `model` computes in its own dtype."""
     ids, cache, tokens, chosen = torch.tensor([prompt]), None, [], []
     for _ in range(num_tokens):
         output = model(input_ids=ids, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
-        best = output.logits[0, -1].float().log_softmax(-1).max(-1)
-        tokens.append(int(best.indices))
-        chosen.append(float(best.values))
-        ids = best.indices.view(1, 1)
+        scores = output.logits[0, -1].float().log_softmax(-1)
+        best = int(scores.index_fill(0, torch.tensor(banned or [], dtype=torch.long), -torch.inf).argmax())
+        tokens.append(best)
+        chosen.append(float(scores[best]))
+        ids = torch.tensor([[best]])
     return Greedy(tokens, chosen)
 
 

@@ -28,7 +28,7 @@ HEADER_ROOM = 64 * 2**20
 UNIFORM = {
     "llama": Architecture("llama", interleaved=True),
     "mistral": Architecture("llama", interleaved=True),
-    "qwen2": Architecture("qwen2", interleaved=False),
+    "qwen2": Architecture("qwen2", interleaved=False, split="qwen2"),
     "qwen3": Architecture("qwen3", interleaved=False),
 }
 PER_LAYER = {"llama": Architecture("deci", interleaved=True), "mistral": Architecture("deci", interleaved=True)}
@@ -60,7 +60,8 @@ def write(source: Source, out: Path, progress: Progress, *, dtype: str | None = 
     with output_file(path) as partial, contextlib.closing(gguf.GGUFWriter(partial, architecture.name)) as writer:
         writer.add_file_type(DTYPES[dtype].file_type)
         _add_metadata(writer, source)
-        add_tokenizer(writer, source.checkpoint, rows=source.model.get_input_embeddings().weight.shape[0])
+        rows = source.model.get_input_embeddings().weight.shape[0]
+        add_tokenizer(writer, source.checkpoint, rows=rows, split=architecture.split)
         for tensor in tensors:
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, tensor.kind)
         writer.write_header_to_file()

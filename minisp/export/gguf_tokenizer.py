@@ -28,11 +28,12 @@ SPLITS = {
 }
 
 
-def add_tokenizer(writer: Any, checkpoint: Checkpoint, *, rows: int) -> None:
+def add_tokenizer(writer: Any, checkpoint: Checkpoint, *, rows: int, split: str | None = None) -> None:
     """Add a checkpoint's tokenizer to a GGUF writer.
 
     Args:
         rows: of the embedding, for llama.cpp wants a token for each.
+        split: the one way of splitting text that the architecture has; None where it has all.
 
     Raises:
         CheckpointError: there is no tokenizer, or it does not fit the model.
@@ -43,6 +44,8 @@ def add_tokenizer(writer: Any, checkpoint: Checkpoint, *, rows: int) -> None:
     if model.get("type") != "BPE" or not _is_byte_level(values):
         raise _unsupported(checkpoint, f"one of the kind {model.get('type')} that is not made of bytes")
     name = _split_name(checkpoint, values)
+    if split not in (None, name):
+        raise _unsupported(checkpoint, f"one that splits as {name}, where this family is always split as {split}")
     tokens, kinds = _tokens(checkpoint, values, rows)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name)
@@ -131,10 +134,9 @@ def _tokens(checkpoint: Checkpoint, values: dict[str, Any], rows: int) -> tuple[
 
 def _special_tokens(checkpoint: Checkpoint, tokenizer: Any) -> Iterator[tuple[str, int]]:
     """(GGUF's name, number): those that transformers generates with, and where a config names none, the tokenizer's."""
-    settings = checkpoint.folder / "generation_config.json"
-    generation = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
-    for special, ours in (("bos", "bos"), ("eos", "eos"), ("unk", "unk"), ("pad", "pad")):
-        key = f"{ours}_token_id"
+    generation = _generation_settings(checkpoint)
+    for special in ("bos", "eos", "unk", "pad"):
+        key = f"{special}_token_id"
         found = [generation.get(key), getattr(checkpoint.config, key, None), getattr(tokenizer, key, None)]
         number = next((value for value in found if value is not None), None)
         if isinstance(number, list) and number:
@@ -145,12 +147,23 @@ def _special_tokens(checkpoint: Checkpoint, tokenizer: Any) -> Iterator[tuple[st
             yield special, number
 
 
+def _generation_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    path = checkpoint.folder / "generation_config.json"
+    try:
+        values = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected valid JSON, got {error}. The file is damaged.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(values).__name__}. The file is damaged.")
+    return values
+
+
 def _adds_first(tokenizer: Any) -> bool:
-    return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] != tokenizer("a", add_special_tokens=False).input_ids[:1]
+    return bool(tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id])
 
 
 def _adds_last(tokenizer: Any) -> bool:
-    return tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id]
+    return bool(tokenizer("a").input_ids[-1:] == [tokenizer.eos_token_id])
 
 
 def _unsupported(checkpoint: Checkpoint, found: str) -> UnsupportedModelError:
