@@ -1,4 +1,6 @@
-"""Builds an environment for every server that exports are tested on: `python benchmarks/server_environments.py xllamacpp`.
+"""Builds an environment for every server that exports are tested on.
+
+Usage: python server_environments.py {xllamacpp, vllm} …
 
 Each lies in a folder of its own below $MINISP_CACHE/servers, or ~/.cache/minisp/servers, for the requirements of a
 server and of minisp differ. Tests and benchmarks use what is there and say so where something is not.

@@ -24,7 +24,11 @@ TEXTS = (
     "Hello 12345 world's end,  two spaces\n\n\tand a tab. It'll be 2.5% of œuvre – naïve, 日本語 and 🙂.",
     "def f(x):\n    return x ** 2  # squared\n",
 )
-PROMPTS = ("The capital of France is", "Water boils at", "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n")
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at",
+    "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n",
+)
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,9 @@ def agreement(found: dict[str, Any], expected: Greedy) -> tuple[int, float]:
 
 def main() -> None:
     """Export, serve, compare."""
-    from minisp.export.targets import export
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from minisp.export.targets import export
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folders", nargs="+", type=Path)
@@ -108,9 +113,7 @@ def main() -> None:
         expected = [greedy(model, prompt, options.num_tokens) for prompt in prompts]
         del model
         with tempfile.TemporaryDirectory() as work:
-            exported = [
-                export(folder, "gguf", Path(work) / f"{dtype}.gguf", dtype=dtype) for dtype in ("f32", "q8_0")
-            ]
+            exported = [export(folder, "gguf", Path(work) / f"{dtype}.gguf", dtype=dtype) for dtype in ("f32", "q8_0")]
             found = ask_llamacpp([one.out for one in exported], prompts, list(TEXTS), options.num_tokens)
         texts = [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
         for one, dtype, answers in zip(exported, ("f32", "q8_0"), found["models"], strict=True):

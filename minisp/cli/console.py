@@ -1,4 +1,4 @@
-"""What every command does at its end: results on standard output, expected failures as one paragraph and an exit code."""
+"""How every command ends: results on standard output, expected failures as one paragraph and an exit code."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file: their names, shapes and element types, known before anything is read; then their bytes."""
+"""The tensors of a GGUF file: names, shapes and element types, known before anything is read; then their bytes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The tokenizer as GGUF metadata: tokens, merges, special ones, and the name by which llama.cpp knows how text is split.
+"""The tokenizer as GGUF metadata: tokens, merges, special tokens, and llama.cpp's name of how text is split.
 
 llama.cpp has its own splitting code, chosen by a name in the file (`tokenizer.ggml.pre`), so a tokenizer can be
 expressed only where that code splits as `tokenizer.json` says. The names here are found from what the file says, not

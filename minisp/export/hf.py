@@ -1,4 +1,4 @@
-"""Targets `hf` and `hf-per-layer`: the checkpoint itself as a Hugging Face folder, with a config written for its class."""
+"""Targets `hf` and `hf-per-layer`: the checkpoint as a Hugging Face folder, with a config written for its class."""
 
 from pathlib import Path
 

@@ -18,7 +18,7 @@ from minisp.phases.run import Progress
 MULTIPLE = 256
 CONFIG_FILE = "configuration_minisp.py"
 
-_CONFIG_SOURCE = '''"""The config of a Llama model whose layers differ, in the layout of Nemotron-NAS. Written by minisp."""
+_CONFIG_SOURCE = '''"""The config of a Llama model whose layers differ, laid out as Nemotron-NAS. Written by minisp."""
 
 from transformers import LlamaConfig
 
@@ -42,12 +42,12 @@ class MinispNasConfig(LlamaConfig):
 '''
 
 # transformers wants to hear from a model class which config class it belongs to.
-_BELONGS = '''
+_BELONGS = """
 
 from .configuration_minisp import MinispNasConfig
 
 MinispModel.config_class = MinispForCausalLM.config_class = MinispNasConfig
-'''
+"""
 
 
 def write(source: Source, out: Path, progress: Progress) -> None:
@@ -60,12 +60,13 @@ def write(source: Source, out: Path, progress: Progress) -> None:
     other = "hf" if source.is_uniform else "hf-per-layer"
     if source.model_type != "llama" or activation_kind(source.checkpoint.config, source.family) != "silu":
         raise UnsupportedModelError(
-            f"Target nemotron-nas: expected a llama model with the activation silu, got {source.model_type}. Use {other}."
+            f"Target nemotron-nas: expected a llama model with the activation silu, got {source.model_type}. Use "
+            f"{other}."
         )
     if odd := sorted({width for width in source.widths if width % MULTIPLE}):
         raise UnsupportedModelError(
-            f"Target nemotron-nas: expected widths that are multiples of {MULTIPLE}, got {', '.join(map(str, odd[:5]))}. "
-            f"Minify with --alignment {MULTIPLE}, or use {other}."
+            f"Target nemotron-nas: expected widths that are multiples of {MULTIPLE}, got "
+            f"{', '.join(map(str, odd[:5]))}. Minify with --alignment {MULTIPLE}, or use {other}."
         )
     content = Content(
         config=_config(source),

@@ -109,9 +109,7 @@ def write_folder(source: Source, target: str, content: Content, out: Path, progr
         write_json(folder / MANIFEST_NAME, manifest)
 
 
-def _counted(
-    tensors: Iterator[tuple[str, Any]], total: int, progress: Progress
-) -> Iterator[tuple[str, Any]]:
+def _counted(tensors: Iterator[tuple[str, Any]], total: int, progress: Progress) -> Iterator[tuple[str, Any]]:
     """The same tensors; progress is told each time that another one begins."""
     done, last = 0, None
     for name, value in tensors:

@@ -1,4 +1,4 @@
-"""Tiny checkpoints whose layers have chosen widths, in the form in which a run writes them, and a tokenizer of bytes."""
+"""Tiny checkpoints whose layers have chosen widths, as a run would write them, and a tokenizer of bytes."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The targets that are folders: what transformers loads from them computes what the source does, or they are refused."""
+"""The targets that are folders: transformers loads from them what computes as the source does, or they are refused."""
 
 import json
 from pathlib import Path
@@ -105,7 +105,12 @@ def test_the_layout_of_nemotron_nas_lists_every_layer_and_loads_in_transformers(
         ("hf", "llama", WIDTHS, r"expected layers of one width.*from 16 to 48\. Use hf-per-layer .*padded .*gguf"),
         ("hf-per-layer", "llama", (16, 16, 16), r"expected layers of different widths, got 16 in all of them\. Use hf"),
         ("nemotron-nas", "qwen3", WIDTHS, r"expected a llama model .*, got qwen3\. Use hf-per-layer"),
-        ("nemotron-nas", "llama", WIDTHS, r"multiples of 256, got 16, 32, 48\. Minify with --alignment 256, or use hf-p"),
+        (
+            "nemotron-nas",
+            "llama",
+            WIDTHS,
+            r"multiples of 256, got 16, 32, 48\. Minify with --alignment 256, or use hf-p",
+        ),
         ("gguf", "qwen3", WIDTHS, r"got qwen3 with widths from 16 to 48\. .*--widths uniform, or export --to padded"),
         ("gguf", "gpt2", (16, 16, 16), r"expected one of llama, mistral, qwen2, qwen3, got gpt2\. Export --to hf"),
     ],
@@ -162,6 +167,6 @@ def test_what_stands_at_the_output_path_is_left_alone(target: str, tmp_path: Pat
     widths = (16, 16, 16) if target == "hf" else (256, 512, 256)
     write_checkpoint(tmp_path / "in", "llama", widths, tokenizer=byte_tokenizer(), intermediate_size=512)
     (there / "out").write_text("data")
-    with pytest.raises(OutputError, match="expected a new .*, got a file"):
+    with pytest.raises(OutputError, match=r"expected a new .*, got a file"):
         export(tmp_path / "in", target, there / "out")
     assert [path.read_text() for path in there.iterdir()] == ["data"]

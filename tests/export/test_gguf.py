@@ -91,7 +91,8 @@ def test_every_tensor_is_there_once_and_equal(
 
 
 def test_the_sizes_are_those_of_the_layers(tmp_path: Path) -> None:
-    _, reader = written(tmp_path, "llama", head_dim=16, rms_norm_eps=1e-3, rope_parameters={"rope_theta": 5e4, "rope_type": "default"})  # fmt: skip
+    rope = {"rope_theta": 5e4, "rope_type": "default"}
+    _, reader = written(tmp_path, "llama", head_dim=16, rms_norm_eps=1e-3, rope_parameters=rope)
     expected = {
         "feed_forward_length": list(WIDTHS),
         "block_count": LAYERS,
