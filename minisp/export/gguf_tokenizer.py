@@ -14,7 +14,9 @@ from minisp.store.checkpoint import Checkpoint
 from minisp.store.hub import load_tokenizer
 
 # Kinds of tokens, as GGUF numbers them.
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+# What stands for a space in tokenizers of pieces, and llama.cpp's name of how they split text: not at all.
+SPACE, PIECES = "▁", "default"
 
 # How tokenizers split text before merging → llama.cpp's name of it. `{digits}` is how many digits stay together.
 _WORDS = (
@@ -41,17 +43,24 @@ def add_tokenizer(writer: Any, checkpoint: Checkpoint, *, rows: int, split: str 
     """
     tokenizer, values = _read(checkpoint)
     model = values["model"]
-    if model.get("type") != "BPE" or not _is_byte_level(values):
-        raise _unsupported(checkpoint, f"one of the kind {model.get('type')} that is not made of bytes")
-    name = _split_name(checkpoint, values)
+    prefix = _space_prefix(values)
+    if model.get("type") != "BPE" or not (_is_byte_level(values) or (prefix is not None and model["byte_fallback"])):
+        raise _unsupported(checkpoint, f"one of the kind {model.get('type')} made neither of bytes nor of pieces")
+    name = _split_name(checkpoint, values) if prefix is None else PIECES
     if split not in (None, name):
         raise _unsupported(checkpoint, f"one that splits as {name}, where this family is always split as {split}")
     tokens, kinds = _tokens(checkpoint, values, rows)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(name)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    writer.add_tokenizer_pre(name)
+    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    if prefix is None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+    else:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores(_scores(tokens, merges))
+        writer.add_add_space_prefix(prefix)
     for special, number in _special_tokens(checkpoint, tokenizer):
         if not 0 <= number < rows:
             raise CheckpointError(
@@ -80,6 +89,25 @@ def _read(checkpoint: Checkpoint) -> tuple[Any, dict[str, Any]]:
     if backend is None:
         raise _unsupported(checkpoint, f"a {type(tokenizer).__name__}, which has no tokenizer.json")
     return tokenizer, json.loads(backend.to_str())
+
+
+def _space_prefix(values: dict[str, Any]) -> bool | None:
+    """Whether text gets a leading space, where spaces become ▁ and nothing else is done before merging; else None."""
+    before = list(_parts(values["normalizer"], "normalizers"))
+    splits = list(_parts(values["pre_tokenizer"], "pretokenizers"))
+    if len(splits) == 1 and not before and splits[0]["type"] == "Metaspace" and splits[0]["replacement"] == SPACE:
+        return None if splits[0].get("split") else splits[0]["prepend_scheme"] != "never"
+    replaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    first = [{"type": "Prepend", "prepend": SPACE}] if len(before) == 2 else []
+    return len(before) == 2 if not splits and before == [*first, replaces] else None
+
+
+def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
+    """llama.cpp merges the pair whose product scores highest: minus the place of the first merge that makes it."""
+    place: dict[str, int] = {}
+    for number, merge in enumerate(merges):
+        place.setdefault("".join(merge), number)
+    return [-float(place.get(token, len(merges))) for token in tokens]
 
 
 def _is_byte_level(values: dict[str, Any]) -> bool:
@@ -127,6 +155,10 @@ def _tokens(checkpoint: Checkpoint, values: dict[str, Any], rows: int) -> tuple[
             f"{checkpoint.folder}: expected tokens below {rows}, the number of embeddings, got {max(found)}. The "
             "tokenizer belongs to another model."
         )
+    model = values["model"]
+    if model["byte_fallback"] and not _is_byte_level(values):
+        bytes_of = {f"<0x{byte:02X}>": BYTE for byte in range(256)} | {model["unk_token"]: UNKNOWN}
+        found = {number: (token, bytes_of.get(token, kind)) for number, (token, kind) in found.items()}
     for number, (token, kind) in found.items():
         tokens[number], kinds[number] = token, kind
     return tokens, kinds
@@ -168,6 +200,6 @@ def _adds_last(tokenizer: Any) -> bool:
 
 def _unsupported(checkpoint: Checkpoint, found: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{checkpoint.folder}: expected a tokenizer that llama.cpp knows by its rules ({', '.join(SPLITS.values())}), "
-        f"got {found}. Convert the folder with llama.cpp's own converter, or export to hf or padded for another server."
+        f"{checkpoint.folder}: expected a tokenizer of bytes that llama.cpp has a name for "
+        f"({', '.join(SPLITS.values())}), or one of pieces with {SPACE} for a space, got {found}. Convert the folder with llama.cpp's own converter, or export to hf or padded for another server."
     )

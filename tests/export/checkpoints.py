@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
@@ -17,8 +17,8 @@ from minisp.store.writer import write_json, write_tensors
 from tests.tiny import tiny_model
 
 WIDTHS = (32, 48, 16)
-# 256 bytes, merges and special tokens.
-ROWS = 272
+# More than any tokenizer here has tokens.
+ROWS = 400
 
 
 def byte_tokenizer(split: pre_tokenizers.PreTokenizer | None = None) -> PreTrainedTokenizerFast:
@@ -35,6 +35,20 @@ def byte_tokenizer(split: pre_tokenizers.PreTokenizer | None = None) -> PreTrain
         eos_token="<|end|>",
         chat_template="{% for message in messages %}{{ message['content'] }}<|end|>{% endfor %}",
     )
+
+
+def piece_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of pieces in which ▁ stands for a space and unknown characters become bytes, as Llama 2's."""
+    letters = [chr(code) for code in range(33, 127)]
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("1", "2"), ("12", "3"), ("▁", "▁")]
+    tokens = ["<unk>", "<s>", "</s>", *letters, "▁", "œ", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += ["".join(pair) for pair in merges]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    model = BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def split_by(expression: str) -> pre_tokenizers.PreTokenizer:

@@ -15,7 +15,7 @@ from minisp.errors import CheckpointError, ConfigError, UnsupportedModelError
 from minisp.export import gguf as target
 from minisp.export.gguf_tensors import DTYPES, interleaved
 from minisp.export.targets import export
-from tests.export.checkpoints import ROWS, WIDTHS, byte_tokenizer, split_by, write_checkpoint
+from tests.export.checkpoints import ROWS, WIDTHS, byte_tokenizer, piece_tokenizer, split_by, write_checkpoint
 from tests.tiny import HEADS, HIDDEN, LAYERS, POSITIONS
 
 gguf = pytest.importorskip("gguf")
@@ -123,7 +123,9 @@ def test_beyond_a_sliding_window_llamacpp_would_differ_so_the_context_ends_there
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
 def test_matrices_are_rounded_and_vectors_are_not(dtype: str, tmp_path: Path) -> None:
-    model, reader = written(tmp_path, "llama", (32, 64, 96), dtype=dtype, hidden_size=32, intermediate_size=96)
+    # No row that a block of q8_0 does not divide.
+    wide = {"hidden_size": 32, "head_dim": 16, "intermediate_size": 96}
+    model, reader = written(tmp_path, "llama", (32, 64, 96), dtype=dtype, **wide)
     kind = gguf.GGMLQuantizationType[dtype.upper()]
     assert (kind, gguf.GGML_QUANT_SIZES[kind]) == (DTYPES[dtype].kind, (DTYPES[dtype].block, DTYPES[dtype].block_bytes))
     file_types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -191,6 +193,19 @@ def test_the_tokenizer_is_that_of_the_folder(tmp_path: Path) -> None:
     assert value(reader, "tokenizer.chat_template") == tokenizer.chat_template
 
 
+def test_a_tokenizer_of_pieces_has_its_merges_as_scores(tmp_path: Path) -> None:
+    tokenizer = piece_tokenizer()
+    _, reader = written(tmp_path, "mistral", tokenizer=tokenizer)
+    names = ("tokens", "scores", "token_type")
+    tokens, scores, kinds = (value(reader, f"tokenizer.ggml.{name}") for name in names)
+    place = {token: number for number, token in enumerate(tokens)}
+    assert value(reader, "tokenizer.ggml.model") == "llama"
+    assert [scores[place[token]] for token in ("th", "the", "▁the", "12")] == [0.0, -1.0, -2.0, -3.0]
+    assert [kinds[place[token]] for token in ("<unk>", "</s>", "<0x41>", "the")] == [2, 3, 6, 1]
+    assert value(reader, "tokenizer.ggml.add_space_prefix") is True
+    assert value(reader, "tokenizer.ggml.add_bos_token") is False
+
+
 def test_tokenizers_that_llamacpp_would_not_follow_are_refused(tmp_path: Path, there: Path) -> None:
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a")))
     lower = byte_tokenizer()
@@ -213,7 +228,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(damage: str, tmp_path: Path, t
     tokenizer = None if damage == "none" else byte_tokenizer()
     if damage == "too many tokens":
         assert tokenizer is not None
-        tokenizer.add_tokens([f"<{number}>" for number in range(20)])
+        tokenizer.add_tokens([f"<{number}>" for number in range(ROWS)])
     write_checkpoint(tmp_path / "in", "llama", tokenizer=tokenizer)
     settings = tmp_path / "in/generation_config.json"
     if damage == "broken":

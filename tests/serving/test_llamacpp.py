@@ -8,15 +8,15 @@ import torch
 from tokenizers import pre_tokenizers
 
 from minisp.export.targets import export
-from tests.export.checkpoints import ROWS, WIDTHS, byte_tokenizer, split_by, write_checkpoint
+from tests.export.checkpoints import ROWS, WIDTHS, byte_tokenizer, piece_tokenizer, split_by, write_checkpoint
 from tests.tiny import WIDTH
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 NUM_TOKENS = 16
-# All but the printable ASCII characters, the first tokens of the tokenizer of bytes. llama.cpp gives no probability for
+# All but printable ASCII characters, which come first in both tokenizers. llama.cpp gives no probability for
 # a token that ends within a character.
-BANNED = list(range(94, ROWS))
+BANNED = [0, 1, 2, *range(94, ROWS)]
 TEXT = "the 12345 end's,  They'll see 123 \n\n x\tœuvre – 日本 🙂 THE'S"
 SAME = (WIDTH,) * 3
 LLAMA3 = {
@@ -30,8 +30,7 @@ WORDS = (
 DIGITS = pre_tokenizers.Sequence(
     [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
 )
-# So that no character ends a text.
-ENDS = {"bos_token_id": 261, "eos_token_id": 262}
+PIECES = "pieces"
 # What is served: family, widths, how text is split, and what else the config says.
 CASES: dict[str, tuple[str, tuple[int, ...], Any, dict[str, Any]]] = {
     "llama": ("llama", SAME, None, {}),
@@ -42,7 +41,7 @@ CASES: dict[str, tuple[str, tuple[int, ...], Any, dict[str, Any]]] = {
     "llama, rotary of Llama 3, widths per layer": ("llama", WIDTHS, None, {"rope_parameters": LLAMA3}),
     "llama, linear rotary, widths per layer": ("llama", WIDTHS, None, {"rope_parameters": LINEAR}),
     "llama, heads wider than the model": ("llama", WIDTHS, None, {"head_dim": 16}),
-    "mistral, widths per layer": ("mistral", WIDTHS, None, {}),
+    "mistral, widths per layer": ("mistral", WIDTHS, PIECES, {}),
     "qwen2": ("qwen2", SAME, split_by(WORDS % ""), {}),
     "qwen3": ("qwen3", SAME, None, {}),
 }
@@ -61,8 +60,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, An
     folder = tmp_path_factory.mktemp("llamacpp")
     expected, files = [], []
     for number, (model_type, widths, split, options) in enumerate(CASES.values()):
-        tokenizer = byte_tokenizer(split)
-        model = write_checkpoint(folder / f"{number}", model_type, widths, tokenizer=tokenizer, **ENDS | options)
+        tokenizer = piece_tokenizer() if split == PIECES else byte_tokenizer(split)
+        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        model = write_checkpoint(folder / f"{number}", model_type, widths, tokenizer=tokenizer, **ends | options)
         expected.append(
             {
                 "greedy": [serving.greedy(model, prompt, NUM_TOKENS, BANNED) for prompt in prompts],
