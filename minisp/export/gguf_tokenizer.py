@@ -201,5 +201,6 @@ def _adds_last(tokenizer: Any) -> bool:
 def _unsupported(checkpoint: Checkpoint, found: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{checkpoint.folder}: expected a tokenizer of bytes that llama.cpp has a name for "
-        f"({', '.join(SPLITS.values())}), or one of pieces with {SPACE} for a space, got {found}. Convert the folder with llama.cpp's own converter, or export to hf or padded for another server."
+        f"({', '.join(SPLITS.values())}), or one of pieces with {SPACE} for a space, got {found}. "
+        "Convert the folder with llama.cpp's own converter, or export to hf or padded for another server."
     )
