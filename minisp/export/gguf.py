@@ -28,7 +28,7 @@ HEADER_ROOM = 64 * 2**20
 UNIFORM = {
     "llama": Architecture("llama", interleaved=True),
     "mistral": Architecture("llama", interleaved=True),
-    "qwen2": Architecture("qwen2", interleaved=False, split="qwen2"),
+    "qwen2": Architecture("qwen2", interleaved=False),
     "qwen3": Architecture("qwen3", interleaved=False),
 }
 PER_LAYER = {"llama": Architecture("deci", interleaved=True), "mistral": Architecture("deci", interleaved=True)}
@@ -61,7 +61,7 @@ def write(source: Source, out: Path, progress: Progress, *, dtype: str | None = 
         writer.add_file_type(DTYPES[dtype].file_type)
         _add_metadata(writer, source)
         rows = source.model.get_input_embeddings().weight.shape[0]
-        add_tokenizer(writer, source.checkpoint, rows=rows, split=architecture.split)
+        add_tokenizer(writer, source.checkpoint, rows=rows)
         for tensor in tensors:
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, tensor.kind)
         writer.write_header_to_file()

@@ -51,12 +51,10 @@ class Architecture:
         name: as GGUF spells it.
         interleaved: whether its rotary embedding turns neighbouring columns of a head. transformers turns column i
             with column i + D/2, so the rows of q and k are then reordered.
-        split: the one way of splitting text that llama.cpp uses for it whatever the file says; None where it listens.
     """
 
     name: str
     interleaved: bool
-    split: str | None = None
 
 
 @dataclass(frozen=True)

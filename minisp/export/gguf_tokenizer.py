@@ -1,8 +1,8 @@
 """The tokenizer as GGUF metadata: tokens, merges, special tokens, and llama.cpp's name of how text is split.
 
 llama.cpp has its own splitting code, chosen by a name in the file (`tokenizer.ggml.pre`), so a tokenizer can be
-expressed only where that code splits as `tokenizer.json` says. The names here are found from what the file says, not
-from what the model is called.
+expressed only where that code splits as the tokenizer does. The names here are found from its rules, as transformers
+has loaded it, not from what the model is called: for some families transformers has rules that override the file's.
 """
 
 import json
@@ -18,7 +18,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 # What stands for a space in tokenizers of pieces, and llama.cpp's name of how they split text: not at all.
 SPACE, PIECES = "▁", "default"
 
-# How tokenizers split text before merging → llama.cpp's name of it. `{digits}` is how many digits stay together.
+# How tokenizers split text before merging → llama.cpp's name of it. The expressions differ in how many digits stay together.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -30,12 +30,11 @@ SPLITS = {
 }
 
 
-def add_tokenizer(writer: Any, checkpoint: Checkpoint, *, rows: int, split: str | None = None) -> None:
+def add_tokenizer(writer: Any, checkpoint: Checkpoint, *, rows: int) -> None:
     """Add a checkpoint's tokenizer to a GGUF writer.
 
     Args:
         rows: of the embedding, for llama.cpp wants a token for each.
-        split: the one way of splitting text that the architecture has; None where it has all.
 
     Raises:
         CheckpointError: there is no tokenizer, or it does not fit the model.
@@ -47,8 +46,6 @@ def add_tokenizer(writer: Any, checkpoint: Checkpoint, *, rows: int, split: str 
     if model.get("type") != "BPE" or not (_is_byte_level(values) or (prefix is not None and model["byte_fallback"])):
         raise _unsupported(checkpoint, f"one of the kind {model.get('type')} made neither of bytes nor of pieces")
     name = _split_name(checkpoint, values) if prefix is None else PIECES
-    if split not in (None, name):
-        raise _unsupported(checkpoint, f"one that splits as {name}, where this family is always split as {split}")
     tokens, kinds = _tokens(checkpoint, values, rows)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)

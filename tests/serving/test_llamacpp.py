@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
 
 from minisp.export.targets import export
 from tests.export.checkpoints import ROWS, WIDTHS, byte_tokenizer, piece_tokenizer, split_by, write_checkpoint
@@ -42,7 +43,7 @@ CASES: dict[str, tuple[str, tuple[int, ...], Any, dict[str, Any]]] = {
     "llama, linear rotary, widths per layer": ("llama", WIDTHS, None, {"rope_parameters": LINEAR}),
     "llama, heads wider than the model": ("llama", WIDTHS, None, {"head_dim": 16}),
     "mistral, widths per layer": ("mistral", WIDTHS, PIECES, {}),
-    "qwen2": ("qwen2", SAME, split_by(WORDS % ""), {}),
+    "qwen2": ("qwen2", SAME, None, {}),
     "qwen3": ("qwen3", SAME, None, {}),
 }
 
@@ -66,7 +67,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, An
         expected.append(
             {
                 "greedy": [serving.greedy(model, prompt, NUM_TOKENS, BANNED) for prompt in prompts],
-                "text": tokenizer(TEXT, add_special_tokens=False).input_ids,
+                # transformers has rules of its own for some families.
+                "text": AutoTokenizer.from_pretrained(folder / f"{number}")(TEXT, add_special_tokens=False).input_ids,
             }
         )
         files.append(export(folder / f"{number}", "gguf", folder / f"{number}.gguf").out)
