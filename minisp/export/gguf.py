@@ -122,7 +122,7 @@ def _check_config(source: Source) -> None:
 def _add_metadata(writer: Any, source: Source) -> None:
     config, rope = source.checkpoint.config, source.checkpoint.config.rope_parameters
     dim = head_size(config)
-    attention = [layer.self_attn for layer in decoder_layers(source.model, source.family)]
+    layers = decoder_layers(source.model, source.family)
     writer.add_type("model")
     writer.add_name(source.checkpoint.folder.name)
     writer.add_quantization_version(_library().GGML_QUANT_VERSION)
@@ -131,8 +131,10 @@ def _add_metadata(writer: Any, source: Source) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(_one_or_all(source.widths))
-    writer.add_head_count(_one_or_all([part.q_proj.weight.shape[0] // dim for part in attention]))
-    writer.add_head_count_kv(_one_or_all([part.k_proj.weight.shape[0] // dim for part in attention]))
+    writer.add_head_count(_one_or_all([len(layer.get_parameter("self_attn.q_proj.weight")) // dim for layer in layers]))
+    writer.add_head_count_kv(
+        _one_or_all([len(layer.get_parameter("self_attn.k_proj.weight")) // dim for layer in layers])
+    )
     writer.add_key_length(dim)
     writer.add_value_length(dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -148,7 +150,7 @@ def _context_length(config: Any) -> int:
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     slides = window is not None and (kinds is None or "sliding_attention" in kinds)
-    return min(config.max_position_embeddings, window) if slides else config.max_position_embeddings
+    return int(min(config.max_position_embeddings, window) if slides else config.max_position_embeddings)
 
 
 def _one_or_all(values: Sequence[int]) -> int | Sequence[int]:

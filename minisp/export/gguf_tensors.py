@@ -109,7 +109,8 @@ class PlannedTensor:
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:
     """Rows (H·D, …) of which row i of a head and row i + D/2 become neighbours."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
+    halves = rows.view(heads, 2, -1, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)
 
 
 def planned_tensors(source: Source, architecture: Architecture, dtype: str) -> list[PlannedTensor]:
@@ -162,9 +163,10 @@ def encoded(piece: Tensor, tensor: PlannedTensor) -> bytes | memoryview:
         ConfigError: float16 has no room for a value.
     """
     if tensor.dtype == "q8_0":
-        from gguf import quants
+        import gguf
 
-        data: bytes = quants.quantize(piece.float().numpy(), DTYPES["q8_0"].kind).tobytes()
+        kind = gguf.GGMLQuantizationType(DTYPES["q8_0"].kind)
+        data: bytes = gguf.quants.quantize(piece.float().numpy(), kind).tobytes()
         return data
     torch_dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[tensor.dtype]
     converted = piece.to(torch_dtype)
@@ -188,4 +190,5 @@ def _frequency_divisors(config: Any) -> Tensor:
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     dim = head_size(config)
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-    return config.rope_parameters["rope_theta"] ** -exponents / scaled
+    plain = torch.pow(config.rope_parameters["rope_theta"], -exponents)
+    return plain / scaled

@@ -18,7 +18,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 # What stands for a space in tokenizers of pieces, and llama.cpp's name of how they split text: not at all.
 SPACE, PIECES = "▁", "default"
 
-# How tokenizers split text before merging → llama.cpp's name of it. The expressions differ in how many digits stay together.
+# How tokenizers split text before merging → llama.cpp's name of it. The expressions differ in how many digits stay
+# together.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )

@@ -15,6 +15,7 @@ from minisp.errors import CheckpointError, ConfigError, UnsupportedModelError
 from minisp.export import gguf as target
 from minisp.export.gguf_tensors import DTYPES, interleaved
 from minisp.export.targets import export
+from minisp.store.checkpoint import Checkpoint
 from tests.export.checkpoints import ROWS, WIDTHS, byte_tokenizer, piece_tokenizer, write_checkpoint
 from tests.tiny import HEADS, HIDDEN, LAYERS, POSITIONS
 
@@ -170,7 +171,17 @@ def test_what_float16_cannot_hold_is_refused(tmp_path: Path, there: Path) -> Non
 def test_reordering_is_done_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = written(tmp_path / "a", "llama")[1]
     monkeypatch.setattr("minisp.export.gguf_tensors.PIECE_BYTES", 100)
+    read_rows, largest = Checkpoint.read_rows, []
+
+    def counted(checkpoint: Checkpoint, name: str, rows: Any) -> torch.Tensor:
+        found = read_rows(checkpoint, name, rows)
+        largest.append(found.nbytes)
+        return found
+
+    monkeypatch.setattr(Checkpoint, "read_rows", counted)
     pieces = written(tmp_path / "b", "llama")[1]
+    # A head of q or k has 8 rows of 16 float32; no more than that is in memory at once.
+    assert max(largest) == 8 * 16 * 4
     for one, other in zip(whole.tensors, pieces.tensors, strict=True):
         assert one.name == other.name and np.array_equal(one.data, other.data)
     rows = torch.arange(16).view(16, 1)
