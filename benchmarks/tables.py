@@ -14,6 +14,7 @@ import gpu_suite
 import memory
 import minify_cpu
 import ridge
+import serving
 from harness import machine_line
 from harness import markdown as table
 
@@ -115,7 +116,7 @@ def blend(data: Data) -> Iterator[str]:
 KINDS: dict[str, Callable[[Data], str | Iterator[str]]] = {
     "quality": quality, "peers": peers, "ablation": ablation, "blend": blend, "downstream_offline": downstream_offline,
     "minify_cpu": minify_cpu.table, "memory": memory.table, "crash": crash.table, "ridge": ridge.table,
-    "gpu": gpu_suite.table,
+    "gpu": gpu_suite.table, "serving": serving.table,
 }  # fmt: skip
 
 

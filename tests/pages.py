@@ -63,6 +63,7 @@ def expected(table: Table) -> Cells:
         "memory": _limits,
         "crash": _kills,
         "ridge": _solves,
+        "serving": _served,
     }
     maker = next(maker for kind, maker in makers.items() if names.startswith(f"{kind}_"))
     return maker(table, files, detail)
@@ -181,3 +182,16 @@ def _ratio(value: float) -> str:
 
 def _spread(values: Sequence[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def _served(table: Table, files: Sequence[Any], detail: str) -> Cells:
+    """What llama.cpp gave on each file."""
+    rows = files[0]["rows"]
+    size, equal, largest = table.columns[1:]
+    cells: Cells = {}
+    for row in rows:
+        label = f"{row['model']}, {row['dtype']}"
+        cells[label, size] = f"{row['bytes'] / 1e6:.1f}"
+        cells[label, equal] = f"{row['tokens equal']} of {row['tokens']}"
+        cells[label, largest] = f"{row['largest difference of a log-probability']:.1g}"
+    return cells

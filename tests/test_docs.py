@@ -21,7 +21,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 # Pages of arithmetic: nothing on them was measured.
-DERIVED = ("derived-solver", "gpu_budgets")
+DERIVED = ("derived-solver", "gpu_budgets", "surgeon-math")
 BY_HAND = "by hand"
 
 

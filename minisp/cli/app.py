@@ -3,24 +3,18 @@
 The options of `minify` and `plan` beside those that stand here come from `minisp.cli.options`.
 """
 
-import json
-import math
 import os
 import signal
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
+from minisp.cli.console import errors, show
 from minisp.cli.options import with_config_options
 from minisp.config import MinifyConfig, Resources, Widths, split_options
-from minisp.errors import MinispError
 
 if TYPE_CHECKING:
     from minisp.text.mixture import Shares
@@ -46,6 +40,21 @@ CALIBRATION_HELP = (
     "generic text (--generic) joins it, unless it names builtin: sources. Default: generic text alone."
 )
 Sources = Annotated[list[str] | None, typer.Option("--calibration", "-c", help=CALIBRATION_HELP, metavar="<source>")]
+Target = Literal["hf", "hf-per-layer", "padded", "gguf", "nemotron-nas"]
+TARGET_HELP = (
+    "hf: stock class, one width. hf-per-layer: modelling file, widths per layer (transformers, vLLM). padded: stock "
+    "class, zeros up to the largest width. gguf: one file for llama.cpp. nemotron-nas: Llama layers of their own "
+    "widths, multiples of 256."
+)
+EXPORT_EXAMPLES = "\n\n".join(
+    (
+        "Example: minisp export llama-80 --to gguf --out llama-80.gguf --dtype q8_0",
+        "Example: minisp export llama-80 --to hf-per-layer --out llama-80-vllm",
+        "Example: minisp export llama-80 --to padded --out llama-80-stock",
+        "Example: minisp export llama-80-uniform --to hf --out llama-80-hf",
+        "Example: minisp export llama-80-by-256 --to nemotron-nas --out llama-80-nas",
+    )
+)
 TEXT_HELP = (
     "Text file to predict, from its start, or a folder, which stands for its .txt and .jsonl files. Repeat it for more "
     "texts."
@@ -72,13 +81,13 @@ def minify(
         # Of the processes that torchrun starts, one speaks.
         as_json, quiet = False, True
     console = Console(stderr=True, quiet=quiet or as_json)
-    with _errors(lambda: _left_behind(out, options["scratch"])):
+    with errors(lambda: _left_behind(out, options["scratch"])):
         split_options(**options)
         sources = _sources(calibration)
         console.print(plan_table(fast.plan(model, **options), shares=_shares(sources, options)))
         with progress_bar(quiet, lines=not as_json) as progress:
             result = fast.minify(model, out=out, calibration=sources, progress=progress, **options)
-    _show(result.as_dict(), as_json, quiet, report.report_table(result), report.summary_lines(result))
+    show(result.as_dict(), as_json, quiet, report.report_table(result), report.summary_lines(result))
 
 
 @app.command(epilog="Example: minisp plan ./llama --keep 0.7 -c wiki.txt")
@@ -90,12 +99,12 @@ def plan(
     from minisp import fast
     from minisp.plan.plan import expected_seconds, plan_dict, plan_table
 
-    with _errors():
+    with errors():
         shares = _shares(_sources(calibration), options)
         planned = fast.plan(model, **options)
         seconds = expected_seconds(planned, shares)
     values = {**plan_dict(planned), "expected_seconds": seconds}
-    _show(values, as_json, quiet, plan_table(planned, seconds, shares), [])
+    show(values, as_json, quiet, plan_table(planned, seconds, shares), [])
 
 
 @app.command("eval", epilog="Example: minisp eval ./llama ./llama-70 --text test.txt --text prose/ --window 2048")
@@ -131,7 +140,7 @@ def evaluate(
     from minisp.store.hub import local_folder
     from minisp.text.corpora import load_texts
 
-    with _errors(), progress_bar(quiet, lines=not as_json) as progress:
+    with errors(), progress_bar(quiet, lines=not as_json) as progress:
         config = split_options(dtype=dtype, device=device)[0]
         protocol = measure.Protocol(window=window, stride=stride, max_windows=max_windows, questions=questions)
         own = measure.builtin_texts() if builtin else {}
@@ -149,7 +158,7 @@ def evaluate(
             both = measure.compare(folders[0], folders[1], tokens, protocol, **options)
             values, lines = both.as_dict(), tables.comparison_lines(both)
             table = tables.comparison_table("Side by side", [model, other], both)
-    _show(values, as_json, quiet, table, lines)
+    show(values, as_json, quiet, table, lines)
 
 
 @app.command(epilog="Example: minisp demo --keep 0.7 --out smollm2-70")
@@ -166,11 +175,33 @@ def demo(
     from minisp.cli.demo import run_demo
     from minisp.report.progress import progress_bar
 
-    with _errors(), progress_bar(quiet, lines=not as_json) as progress:
+    with errors(), progress_bar(quiet, lines=not as_json) as progress:
         console = Console(stderr=True, quiet=quiet)
         config = MinifyConfig(keep=keep, widths=widths, seed=seed, num_windows=windows)
         result = run_demo(out, config, console, progress)
-    _show(result.as_dict(), as_json, quiet, result.table(), result.lines())
+    show(result.as_dict(), as_json, quiet, result.table(), result.lines())
+
+
+@app.command(epilog=EXPORT_EXAMPLES)
+def export(
+    model: Model,
+    to: Annotated[Target, typer.Option(help=TARGET_HELP, show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder to write, new or empty; for gguf, a new file.", show_default=False)],
+    dtype: Annotated[
+        str | None, typer.Option(help="For gguf: f32, f16, bf16 or q8_0. Default: as the weights are stored.")
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a finished model in the form that a server loads. Weights go through a tensor at a time."""
+    from minisp.export import targets
+    from minisp.report.progress import progress_bar
+    from minisp.store.hub import local_folder
+
+    with errors(lambda: "Nothing was left at the output path."):
+        with progress_bar(quiet, lines=not as_json) as progress:
+            result = targets.export(local_folder(model), to, out, dtype=dtype, progress=progress)
+        show(result.as_dict(), as_json, quiet, result.table(), [])
 
 
 def main() -> None:
@@ -200,52 +231,6 @@ def _shares(sources: list[tuple[str, float]] | None, options: dict[str, Any]) ->
     return None if earlier else shares_of(sources, options["generic"])
 
 
-def _show(values: dict[str, Any], as_json: bool, quiet: bool, table: Table, lines: Sequence[str]) -> None:
-    """Results go to standard output: JSON for programs, or a table and a few lines for people."""
-    if as_json:
-        print(json.dumps(_finite(values), indent=2, default=str, allow_nan=False))
-    elif not quiet:
-        console = Console()
-        console.print(table)
-        for line in lines:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for infinity and NaN: null stands for them."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextmanager
-def _errors(interrupted: Callable[[], str] = str) -> Iterator[None]:
-    """Expected failures become one paragraph on standard error and an exit code; warnings lose their source line.
-
-    Args:
-        interrupted: gives what to say after "Interrupted.".
-    """
-    console = Console(stderr=True)
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: console.print(
-            f"[yellow]note:[/] {escape(_printable(str(message)))}", highlight=False
-        )
-        try:
-            yield
-        except MinispError as error:
-            # Of the processes that torchrun starts, each may fail for a reason of its own.
-            where = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
-            console.print(f"[bold red]{type(error).__name__}[/]{where}", highlight=False)
-            console.print(_printable(str(error)), markup=False, highlight=False)
-            raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt:
-            lost = "Another process of the run was lost, or someone ended it. " if "RANK" in os.environ else ""
-            console.print(f"Interrupted. {lost}{interrupted()}".strip(), highlight=False)
-            raise typer.Exit(130) from None
-
-
 def _left_behind(out: Path, scratch: str | None) -> str:
     """What a run that did not end has left, for its user."""
     from minisp.store.claim import holds_records, scratch_path
@@ -258,11 +243,6 @@ def _left_behind(out: Path, scratch: str | None) -> str:
         f"Nothing was left at the output path. What was finished waits in {path}: the same command with --resume"
         f"{processes} goes on from there."
     )
-
-
-def _printable(text: str) -> str:
-    """Control characters written out: a message quotes names from files that may be hostile to a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

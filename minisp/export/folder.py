@@ -84,7 +84,7 @@ def describe(
         digests: file name → SHA-256 of what has been hashed while it was written: the weights.
     """
     if checkpoint is not None:
-        _copy_companions(checkpoint.folder, folder)
+        copy_companions(checkpoint.folder, folder)
     elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
     plot_layers(report, folder / PLOT_NAME)
@@ -97,11 +97,11 @@ def describe(
         "layers": [asdict(layer) for layer in report.layers],
     }
     written = [path for path in sorted(folder.iterdir()) if path.name != MARKER]
-    checksums = {path.name: digests.get(path.name) or _sha256(path) for path in written}
+    checksums = {path.name: digests.get(path.name) or sha256(path) for path in written}
     write_json(folder / MANIFEST_NAME, {"minisp_version": minisp.__version__, **facts, "sha256": checksums})
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path) -> None:
     """Copy tokenizer and generation settings from the source checkpoint, less the code that they point to."""
     for name in COMPANIONS:
         if (source / name).is_file():
@@ -154,7 +154,8 @@ def _write_card(folder: Path, report: MinifyReport) -> None:
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while block := handle.read(2**20):

@@ -48,12 +48,12 @@ class Entry:
         return size
 
 
-def check_output(out: str | Path, needed_bytes: int) -> Path:
-    """The output path, once it is sure that a folder of `needed_bytes` can be made there.
+def check_output(out: str | Path, needed_bytes: int, *, is_file: bool = False) -> Path:
+    """The output path, once it is sure that a folder of `needed_bytes`, or a file, can be made there.
 
     Raises:
-        OutputError: the path is a file or a folder with something in it, its parent cannot be written, or the disk
-            has less room than needed.
+        OutputError: the path is a file or a folder with something in it (for a file: anything at all), its parent
+            cannot be written, or the disk has less room than needed.
     """
     if not isinstance(out, (str, Path)):
         raise OutputError(f"Output: expected a path, got {type(out).__name__} {out!r}. Pass a string.")
@@ -61,6 +61,8 @@ def check_output(out: str | Path, needed_bytes: int) -> Path:
     parent = path.parent
     try:
         found = _found_at(path)
+        if is_file and found is None and path.is_dir():
+            found = "an empty folder"
         partial = _partial(path)
         foreign = partial.is_symlink() or (partial.exists() and not _is_leftover(partial))
         parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,8 @@ def check_output(out: str | Path, needed_bytes: int) -> Path:
             "that no earlier run left behind. Move it away or choose another path."
         )
     if found is not None:
-        raise OutputError(f"Output {path}: expected a new or empty folder, got {found}. Choose another path.")
+        wanted = "a new file" if is_file else "a new or empty folder"
+        raise OutputError(f"Output {path}: expected {wanted}, got {found}. Choose another path.")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"Output {path}: expected a writable parent folder, got {parent}. Choose another path.")
     free = shutil.disk_usage(parent).free
@@ -85,14 +88,17 @@ def check_output(out: str | Path, needed_bytes: int) -> Path:
 
 
 @contextmanager
-def output_folder(out: Path) -> Iterator[Path]:
+def output_folder(out: Path, *, remedy: str = "run again with --resume") -> Iterator[Path]:
     """A folder to write into, `NAME.partial`, renamed to `out` when the block ends well and removed when it does not.
+
+    Args:
+        remedy: what a failure's message tells the user to do once its cause is mended.
 
     Raises:
         OutputError: writing failed (disk full, permissions); nothing is left at `out`.
     """
     partial = _partial(out)
-    try:
+    with _told(out, remedy):
         with _claimed(partial):
             yield partial
             for path in partial.iterdir():
@@ -103,12 +109,36 @@ def output_folder(out: Path) -> Iterator[Path]:
         # The folder stands and its files are durable; not every file system can promise as much for its name.
         with suppress(OSError):
             _sync(out.parent)
+
+
+@contextmanager
+def output_file(out: Path) -> Iterator[Path]:
+    """A path to write a file to, in a folder `NAME.partial`, renamed to `out` when the block ends well.
+
+    Raises:
+        OutputError: writing failed (disk full, permissions); nothing is left at `out`.
+    """
+    partial = _partial(out)
+    with _told(out, "run again"):
+        with _claimed(partial):
+            yield partial / out.name
+            _sync(partial / out.name)
+            os.rename(partial / out.name, out)
+        with suppress(OSError):
+            _sync(out.parent)
+
+
+@contextmanager
+def _told(out: Path, remedy: str) -> Iterator[None]:
+    """Failures of the file system become an error that says what to do."""
+    try:
+        yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "Free some space or choose another disk" if full else "Mend that or choose another folder"
+        cause = "the disk is full" if full else error
+        first = "Free some space or choose another disk" if full else "Mend that or choose another folder"
         raise OutputError(
-            f"Output {out}: the checkpoint could not be written: {'the disk is full' if full else error}. Nothing was "
-            f"left there. {remedy}, and run again with --resume."
+            f"Output {out}: it could not be written: {cause}. Nothing was left there. {first}, and {remedy}."
         ) from error
 
 
