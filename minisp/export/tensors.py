@@ -59,11 +59,11 @@ def checkpoint_tensors(
 def written_names(checkpoint: Checkpoint, model: Any, results: Sequence[Result]) -> dict[str, str]:
     """Stored name → name in the result.
 
-    transformers renames older checkpoints while it loads a stock class, but not those of a modelling file: where layers
-    differ, what the model calls otherwise than the checkpoint is written under the model's name.
+    transformers renames older checkpoints while it loads a stock class, but not those of a modelling file. What the
+    model calls otherwise than the checkpoint is therefore written under the model's name, if anything was cut.
     """
     names = {name: name for name in checkpoint.tensors}
-    if len({len(result.kept) for result in results}) > 1:
+    if any(result.cut for result in results):
         for name, _ in model.named_parameters():
             stored = checkpoint.stored_name(name, model.base_model_prefix)
             prefix = f"{model.base_model_prefix}."

@@ -64,10 +64,13 @@ def make_batches(windows: Tensor, config: MinifyConfig, batch: int, ranks: Ranks
     scored = set(spread(count, config.saliency_windows or count))
     ids: list[Tensor] = []
     flags: list[bool] = []
-    num_corrected = 0
+    num_corrected = shared = 0
     for kind in ((True, True), (True, False), (False, True), (False, False)):
         rows = [row for row in range(count) if (row in corrected, row in scored) == kind]
-        found = [part for part in ranks.share(windows[rows]).split(batch) if len(part)]
+        # The next process goes on where the kind before has ended, so that no process is left without windows.
+        mine = rows[(ranks.rank - shared) % ranks.size :: ranks.size]
+        shared += len(rows)
+        found = [part for part in windows[mine].split(batch) if len(part)]
         ids += found
         flags += [kind[1]] * len(found)
         num_corrected += kind[0] * len(found)

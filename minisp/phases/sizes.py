@@ -35,7 +35,7 @@ class Sizes:
         batch_tokens: tokens of a micro-batch.
         item, stored_item: bytes of an element, in the compute type and as stored.
         autograd: bytes per token that autograd keeps of one layer; see `layers.autograd_bytes`.
-        kept: columns of a consumer that stay at most, of one that is cut.
+        kept: the most columns that a consumer can keep that is cut.
         logits: bytes that a chunk of logits may take.
         loaded: whether the model was in memory before the run: its weights are then no part of what the run needs.
         streams: whether weights stream from a checkpoint; else the model is in memory whole.

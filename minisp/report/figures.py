@@ -16,7 +16,7 @@ def plot_layers(report: MinifyReport, path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    curves = {layer.layer: layer.damping_curve for layer in report.layers if layer.damping_curve}
+    curves = {(x.layer, UNITS[x.structure]): x.damping_curve for x in report.layers if x.damping_curve}
     names = list(report.plan.units)
     rows = len(names) + (2 if curves else 1)
     figure, axes = plt.subplots(rows, 1, figsize=(8, 2.5 * rows), layout="constrained")
@@ -53,12 +53,12 @@ def _draw_sizes(axis: Any, report: MinifyReport, name: str) -> None:
     axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
 
 
-def _draw_curves(axis: Any, curves: dict[int, Any], colours: Any) -> None:
+def _draw_curves(axis: Any, curves: dict[tuple[int, str], Any], colours: Any) -> None:
     """What was tried to choose each layer's damping."""
-    last = max(curves)
-    for layer, curve in curves.items():
+    last = max(layer for layer, _ in curves)
+    for (layer, units), curve in curves.items():
         dampings, errors = zip(*curve, strict=True)
         shades = [error / min(errors) for error in errors]
-        axis.semilogx(dampings, shades, ".-", color=colours(layer / max(1, last)), label=f"layer {layer}")
+        axis.semilogx(dampings, shades, ".-", color=colours(layer / max(1, last)), label=f"layer {layer}, {units}")
     axis.set(xlabel="damping λ", ylabel="cross-validated error\nover its minimum")
     axis.legend(fontsize=6, ncols=3, loc="upper left")

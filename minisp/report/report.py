@@ -167,7 +167,7 @@ def report_table(report: MinifyReport) -> Table:
         sliced = sum(layer.residual_sliced for layer in cut) / len(cut)
         refitted = sum(layer.residual for layer in cut) / len(cut)
         table.add_row(
-            f"mean residual of {len(cut)} layers",
+            f"mean residual of {len(cut)} structures",
             f"{sliced:.3f} sliced",
             f"{refitted:.3f} refitted",
             f"{refitted / sliced:.3f}" if sliced else "",

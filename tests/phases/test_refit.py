@@ -106,3 +106,11 @@ def test_without_refitting_nothing_is_corrected() -> None:
         fast.minify(model, calibration=windows(), keep=0.6, correct_drift=corrects, reconstruct=False, alignment=4)
         results.append(dict(model.named_parameters()))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_every_process_has_windows() -> None:
+    long = torch.arange(4 * 8).reshape(4, 8)
+    config = MinifyConfig(num_windows=4, window=8, saliency_windows=2)
+    found = [make_batches(long, config, 1, Ranks(rank, 4)) for rank in range(4)]
+    assert [sum(map(len, batches.ids)) for batches in found] == [1, 1, 1, 1]
+    assert sorted(int(part[0, 0]) for batches in found for part in batches.ids) == [0, 8, 16, 24]
