@@ -1,0 +1,129 @@
+"""vLLM's server in an environment of its own: started on a checkpoint folder, asked over HTTP, and always ended.
+
+See server_environments.py for the environment. The server computes in float32 on a CPU.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+from asking import ask, events
+from server_environments import interpreter
+
+# Seconds until a server answers: it compiles nothing, but imports a lot.
+START_SECONDS = 480
+NAME = "model"
+# One GiB for keys and values; threads are those of OMP_NUM_THREADS, bound to no core.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+OPTIONS = ("--dtype", "float32", "--enforce-eager", "--trust-remote-code", "--max-num-seqs", "4", "--host", "127.0.0.1")
+
+
+@contextmanager
+def served(folder: Path, *, context: int = 256, threads: int = 1) -> Iterator[str]:
+    """The address of vLLM's server for a checkpoint folder; the server and its processes end with the block.
+
+    Args:
+        context: tokens of a prompt with its answer.
+
+    Raises:
+        SystemExit: the environment is not built, or the server ended or said nothing for `START_SECONDS`; with the end
+            of what it printed.
+    """
+    python = interpreter("vllm")
+    if python is None:
+        raise SystemExit("vLLM: no environment. Run python benchmarks/server_environments.py vllm.")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [python.with_name("vllm"), "serve", folder, *OPTIONS, "--port", port, "--served-model-name", NAME]
+    command += ["--max-model-len", context]
+    # The server has to end where this process is killed, too.
+    setpriv = shutil.which("setpriv")
+    guard = [setpriv, "--pdeathsig", "TERM"] if setpriv else []
+    environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
+    environment.pop("PYTHONPATH", None)
+    with TemporaryFile() as log:
+        process = subprocess.Popen(
+            [*guard, *map(str, command)], env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            address = f"http://127.0.0.1:{port}"
+            if not _answers(address, process):
+                log.seek(0)
+                raise SystemExit(f"vLLM did not serve {folder}:\n{log.read().decode(errors='replace')[-6000:]}")
+            yield address
+        finally:
+            _end(process)
+
+
+def _answers(address: str, process: "subprocess.Popen[bytes]") -> bool:
+    """Wait until the server answers; False where it ended, or time ran out."""
+    end = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < end:
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=10):
+                return True
+        except OSError:
+            time.sleep(0.5)
+    return False
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End the server, then what is left of its process group."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(30)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def ask_vllm(
+    address: str, prompts: list[list[int]], num_tokens: int, banned: list[int] | None = None
+) -> dict[str, Any]:
+    """What the OpenAI-compatible endpoint answers: every prompt alone, all at once, and the first as a stream.
+
+    Args:
+        prompts: tokens.
+        banned: tokens that are never chosen.
+
+    Returns:
+        {"prompts": [{"tokens": […], "chosen": [log-probability of each], "text": …}, …], "concurrent": the same, asked
+        for at once, "streamed": text that came in pieces, "pieces": how many}.
+    """
+    wanted = {"model": NAME, "temperature": 0, "max_tokens": num_tokens, "ignore_eos": True}
+    if banned:
+        wanted["logit_bias"] = dict.fromkeys(map(str, banned), -100)
+
+    def complete(prompt: list[int]) -> dict[str, Any]:
+        values = {**wanted, "prompt": prompt, "logprobs": 1, "return_token_ids": True}
+        [found] = ask(address, "/v1/completions", values)["choices"]
+        chosen = found["logprobs"]["token_logprobs"]
+        return {"tokens": found["token_ids"], "chosen": chosen, "text": found["text"]}
+
+    alone = [complete(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        together = list(pool.map(complete, prompts))
+    stream = ask(address, "/v1/completions", {**wanted, "prompt": prompts[0], "stream": True})
+    said = [choice["text"] for event in events(stream) for choice in event["choices"]]
+    return {
+        "prompts": alone,
+        "concurrent": together,
+        "streamed": "".join(said),
+        "pieces": sum(1 for text in said if text),
+    }
