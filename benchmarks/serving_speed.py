@@ -28,7 +28,7 @@ from vllm_server import NAME, served
 
 from minisp.export.targets import export
 
-PROMPT, ANSWER, TURNS = 256, 32, 7
+PROMPT, ANSWER, TURNS = 256, 32, 5
 Rates = list[dict[str, list[float]]]
 
 

