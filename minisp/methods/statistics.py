@@ -92,9 +92,7 @@ class Statistics:
         yield "saliency", self.saliency
         yield "num_tokens", torch.tensor([self.num_tokens, self.num_scored])
         if self.gram is not None:
-            for start in range(0, len(self.gram), PANEL_ROWS):
-                panel = self.gram[start : start + PANEL_ROWS]
-                yield f"gram_{start}", panel[:, : start + len(panel)]
+            yield from panels(self.gram)
 
     @classmethod
     def from_tensors(
@@ -106,8 +104,20 @@ class Statistics:
         record.saliency = saliency
         record.num_tokens, record.num_scored = read("num_tokens").tolist()
         if record.gram is not None:
-            for start in range(0, len(record.gram), PANEL_ROWS):
-                panel = read(f"gram_{start}")
-                record.gram[start : start + len(panel), : panel.shape[1]].copy_(panel, non_blocking=True)
-            ops.mirror_(record.gram)
+            fill_(record.gram, read)
         return record
+
+
+def panels(matrix: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(key, row panel up to the diagonal's block) of a symmetric matrix (n, n), to store."""
+    for start in range(0, len(matrix), PANEL_ROWS):
+        panel = matrix[start : start + PANEL_ROWS]
+        yield f"gram_{start}", panel[:, : start + len(panel)]
+
+
+def fill_(matrix: Tensor, read: Callable[[str], Tensor]) -> None:
+    """Fill a matrix (n, n) with the symmetric one of which `panels` were stored; `read` gives the tensor of a key."""
+    for start in range(0, len(matrix), PANEL_ROWS):
+        panel = read(f"gram_{start}")
+        matrix[start : start + len(panel), : panel.shape[1]].copy_(panel, non_blocking=True)
+    ops.mirror_(matrix)

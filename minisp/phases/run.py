@@ -3,7 +3,7 @@
 Everything that a phase finishes is a record, see `minisp.store.names`. A phase that finds records goes on from them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -116,8 +116,12 @@ class Run:
 
     def keep_statistics(self, structure: Structure, statistics: Statistics) -> None:
         """Make a structure's finalized statistics a record."""
-        with self.shared.writing(Record.STATISTICS.of(structure.layer, structure.name)) as append:
-            for key, tensor in statistics.tensors():
+        self.keep(Record.STATISTICS.of(structure.layer, structure.name), statistics.tensors())
+
+    def keep(self, name: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Make tensors with their keys a shared record."""
+        with self.shared.writing(name) as append:
+            for key, tensor in tensors:
                 append(key, tensor)
 
     def result(self, structure: Structure) -> Result:
