@@ -49,6 +49,6 @@ def _content(source: Source, files: dict[str, str]) -> Content:
     return Content(
         config=config,
         entries=checkpoint_entries(source.checkpoint, source.model, []),
-        tensors=checkpoint_tensors(source.checkpoint, source.model, [], lambda structure: None),
+        tensors=checkpoint_tensors(source.checkpoint, source.model, []),
         files=files,
     )

@@ -112,11 +112,13 @@ class Factor:
         matrix: (n, n) float32 or float64, symmetric.
         level: mean(diag M).
         dead: (n,) bool.
+        squares: (n,) diag M, without damping.
     """
 
     matrix: Tensor
     level: float
     dead: Tensor
+    squares: Tensor
 
     @classmethod
     def of_(cls, total: Tensor, damping: float) -> "Factor":
@@ -142,7 +144,7 @@ class Factor:
             total.div_(level)
         dead = diagonal == 0
         total.diagonal().add_((~dead).to(total.dtype), alpha=damping)
-        return cls(total, level, dead)
+        return cls(total, level, dead, diagonal)
 
     @cached_property
     def inverse(self) -> Tensor:

@@ -36,6 +36,7 @@ class Collection(Generic[K, S]):
     """What a sweep collects.
 
     Attributes:
+        what: a person is told that is collected.
         keys: of the sums, in the order of the layers.
         name: of the record of a key's sums.
         empty: sums of no tokens.
@@ -43,6 +44,7 @@ class Collection(Generic[K, S]):
         watch: within it, what passes is added to the sums of a segment's keys.
     """
 
+    what: str
     keys: Sequence[K]
     name: Callable[[K], str]
     empty: Callable[[K], S]

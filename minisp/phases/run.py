@@ -34,6 +34,7 @@ class Phase(str, Enum):
     TRIAL_OUTPUTS = "trial outputs"
     REFIT = "refit"
     REFIT_SWEEP = "refit sweep"
+    UPDATE = "update"
     WRITING = "writing"
 
     def __str__(self) -> str:
@@ -148,9 +149,9 @@ class Run:
 
 
 @contextmanager
-def naming(structure: Structure, what: str = "") -> Iterator[None]:
-    """Within the block, a numerical failure says of which structure it is."""
+def naming(place: object, what: str = "") -> Iterator[None]:
+    """Within the block, a numerical failure says of which structure, or linear map, it is."""
     try:
         yield
     except NumericalError as error:
-        raise NumericalError(f"{structure}{what}: {error}") from error
+        raise NumericalError(f"{place}{what}: {error}") from error

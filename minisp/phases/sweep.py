@@ -22,12 +22,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from minisp.methods.statistics import PANEL_ROWS
 from minisp.models.layers import fast_layers
 from minisp.models.stream import Stream
+from minisp.models.vocabulary import BLOCK_BYTES
 from minisp.phases import partial
-from minisp.phases.boundaries import Sweep, enter, head_gradient, run_forward
+from minisp.phases.boundaries import Sweep, enter, head_gradient, head_tokens, run_forward
 from minisp.phases.collection import Collection, K, S
-from minisp.phases.run import Run
+from minisp.phases.run import Phase, Run
+from minisp.phases.sizes import Demand, Holding, Sizes
 from minisp.store import tiers
 from minisp.store.names import Record
 
@@ -45,8 +48,14 @@ def sweep_layers(sweep: Sweep, segments: Sequence[range], collection: Collection
         NumericalError: sums that are not finite.
     """
     stream, run = sweep.stream, sweep.run
+    count = segments[-1].stop
     segments = _unfinished(segments, collection, run)
     if not segments:
+        # A run that was killed may have left what the sums were made from; the next sweep must not take it for its own.
+        for index in range(count + 1):
+            run.own.drop(Record.STATES.of(index))
+            run.own.drop(Record.GRADIENT.of(index))
+        partial.drop(run.own)
         return
     head_first, forward = _forward_passes(stream, segments, run)
     done = 0
@@ -144,7 +153,7 @@ def _run_backward(sweep: Sweep, segment: range, collection: Collection[K, S]) ->
                     append(str(number), _forward_backward(sweep, segment, hidden, ids, above, told(number)))
                 else:
                     _forward(stream, segment, hidden, ids, told(number))
-            sweep.advance("saliency", segment)
+            sweep.advance(collection.what, segment)
             if segment.start == 0 and number >= first and time.monotonic() - saved >= tiers.SAVE_SECONDS:
                 own.save(source)
                 partial.save(own, records, number + 1)
@@ -193,3 +202,54 @@ def _forward_backward(
     if gradient is None:
         _, gradient = stream.loss_gradient(leaving.detach(), ids, sweep.objective)
     return torch.autograd.grad(leaving, hidden, gradient)[0]
+
+
+def demand(sizes: Sizes, holding: Holding) -> Demand:
+    """What a sweep takes.
+
+    Memory: sums and activations of a segment, and what waits in memory where there is no folder. Work for a token and P
+    parameters: forward 2P and backward 2P, 2P·(1 − 1/segments) of recomputing, and n² for each sum (n, n).
+    """
+    config, count, item = sizes.config, sizes.num_layers, sizes.item
+    segments, forward = holding.passes(count)
+    states, batch = sizes.states(sizes.tokens), sizes.states(sizes.batch_tokens)
+    grams = holding.segment if sizes.writes else count
+    memory = {
+        Phase.SWEEP: {
+            "Gram matrices": grams * 4 * sizes.layer_sums,
+            "activations": activation_bytes(sizes, holding.segment),
+            "boundary states": (0 if sizes.writes else (segments + 1) * states) + 6 * batch,
+            "logits": 0 if holding.stream_vocabulary else 2 * min(sizes.logits, 2 * sizes.tokens * sizes.vocabulary),
+            # Row panels on their way to the disk.
+            "writing": 3 * PANEL_ROWS * 4 * sizes.width if sizes.writes and sizes.sums else 0,
+        }
+    }
+    if holding.stream_vocabulary:
+        tokens = min(max(head_tokens(sizes.hidden), sizes.batch_tokens), sizes.tokens)
+        # Hidden states and gradients as read, joined and parted; the final norm's float32 copies, forward and backward;
+        # the float32 gradient and what is added to it. Logits in float32 four times, and two blocks of the head's rows.
+        held = tokens * sizes.hidden * (4 * item + 9 * 4)
+        memory[Phase.HEAD] = {"states and gradients": held, "logits": (4 + 2) * BLOCK_BYTES}
+    tokens, inside, head = sizes.all_tokens, sizes.inside, sizes.vocabulary * sizes.hidden
+    scored = (config.saliency_windows or config.num_windows) * config.window if config.sees_gradients else 0
+    recompute = 1 if holding.stream_vocabulary else 1 - 1 / segments
+    flops = scored * (2 * inside * (2 + recompute) + (6 if holding.stream_vocabulary else 4) * head)
+    if sizes.sums:
+        # The others run forward only: to the boundaries, and again where the layers are watched.
+        flops += tokens * sum(size**2 for _, size in sizes.sums) + (tokens - scored) * 2 * inside * (1 + recompute)
+    return Demand(
+        memory=memory,
+        # All boundaries; of gradients, those behind a segment, before it, and of the one whose statistics are written.
+        waiting=states * (forward + 3) if segments > 1 or forward else 0,
+        # States are written once and read on both ways, gradients written and read.
+        passed=states * (2 * forward + 3 * (segments - 1)) * config.shots,
+        flops=float(flops * config.shots),
+    )
+
+
+def activation_bytes(sizes: Sizes, segment: int) -> int:
+    """What autograd keeps for a micro-batch, and what one layer's backward adds for a moment."""
+    # x and ∂L/∂x of the MLP, and of the hidden size what enters and leaves norms, attention and the layer. When
+    # attention has its turn, the MLP's 2m are free again.
+    passing = sizes.item * (2 * sizes.width + 8 * sizes.hidden)
+    return sizes.batch_tokens * (segment * sizes.autograd + passing)

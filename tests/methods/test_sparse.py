@@ -11,7 +11,7 @@ from torch import Tensor
 from minisp.errors import ConfigError
 from minisp.methods.curvature import Curvature, Factor
 from minisp.methods.sparse import (
-    Pattern,
+
     least,
     least_groups,
     magnitude_scores,
