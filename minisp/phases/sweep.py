@@ -51,11 +51,7 @@ def sweep_layers(sweep: Sweep, segments: Sequence[range], collection: Collection
     count = segments[-1].stop
     segments = _unfinished(segments, collection, run)
     if not segments:
-        # A run that was killed may have left what the sums were made from; the next sweep must not take it for its own.
-        for index in range(count + 1):
-            run.own.drop(Record.STATES.of(index))
-            run.own.drop(Record.GRADIENT.of(index))
-        partial.drop(run.own)
+        _drop_passing(run, count)
         return
     head_first, forward = _forward_passes(stream, segments, run)
     done = 0
@@ -89,7 +85,16 @@ def sweep_layers(sweep: Sweep, segments: Sequence[range], collection: Collection
             del sums
         behind = segment
     _finish(segment, run)
+    _drop_passing(run, count)
     run.own.forget()
+
+
+def _drop_passing(run: Run, count: int) -> None:
+    """Drop what a run that was killed has left of states and gradients: the next sweep must not take it for its own."""
+    for index in range(count + 1):
+        run.own.drop(Record.STATES.of(index))
+        run.own.drop(Record.GRADIENT.of(index))
+    partial.drop(run.own)
 
 
 def _finish(segment: range, run: Run) -> None:
