@@ -149,10 +149,10 @@ class MinifyConfig:
                 f"Option keep: expected {group[0] / group[1]}, the share that pattern {self.pattern} keeps, got "
                 f"{self.keep}. Pass that."
             )
-        if self.method != "surgeon" and self.shots > 1:
+        if self.shots > 1 and (self.method != "surgeon" or self.cuts):
             raise ConfigError(
-                f"Option shots: expected 1 with method {self.method}, got {self.shots}. Leave it out, or pass "
-                "method='surgeon'."
+                f"Option shots: expected 1 with method {self.method} and pattern {self.pattern}, got {self.shots}. "
+                "Leave it out, or pass method='surgeon' and a pattern of zeros."
             )
         if self.method == "surgeon" and (self.saliency_windows is not None or self.damping in ("auto", 0)):
             raise ConfigError(
@@ -180,7 +180,7 @@ class MinifyConfig:
     @property
     def collects_gram(self) -> bool:
         """Whether the saliency sweep collects Gram matrices."""
-        return self.refit_on == "dense" or self.measures or not self.refit_sweep
+        return self.refit_on == "dense" or self.measures or not self.refit_sweep or self.method == "surgeon"
 
     @property
     def corrects(self) -> bool:

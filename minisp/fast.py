@@ -165,7 +165,10 @@ def _run_phases(
         tiers.room = plan.rooms.get(Phase.SWEEP, Room())
         dense = plan.layout.dense is not None and tiers.free_bytes() >= 4 * plan.dense_bytes
         gram = config.collects_gram
-        saliency_sweep(stream, batches, plan.segments, run, objective=objective, gram=gram, dense=dense)
+        gradients = config.method == "surgeon"
+        saliency_sweep(
+            stream, batches, plan.segments, run, objective=objective, gram=gram, gradients=gradients, dense=dense
+        )
         stream.release(plan.layout.layer_slots)
     with _timed(seconds, "decision"):
         tiers.room = plan.rooms.get(Phase.TRIALS, Room())

@@ -36,7 +36,7 @@ class _Told:
 
     x: Tensor | None = None
 
-    def update_(self, x: Tensor, sums: Tensor | None) -> None:
+    def update_(self, x: Tensor, sums: Tensor | None, grad_y: Tensor | None = None) -> None:
         self.x = x
 
 

@@ -100,7 +100,7 @@ class _Sweep:
 class _Nobody:
     """Watches without asking for anything."""
 
-    def update_(self, x: Tensor, sums: Tensor | None) -> None:
+    def update_(self, x: Tensor, sums: Tensor | None, grad_y: Tensor | None = None) -> None:
         """As `watch.Watcher`."""
 
 

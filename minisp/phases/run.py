@@ -30,6 +30,7 @@ class Phase(str, Enum):
 
     SWEEP = "saliency sweep"
     HEAD = "head"
+    DECISION = "decision"
     TRIALS = "trial cuts"
     TRIAL_OUTPUTS = "trial outputs"
     REFIT = "refit"
@@ -105,13 +106,16 @@ class Run:
             self.ranks.wait()
             self.own.forget(*names)
 
-    def statistics(self, structure: Structure, *, gram: bool, device: torch.device | str = "cpu") -> Statistics:
-        """The statistics that the saliency sweep has left of a structure; `gram`: with the Gram matrix."""
+    def statistics(
+        self, structure: Structure, *, gram: bool, outputs: int = 0, device: torch.device | str = "cpu"
+    ) -> Statistics:
+        """The statistics that the saliency sweep has left of a structure, see `Statistics.from_tensors`."""
         name = Record.STATISTICS.of(structure.layer, structure.name)
         return Statistics.from_tensors(
-            lambda key: self.shared.read(name, key, ahead=key.startswith("gram")),
+            lambda key: self.shared.read(name, key, ahead=key.startswith("gram_")),
             structure.columns,
             gram=gram,
+            outputs=outputs,
             device=torch.device(device),
         )
 

@@ -85,7 +85,8 @@ class Sizes:
     def sums(self) -> list[tuple[int, int]]:
         """(layer, n) of every matrix (n, n) that the sweep sums: Gram matrices, or both sides of linear maps."""
         if not self.maps:
-            return [(x.layer, x.width) for x in self.structures] if self.config.collects_gram else []
+            gradients = [(x.layer, self.hidden) for x in self.structures if self.config.method == "surgeon"]
+            return gradients + [(x.layer, x.width) for x in self.structures if self.config.collects_gram]
         if self.config.method == "magnitude":
             return []
         inputs = [(x.layer, x.columns) for x in self.maps if x.path == x.source]
