@@ -8,7 +8,6 @@ from torch import Tensor
 
 from minisp import fast
 from minisp.config import MinifyConfig
-from minisp.models.objective import Objective
 from minisp.models.skeleton import frozen
 from minisp.models.stream import Stream
 from minisp.phases.batches import Batches
