@@ -84,11 +84,11 @@ class Run:
         return cls(memory, Tiers(memory, torch.device("cpu"), Room(device=2**63)), Ranks(), progress)
 
     def once(self, name: str, make: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> None:
-        """See to it that a shared record is there: the first process makes its tensors and facts, unless it is.
+        """Make a shared record unless it is there. The first process computes its tensors and facts.
 
         All processes call this together, and all can read the record afterwards.
         """
-        # Asked together: what the first process has just written, a slower one must not take for an earlier run's.
+        # All processes ask together: a slow one must not take what the first has just written for an earlier run's.
         if self.ranks.most(not self.shared.has(name)):
             if self.ranks.first:
                 tensors, facts = make()
@@ -99,8 +99,9 @@ class Run:
             self.ranks.wait()
 
     def save_if_due(self, *names: str) -> None:
-        """Every few minutes, have this process's records in its folder, from which a run that is killed goes on."""
-        # Together, and nobody drops the older ones before all have the newer ones: one boundary is there everywhere.
+        """Every few minutes, write these records to this process's folder. A killed run resumes from there."""
+        # All processes decide together, and drop older records only after all have written: so one boundary is there
+        # in every folder.
         if self.ranks.most(self.own.due):
             self.own.save(*names)
             self.ranks.wait()

@@ -111,7 +111,11 @@ def _finish(segment: range, run: Run) -> None:
 
 
 def _unfinished(segments: Sequence[range], collection: Collection[K, S], run: Run) -> list[range]:
-    """The segments, or parts of them, whose sums no earlier run has left, together with the gradient to go on."""
+    """The segments, the last one perhaps shortened, that this run has to sweep.
+
+    A layer is done if all records of its sums are there. The sweep goes in reverse, so it starts below the lowest done
+    layer whose input gradient is there too.
+    """
     count = segments[-1].stop
     missing = {key.layer for key in collection.keys if not run.shared.has(collection.name(key))}
     there = [layer not in missing for layer in range(count)]
@@ -168,11 +172,11 @@ def _run_backward(sweep: Sweep, segment: range, collection: Collection[K, S]) ->
 
 @contextmanager
 def _passing(sweep: Sweep, segment: range, first: int) -> Iterator[Callable[[int], Told]]:
-    """Within the block, layers compute as they do in every sweep; gives who is told what a micro-batch leaves."""
+    """Within the block, layers compute by the engine's operations; yields, per micro-batch, who is told of its states."""
     num_refit, own = sweep.batches.num_refit, sweep.run.own
     with ExitStack() as stack:
         stack.enter_context(fast_layers(sweep.stream.model))
-        # A sweep that goes on in the middle of a segment has passed some windows before: their states are gone.
+        # A sweep that resumes in the middle of a segment does not run its first windows again: their states are lost.
         appends = {
             index: stack.enter_context(own.writing(Record.DENSE.of(index + 1), sizes=sweep.sizes(range(num_refit))))
             for index in (segment if sweep.dense and num_refit and first == 0 else ())

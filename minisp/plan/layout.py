@@ -49,7 +49,11 @@ class Layout(Holding):
 
 
 def demands(sizes: Sizes, holding: Holding, again: float = 0.0) -> dict[Phase, Demand]:
-    """What each phase of a run takes, by the phase whose states wait; see `refit.demand` for `again`."""
+    """What each phase of a run takes.
+
+    Args:
+        again: share of the refit sweep's windows that pass a cut layer twice, see `refit.demand`.
+    """
     if sizes.maps:
         return {Phase.SWEEP: sweep.demand(sizes, holding), Phase.UPDATE: shots.demand(sizes)}
     return {

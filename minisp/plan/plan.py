@@ -40,15 +40,15 @@ class Plan:
         batch: calibration windows per micro-batch.
         segments: layers held together, in forward order.
         layout: what is held at once, and the memory that it takes by phase.
-        rooms: by phase, bytes of waiting states that stay where it computes, or else in pinned main memory.
-        behind: bytes that may wait for the disk in pinned main memory, where a GPU computes.
+        rooms: phase → bytes of hidden states that stay on the computing device, and bytes in pinned main memory.
+        behind: bytes of pinned main memory for records on their way from a GPU to the disk.
         streams: whether weights stream from disk.
         device, dtype: where and in what type it computes.
         implementations: who computes each operation of the engine, see `ops.implementations`.
         flops: floating-point operations of the sweeps; solve_flops: those of the ridge solves, in float32.
         traffic: bytes read from and written to disk, by purpose.
-        scratch_bytes: disk that waiting states, statistics and results take at most at once; dense_bytes: what the
-            dense states take of it, which are left out where the disk has less than four times that.
+        scratch_bytes: most disk space that states, statistics and results take at once.
+        dense_bytes: the part of it that the dense states take. A disk with less than four times that gets none.
         base_memory: bytes that the process had before.
     """
 
