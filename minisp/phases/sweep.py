@@ -172,7 +172,7 @@ def _run_backward(sweep: Sweep, segment: range, collection: Collection[K, S]) ->
 
 @contextmanager
 def _passing(sweep: Sweep, segment: range, first: int) -> Iterator[Callable[[int], Told]]:
-    """Within the block, layers compute by the engine's operations; yields, per micro-batch, who is told of its states."""
+    """Within the block, layers compute by the engine's operations. Yields, per micro-batch, who is told its states."""
     num_refit, own = sweep.batches.num_refit, sweep.run.own
     with ExitStack() as stack:
         stack.enter_context(fast_layers(sweep.stream.model))
