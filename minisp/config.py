@@ -3,8 +3,11 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from minisp.checks import is_damping, is_positive_integer, require, require_choice, require_flag
 from minisp.errors import ConfigError
 
+Method = Literal["taylor", "surgeon", "sparsegpt", "wanda", "magnitude"]
+Pattern = Literal["structured", "rows-columns", "2:4", "4:8", "unstructured"]
 SaliencyScore = Literal["taylor", "fisher", "signed"]
 Widths = Literal["per-layer", "uniform"]
 Labels = Literal["text", "sampled", "both"]
@@ -23,6 +26,14 @@ class MinifyConfig:
     Args:
         keep: share of the parameters of the structures that is kept over all layers, in (0, 1]; a budget that rounding
             never exceeds. With MLPs alone, the share of their units.
+        method: `taylor`, Taylor saliency and ridge refit (the paper); `surgeon`, costs and updates from a
+            Kronecker-factored curvature (the LLM Surgeon); `sparsegpt`, `wanda`, `magnitude`, for patterns of zeros.
+        pattern: what goes: `structured`, whole units, so that the model gets smaller; all others leave zeros in the
+            linear maps of attention and MLPs, of which `keep` is the share that stays: `rows-columns` of each map,
+            `2:4` and `4:8` of neighbouring inputs, `unstructured` single weights.
+        shots: in how many equal steps the surgeon removes, with a curvature of its own for each.
+        gradient_damping: λ of the curvature's gradient side, relative to its mean diagonal, above 0; that of its input
+            side is `damping`.
         structures: what may be cut: `mlp`, MLP units; `attention`, key/value groups with their queries; or both.
         saliency: score of a unit from p = x·g per token t: `taylor` mean |p|, `fisher` mean p², `signed` |mean p|.
         labels: of the loss whose gradient g is: `text`, the calibration text's next tokens; `sampled`, one drawn from
@@ -63,6 +74,10 @@ class MinifyConfig:
     """
 
     keep: float = 0.8
+    method: Method = "taylor"
+    pattern: Pattern = "structured"
+    shots: int = 1
+    gradient_damping: float = 0.1
     structures: tuple[StructureName, ...] = ("mlp",)
     saliency: SaliencyScore = "fisher"
     labels: Labels = "both"
@@ -87,50 +102,93 @@ class MinifyConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_choice("saliency", self.saliency, SaliencyScore)
-        _require_choice("labels", self.labels, Labels)
-        _require_choice("widths", self.widths, Widths)
-        _require_choice("allocation", self.allocation, Allocation)
-        _require_choice("refit_on", self.refit_on, RefitOn)
-        _require_choice("shrink_to", self.shrink_to, Shrinkage)
-        _require_choice("dtype", self.dtype, DtypeName)
+        require_choice("method", self.method, Method)
+        require_choice("pattern", self.pattern, Pattern)
+        require_choice("saliency", self.saliency, SaliencyScore)
+        require_choice("labels", self.labels, Labels)
+        require_choice("widths", self.widths, Widths)
+        require_choice("allocation", self.allocation, Allocation)
+        require_choice("refit_on", self.refit_on, RefitOn)
+        require_choice("shrink_to", self.shrink_to, Shrinkage)
+        require_choice("dtype", self.dtype, DtypeName)
         _require_structures(self.structures)
-        _require("keep", self.keep, "a number in (0, 1]", lambda v: 0 < v <= 1)
-        _require("min_keep", self.min_keep, "a number in [0, 1]", lambda v: 0 <= v <= 1)
-        _require("generic", self.generic, "a number in [0, 1)", lambda v: 0 <= v < 1)
-        _require("damping", self.damping, "a finite number, at least 0, or 'auto'", _is_damping)
-        _require(
+        require("keep", self.keep, "a number in (0, 1]", lambda v: 0 < v <= 1)
+        require("min_keep", self.min_keep, "a number in [0, 1]", lambda v: 0 <= v <= 1)
+        require("generic", self.generic, "a number in [0, 1)", lambda v: 0 <= v < 1)
+        require("damping", self.damping, "a finite number, at least 0, or 'auto'", is_damping)
+        require(
             "correction_damping", self.correction_damping, "a finite number above 0", lambda v: 0 < v < float("inf")
         )
+        require("gradient_damping", self.gradient_damping, "a finite number above 0", lambda v: 0 < v < float("inf"))
         for name in ("correct_drift", "reconstruct"):
-            _require_flag(name, getattr(self, name))
-        for name in ("num_windows", "window", "tp"):
-            _require(name, getattr(self, name), "a whole number, at least 1", _is_positive_integer)
+            require_flag(name, getattr(self, name))
+        for name in ("num_windows", "window", "shots", "tp"):
+            require(name, getattr(self, name), "a whole number, at least 1", is_positive_integer)
         for name in ("alignment", "batch", "saliency_windows"):
             value = getattr(self, name)
             if value is not None:
-                _require(name, value, "a whole number, at least 1, or None", _is_positive_integer)
+                require(name, value, "a whole number, at least 1, or None", is_positive_integer)
         if self.saliency_windows is not None and self.saliency_windows > self.num_windows:
             raise ConfigError(
                 f"Option saliency_windows: expected at most num_windows ({self.num_windows}), got "
                 f"{self.saliency_windows}. Pass fewer, or leave it out to take all."
             )
-        _require("seed", self.seed, "a whole number in [0, 2**63)", lambda v: isinstance(v, int) and 0 <= v < 2**63)
+        require("seed", self.seed, "a whole number in [0, 2**63)", lambda v: isinstance(v, int) and 0 <= v < 2**63)
+        self._require_method()
+
+    def _require_method(self) -> None:
+        """Options that exclude each other by method and pattern."""
+        served = METHODS[self.method]
+        if self.pattern not in served:
+            raise ConfigError(
+                f"Option pattern: expected one of {', '.join(served)}, which method {self.method} has, got "
+                f"{self.pattern!r}. Pass one of them, or method='surgeon', which has all."
+            )
+        if not self.cuts and self.keep == 1:
+            raise ConfigError(f"Option keep: expected less than 1 with pattern {self.pattern}, got 1. Pass that.")
+        group = group_of(self.pattern)
+        if group is not None and self.keep != group[0] / group[1]:
+            raise ConfigError(
+                f"Option keep: expected {group[0] / group[1]}, the share that pattern {self.pattern} keeps, got "
+                f"{self.keep}. Pass that."
+            )
+        if self.shots > 1 and (self.method != "surgeon" or self.cuts):
+            raise ConfigError(
+                f"Option shots: expected 1 with method {self.method} and pattern {self.pattern}, got {self.shots}. "
+                "Leave it out, or pass method='surgeon' and a pattern of zeros."
+            )
+        if self.method == "surgeon" and (self.saliency_windows is not None or self.damping in ("auto", 0)):
+            raise ConfigError(
+                "Option method: expected a damping above 0 and no saliency_windows with surgeon, got "
+                f"damping={self.damping!r} and saliency_windows={self.saliency_windows}. Leave both out."
+            )
+
+    @property
+    def sees_gradients(self) -> bool:
+        """Whether a sweep forms gradients: SparseGPT and Wanda look at inputs alone, and magnitude at weights."""
+        return self.method in ("taylor", "surgeon")
+
+    @property
+    def cuts(self) -> bool:
+        """Whether whole units go; else zeros stay where weights went."""
+        return self.pattern == "structured"
 
     @property
     def measures(self) -> bool:
         """Whether trial cuts decide the widths."""
-        return self.allocation == "measured" and self.widths == "per-layer" and self.keep < 1
+        return (
+            self.allocation == "measured" and self.method == "taylor" and self.widths == "per-layer" and self.keep < 1
+        )
 
     @property
     def collects_gram(self) -> bool:
         """Whether the saliency sweep collects Gram matrices."""
-        return self.refit_on == "dense" or self.measures or not self.refit_sweep
+        return self.refit_on == "dense" or self.measures or not self.refit_sweep or self.method == "surgeon"
 
     @property
     def corrects(self) -> bool:
         """Whether drift is corrected."""
-        return self.refit_on == "dense" and self.correct_drift and self.reconstruct and self.keep < 1
+        return self.refit_on == "dense" and self.correct_drift and self.reconstruct and self.keep < 1 and self.cuts
 
     @property
     def refit_sweep(self) -> bool:
@@ -146,8 +204,25 @@ class MinifyConfig:
         values = self.as_dict()
         # Of the text itself a run keeps the windows, and compares them.
         del values["generic"]
+        if self.method != "taylor":
+            # Later shots see what earlier ones removed: no statistics serve other options.
+            return {"statistics": {**values, "gram": self.collects_gram}, "results": {}}
         results = {name: values.pop(name) for name in RESULT_OPTIONS}
         return {"statistics": {**values, "gram": self.collects_gram}, "results": results}
+
+
+# The patterns that each method has.
+METHODS: dict[str, tuple[str, ...]] = {
+    "taylor": ("structured",),
+    "surgeon": get_args(Pattern),
+    **dict.fromkeys(("sparsegpt", "wanda", "magnitude"), ("2:4", "4:8", "unstructured")),
+}
+
+
+def group_of(pattern: str) -> tuple[int, int] | None:
+    """(n, m) of a pattern "n:m", which keeps at most n of every m neighbouring inputs; None for the others."""
+    kept, colon, size = pattern.partition(":")
+    return (int(kept), int(size)) if colon else None
 
 
 # What can change without new statistics.
@@ -187,18 +262,18 @@ class Resources:
     def __post_init__(self) -> None:
         for name in ("host_memory", "device_memory"):
             if (value := getattr(self, name)) is not None:
-                _require(
+                require(
                     name,
                     value,
                     "a size above 0 in KB, MB, GB, KiB, MiB or GiB, such as 16GB",
                     lambda v: parse_size(v) > 0,
                 )
         if self.segment is not None:
-            _require("segment", self.segment, "a whole number, at least 1, or None", _is_positive_integer)
+            require("segment", self.segment, "a whole number, at least 1, or None", is_positive_integer)
         if self.scratch is not None:
-            _require("scratch", self.scratch, "a path", lambda v: bool(str(v)))
+            require("scratch", self.scratch, "a path", lambda v: bool(str(v)))
         for name in ("resume", "reuse"):
-            _require_flag(name, getattr(self, name))
+            require_flag(name, getattr(self, name))
 
 
 def parse_size(text: str | int) -> int:
@@ -226,28 +301,6 @@ def split_options(**options: Any) -> tuple[MinifyConfig, Resources]:
     return MinifyConfig(**method), Resources(**resources)
 
 
-def _is_positive_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_damping(value: Any) -> bool:
-    return value == "auto" or bool(0 <= value < float("inf"))
-
-
-def _require(name: str, value: Any, expected: str, holds: Any) -> None:
-    try:
-        ok = not isinstance(value, bool) and bool(holds(value))
-    except (TypeError, ValueError, OverflowError):
-        ok = False
-    if not ok:
-        raise ConfigError(f"Option {name}: expected {expected}, got {value!r}. Pass such a value.")
-
-
-def _require_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ConfigError(f"Option {name}: expected True or False, got {value!r}. Pass one of them.")
-
-
 def _require_structures(names: Any) -> None:
     allowed = get_args(StructureName)
     if not isinstance(names, tuple) or not names or len(set(names)) < len(names) or not set(names) <= set(allowed):
@@ -255,9 +308,3 @@ def _require_structures(names: Any) -> None:
             f"Option structures: expected a tuple of one or more of {', '.join(allowed)}, each once, got {names!r}. "
             "Check the spelling."
         )
-
-
-def _require_choice(name: str, value: Any, choices: Any) -> None:
-    allowed = get_args(choices)
-    if value not in allowed:
-        raise ConfigError(f"Option {name}: expected one of {', '.join(allowed)}, got {value!r}. Check the spelling.")

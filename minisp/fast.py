@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from minisp.models.objective import Objective
 from minisp.models.skeleton import frozen, load_model, skeleton
 from minisp.models.stream import Stream
 from minisp.phases.batches import make_batches
+from minisp.phases.boundaries import Sweep
 from minisp.phases.calibrate import calibrate
 from minisp.phases.decide import decide
 from minisp.phases.refit import refit_structures
 from minisp.phases.run import Phase, Progress, Run
 from minisp.phases.saliency import saliency_sweep
+from minisp.phases.shots import sparse_edits, sparse_results, sparsify
 from minisp.plan.plan import Plan
 from minisp.plan.planner import Source, make_plan
 from minisp.ranks import Ranks, joined
@@ -103,9 +106,12 @@ def minify(
         text = _run_phases(stream, calibration, tokenizer, made_plan, run, seconds)
         with _timed(seconds, "writing"):
             folder = stack.enter_context(output_folder(target)) if target is not None and ranks.first else None
-            results = [run.result(structure) for structure in stream.structures]
-            digests, needs_code = write(stream, results, run.weight, folder)
-        report = make_report(stream, made_plan, results, text, seconds, target, needs_code=needs_code)
+            cuts, shots = config.cuts, config.shots
+            results = [run.result(structure) for structure in stream.structures] if cuts else []
+            sparse = sparse_results(run, made_plan.maps, shots)
+            changes_in = partial(sparse_edits, run, made_plan.maps, shots)
+            digests, needs_code = write(stream, results, run.weight, changes_in, folder)
+        report = make_report(stream, made_plan, results, sparse, text, seconds, target, needs_code=needs_code)
         if folder is not None:
             report = replace(report, bytes=checkpoint_bytes(folder))
             describe(folder, report, checkpoint, tokenizer, digests)
@@ -145,11 +151,24 @@ def _run_phases(
     with _timed(seconds, "calibration text"):
         text = calibrate(stream, calibration, tokenizer, config, run, write_room=plan.write_room)
     batches = make_batches(text.windows, config, plan.batch, run.ranks)
+    objective = Objective(config.labels, config.seed)
+    if not config.cuts:
+        with _timed(seconds, "sweeps and updates"):
+            tiers.room = plan.rooms.get(Phase.SWEEP, Room())
+            # Gradients are formed for scored windows alone.
+            scored = [config.sees_gradients] * len(batches.ids)
+            sweep = Sweep(stream, replace(batches, scored=scored), run, objective, unscored=True)
+            sparsify(sweep, plan.segments, plan.maps, config)
+            stream.release()
+        return text
     with _timed(seconds, "saliency sweep"):
         tiers.room = plan.rooms.get(Phase.SWEEP, Room())
         dense = plan.layout.dense is not None and tiers.free_bytes() >= 4 * plan.dense_bytes
-        objective, gram = Objective(config.labels, config.seed), config.collects_gram
-        saliency_sweep(stream, batches, plan.segments, run, objective=objective, gram=gram, dense=dense)
+        gram = config.collects_gram
+        gradients = config.method == "surgeon"
+        saliency_sweep(
+            stream, batches, plan.segments, run, objective=objective, gram=gram, gradients=gradients, dense=dense
+        )
         stream.release(plan.layout.layer_slots)
     with _timed(seconds, "decision"):
         tiers.room = plan.rooms.get(Phase.TRIALS, Room())

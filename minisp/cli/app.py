@@ -229,6 +229,27 @@ def export(
         show(result.as_dict(), as_json, quiet, result.table(), [])
 
 
+@app.command(epilog="Example: minisp check ./llama-2-4 --pattern 2:4 --zeros 0.5")
+def check(
+    model: Model,
+    pattern: Annotated[
+        Literal["2:4", "4:8", "unstructured"], typer.Option(help="2:4, 4:8, or unstructured, which has no groups.")
+    ] = "unstructured",
+    zeros: Annotated[float, typer.Option(min=0, max=1, help="Share of zeros that is wanted at least.")] = 0.0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Count the zeros in the linear maps of a checkpoint. Exit code 5 where the pattern or the share does not hold."""
+    from minisp.evaluate import zeros as counting
+    from minisp.store.hub import local_folder
+
+    with errors():
+        folder = local_folder(model)
+        found = counting.zeros_of(folder, pattern)
+        show(found.as_dict(), as_json, quiet, found.table(), [])
+        counting.check(found, folder, pattern, zeros)
+
+
 def main() -> None:
     """Entry point of the `minisp` command."""
     # What a scheduler or torchrun ends stops as cleanly as what a person interrupts.

@@ -10,7 +10,14 @@ from typing import Any
 
 import minisp
 from minisp.export.modeling import FILE_NAME, modeling_source, sized_config
-from minisp.export.tensors import WeightOf, checkpoint_entries, checkpoint_tensors, module_entries, module_tensors
+from minisp.export.tensors import (
+    ChangesIn,
+    WeightOf,
+    checkpoint_entries,
+    checkpoint_tensors,
+    module_entries,
+    module_tensors,
+)
 from minisp.models.skeleton import size_keys
 from minisp.models.stream import Stream
 from minisp.models.structures import UNITS
@@ -38,7 +45,7 @@ COMPANIONS = (
 
 
 def write(
-    stream: Stream, results: Sequence[Result], weight_of: WeightOf, folder: Path | None
+    stream: Stream, results: Sequence[Result], weight_of: WeightOf, changes_in: ChangesIn, folder: Path | None
 ) -> tuple[dict[str, str], bool]:
     """Write the result of a run: weights, config and, where layers differ, the modelling file.
 
@@ -46,7 +53,8 @@ def write(
     its config is told.
 
     Args:
-        results: of every structure.
+        results: of every structure; none where only values change.
+        changes_in: what else becomes of the parameters of a layer.
         folder: None writes nothing.
 
     Returns:
@@ -66,7 +74,7 @@ def write(
         raw_config = {**model.config.to_dict(), "dtype": str(model.dtype).removeprefix("torch.")}
     else:
         entries = checkpoint_entries(checkpoint, model, results)
-        digests = write_tensors(folder, entries, checkpoint_tensors(checkpoint, model, results, weight_of))
+        digests = write_tensors(folder, entries, checkpoint_tensors(checkpoint, model, results, weight_of, changes_in))
         raw_config = checkpoint.raw_config
     config, needs_code = sized_config(model, raw_config, keys, {structure.name for structure in structures})
     write_json(folder / "config.json", config)
@@ -87,7 +95,8 @@ def describe(
         copy_companions(checkpoint.folder, folder)
     elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    plot_layers(report, folder / PLOT_NAME)
+    if report.layers:
+        plot_layers(report, folder / PLOT_NAME)
     _write_card(folder, report)
     # No times and no paths: two runs with one seed write the same bytes.
     facts = {
@@ -95,6 +104,7 @@ def describe(
         "config": report.plan.config.as_dict(),
         "calibration": {"description": list(report.calibration), "fingerprint": report.calibration_fingerprint},
         "layers": [asdict(layer) for layer in report.layers],
+        "maps": [asdict(item) for item in report.maps],
     }
     written = [path for path in sorted(folder.iterdir()) if path.name != MARKER]
     checksums = {path.name: digests.get(path.name) or sha256(path) for path in written}
@@ -115,18 +125,8 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 
 def _write_card(folder: Path, report: MinifyReport) -> None:
-    name, config = report.plan.model, report.plan.config
-    share = report.parameters / report.plan.parameters
-    kept = []
-    for kind in report.plan.units:
-        mine = [layer for layer in report.layers if layer.structure == kind]
-        kept.append(f"{sum(x.kept for x in mine):,} of {sum(x.width for x in mine):,} {UNITS[kind]}")
-    refit = (
-        f"what reads them refitted in closed form (ridge, λ {config.damping}, shrinking to {config.shrink_to}, on "
-        f"the {config.refit_on} model's activations{', drift corrected' if config.corrects else ''})"
-        if config.reconstruct and share < 1
-        else "no weight changed"
-    )
+    name = report.plan.model
+    title, done = _zeros(report) if report.maps else _units(report)
     # A folder's name is no model that anyone could look up.
     base = [f"base_model: {json.dumps(name)}"] if "/" in name else []
     lines = [
@@ -135,10 +135,9 @@ def _write_card(folder: Path, report: MinifyReport) -> None:
         *base,
         "tags: [minisp, pruned]",
         "---",
-        f"# {name}, {share:.0%} of its parameters",
+        f"# {name}, {title}",
         "",
-        f"Made from {name} by minisp {minisp.__version__}: {' and '.join(kept)} kept ({config.saliency} saliency, "
-        f"{config.widths} widths), {refit}. Nothing was trained.",
+        f"Made from {name} by minisp {minisp.__version__}: {done}. Nothing was trained.",
         "",
         f"Calibration: {'; '.join(report.calibration)}.",
         "",
@@ -152,6 +151,31 @@ def _write_card(folder: Path, report: MinifyReport) -> None:
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _units(report: MinifyReport) -> tuple[str, str]:
+    """What a card says of units that were cut: a title, and what was done."""
+    config, share, kept = report.plan.config, report.parameters / report.plan.parameters, []
+    for kind in report.plan.units:
+        mine = [layer for layer in report.layers if layer.structure == kind]
+        kept.append(f"{sum(x.kept for x in mine):,} of {sum(x.width for x in mine):,} {UNITS[kind]}")
+    refit = (
+        f"what reads them refitted in closed form (ridge, λ {config.damping}, shrinking to {config.shrink_to}, on "
+        f"the {config.refit_on} model's activations{', drift corrected' if config.corrects else ''})"
+        if config.reconstruct and share < 1
+        else "no weight changed"
+    )
+    by = f"{config.saliency} saliency" if config.method == "taylor" else f"costs by the method {config.method}"
+    return f"{share:.0%} of its parameters", f"{' and '.join(kept)} kept ({by}, {config.widths} widths), {refit}"
+
+
+def _zeros(report: MinifyReport) -> tuple[str, str]:
+    """The same of weights that were set to zero."""
+    config = report.plan.config
+    weights, zeros = (sum(getattr(x, name) for x in report.maps) for name in ("weights", "zeros"))
+    share, maps = f"{zeros / weights:.0%} zeros", len(report.maps)
+    done = f"{zeros:,} of {weights:,} weights in {maps} linear maps set to 0 ({config.method}, {config.pattern})"
+    return f"{share} ({config.pattern})", done
 
 
 def sha256(path: Path) -> str:

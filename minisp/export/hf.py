@@ -57,12 +57,12 @@ def write_per_layer(source: Source, out: Path, progress: Progress) -> None:
 
 
 def _content(source: Source, files: dict[str, str]) -> Content:
-    """Every tensor as it is: an earlier result has the names that its class needs."""
+    """Every tensor is copied under its own name: a result of minisp already has the names that its class reads."""
     keys = size_keys(source.family, source.checkpoint.config, source.structures, source.widths)
     config, _ = sized_config(source.model, source.checkpoint.raw_config, keys, {"mlp"})
     return Content(
         config=config,
         entries=checkpoint_entries(source.checkpoint, source.model, []),
-        tensors=checkpoint_tensors(source.checkpoint, source.model, [], lambda structure: None),
+        tensors=checkpoint_tensors(source.checkpoint, source.model, []),
         files=files,
     )

@@ -79,7 +79,7 @@ def write(source: Source, out: Path, progress: Progress) -> None:
     content = Content(
         config=_config(source),
         entries=checkpoint_entries(source.checkpoint, source.model, []),
-        tensors=checkpoint_tensors(source.checkpoint, source.model, [], lambda structure: None),
+        tensors=checkpoint_tensors(source.checkpoint, source.model, []),
         files={CONFIG_FILE: _CONFIG_SOURCE, FILE_NAME: modeling_source(source.model, source.family) + _BELONGS},
     )
     write_folder(source, "nemotron-nas", content, out, progress)

@@ -42,7 +42,7 @@ def write(source: Source, out: Path, progress: Progress) -> None:
     config, _ = sized_config(source.model, source.checkpoint.raw_config, keys, {"mlp"})
     rooms = _rooms(source, keys)
     entries = checkpoint_entries(source.checkpoint, source.model, [])
-    tensors = checkpoint_tensors(source.checkpoint, source.model, [], lambda structure: None)
+    tensors = checkpoint_tensors(source.checkpoint, source.model, [])
     content = Content(
         config=config,
         entries=[

@@ -17,6 +17,8 @@ from minisp.store.writer import PIECE_BYTES, Entry
 
 WeightOf: TypeAlias = Callable[[Structure], Tensor | None]
 """The new weight (d, n·c) of a structure's consumer; None where the old one is to be sliced."""
+ChangesIn: TypeAlias = Callable[[int], Sequence[Edit]]
+"""What else becomes of the parameters of a layer; their shapes stay."""
 
 
 def checkpoint_entries(checkpoint: Checkpoint, model: Any, results: Sequence[Result]) -> list[Entry]:
@@ -34,7 +36,11 @@ def checkpoint_entries(checkpoint: Checkpoint, model: Any, results: Sequence[Res
 
 
 def checkpoint_tensors(
-    checkpoint: Checkpoint, model: Any, results: Sequence[Result], weight_of: WeightOf
+    checkpoint: Checkpoint,
+    model: Any,
+    results: Sequence[Result],
+    weight_of: WeightOf = lambda structure: None,
+    changes_in: ChangesIn = lambda index: (),
 ) -> Iterator[tuple[str, Tensor]]:
     """(written name, value) in the order of `checkpoint_entries`; a layer is read once it has its turn.
 
@@ -49,7 +55,7 @@ def checkpoint_tensors(
         for start in range(0, place.num_rows, step):
             yield names[name], checkpoint.read_rows(name, range(start, min(start + step, place.num_rows)))
     for index, members in enumerate(layers):
-        edits = _edits(results, index, weight_of)
+        edits = _edits(results, index, weight_of) | {edit.parameter: edit for edit in changes_in(index)}
         values = dict(checkpoint.read([stored for stored, _ in members]))
         for stored, name in members:
             value = values.pop(stored)

@@ -19,6 +19,7 @@ Shapes: T tokens, W (R, C), a (T, C) inputs, g (T, R) gradients of the summed lo
 bias, it is the last column of W, and the last entry of a is 1: then C counts it.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,7 +28,77 @@ from torch import Tensor
 
 from minisp import ops
 from minisp.errors import NumericalError
+from minisp.methods.statistics import fill_, panels
 from minisp.ops.ridge import ridge_fit
+from minisp.ranks import Ranks
+
+
+@dataclass
+class FactorSum:
+    """Σ a aᵀ or Σ g gᵀ over calibration tokens, of one side of a linear map. Sums only, so chunks and ranks add up.
+
+    Life of a record: `empty` → `update_` per chunk of tokens → `finalize_`.
+
+    Attributes:
+        total: (n, n) float32.
+        sums: (n,) float64 Σ a, which a bias needs, or Σ g.
+        num_tokens: tokens seen.
+    """
+
+    total: Tensor
+    sums: Tensor
+    num_tokens: int = 0
+
+    @classmethod
+    def empty(cls, size: int, device: torch.device | str = "cpu") -> "FactorSum":
+        """All sums zero for n = `size` places."""
+        total = torch.zeros(size, size, dtype=torch.float32, device=device)
+        return cls(total, torch.zeros(size, dtype=torch.float64, device=device))
+
+    def update_(self, values: Tensor) -> None:
+        """Add a chunk: a (T, n) or g (T, n)."""
+        ops.gram_update_(self.total, values)
+        self.sums += values.sum(0, dtype=torch.float64)
+        self.num_tokens += len(values)
+
+    def sum_over_(self, ranks: Ranks) -> None:
+        """Add up the records of all processes; before `finalize_`."""
+        ranks.sum_(self.total, self.sums)
+        self.num_tokens = ranks.total(self.num_tokens)
+
+    def finalize_(self, whose: object) -> "FactorSum":
+        """Complete the matrix and check the sums.
+
+        Args:
+            whose: what a message calls the side of the map.
+
+        Raises:
+            NumericalError: a sum is not finite.
+        """
+        ops.mirror_(self.total)
+        # A finite diagonal bounds the rest: |M_ij| ≤ √(M_ii M_jj).
+        wrong = ~torch.isfinite(self.total.diagonal())
+        if wrong.any():
+            raise NumericalError(
+                f"{whose}: expected finite sums, got {int(wrong.sum())} of {len(wrong)} places with NaN or infinity. "
+                "Check the weights, or compute in float32 (dtype='float32')."
+            )
+        return self
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(key, tensor) to store of the finalized record."""
+        yield "sums", self.sums
+        yield "num_tokens", torch.tensor(self.num_tokens)
+        yield from panels(self.total, "total")
+
+    @classmethod
+    def from_tensors(cls, read: Callable[[str], Tensor], device: torch.device | str = "cpu") -> "FactorSum":
+        """The record of which `tensors` were stored; `read` gives the tensor of a key."""
+        sums = read("sums").to(device)
+        record = cls.empty(len(sums), device)
+        record.sums, record.num_tokens = sums, int(read("num_tokens"))
+        fill_(record.total, "total", read)
+        return record
 
 
 @dataclass(frozen=True)
@@ -41,11 +112,13 @@ class Factor:
         matrix: (n, n) float32 or float64, symmetric.
         level: mean(diag M).
         dead: (n,) bool.
+        squares: (n,) diag M, without damping.
     """
 
     matrix: Tensor
     level: float
     dead: Tensor
+    squares: Tensor
 
     @classmethod
     def of_(cls, total: Tensor, damping: float) -> "Factor":
@@ -71,7 +144,7 @@ class Factor:
             total.div_(level)
         dead = diagonal == 0
         total.diagonal().add_((~dead).to(total.dtype), alpha=damping)
-        return cls(total, level, dead)
+        return cls(total, level, dead, diagonal)
 
     @cached_property
     def inverse(self) -> Tensor:

@@ -66,7 +66,8 @@ def allocate(candidates: Sequence[Candidate], keep: float, *, min_keep: float) -
     """
     curves = [_Curve.of(members) for members in _ties(candidates).values()]
     total = sum(curve.cost * curve.units for curve in curves)
-    # What the caller wrote, as 0.7: the product of floats may fall short of a whole number. As may a third.
+    # `keep` is read as it is written: 0.7 · 10 is 7, though the float is less. A third, written out, falls short of a
+    # whole unit by less than 1e-9: that is granted.
     budget = floor(Fraction(repr(float(keep))) * total + Fraction(min(curve.cost for curve in curves), 10**9))
     least = min(min_keep, keep)
     sizes = [curve.lower_bound(least, up=True) for curve in curves]

@@ -13,32 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from minisp.config import Pattern, group_of
 from minisp.errors import ConfigError
 from minisp.methods.curvature import Factor
 from minisp.methods.thresholds import least_count
 
-Pattern = Literal["unstructured", "2:4", "4:8"]
 COLUMNS = 128
 """Columns that SparseGPT works on before it brings the others up to date, as published; a multiple of every m."""
-
-
-def group_of(pattern: Pattern) -> tuple[int, int] | None:
-    """(n, m) of the pattern "n:m"; None for "unstructured".
-
-    Raises:
-        ConfigError: there is no such pattern.
-    """
-    if pattern not in get_args(Pattern):
-        raise ConfigError(f"Pattern: expected one of {', '.join(get_args(Pattern))}, got {pattern!r}. Check it.")
-    if pattern == "unstructured":
-        return None
-    kept, size = pattern.split(":")
-    return int(kept), int(size)
 
 
 def magnitude_scores(weight: Tensor) -> Tensor:

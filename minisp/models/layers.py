@@ -66,7 +66,12 @@ def fast_layers(model: Any) -> Iterator[None]:
 
 
 def autograd_bytes(
-    model: CausalLM, dtype: torch.dtype, device: torch.device, structures: Sequence[str] = ("mlp",)
+    model: CausalLM,
+    dtype: torch.dtype,
+    device: torch.device,
+    structures: Sequence[str] = ("mlp",),
+    *,
+    tapped: bool = False,
 ) -> int:
     """Bytes per token that autograd keeps of one decoder layer, its structures watched, within `fast_layers`.
 
@@ -74,6 +79,9 @@ def autograd_bytes(
     what enters norms of query and key heads where there are such ((H + H_kv)·D), and the MLP's pre-activations (2m, or
     m without a gate). In float32: one number per row of a norm, two where it is a LayerNorm, and one per query head, of
     its softmax. Keys and values count as often as attention repeats them on `device`.
+
+    Args:
+        tapped: whether all linear maps keep their inputs.
     """
     config, family = model.config, family_of(model.config)
     layer = decoder_layers(model, family)[0]
@@ -87,10 +95,10 @@ def autograd_bytes(
     # Watched attention keeps the input of its output projection, which is a copy of what attention keeps.
     watched = heads * dim if "attention" in structures else 0
     kept = len(family.mlp.writers)
-    if activation_kind(config, family) is None:
+    if tapped or activation_kind(config, family) is None:
         # The generic way: the activation function keeps its input and output, the product both factors and x.
         kept = 2 if family.mlp.gate is None else 4
-    elements = watched + 2 * hidden + (2 * heads + 2 * repeated + normed) * dim + kept * width
+    elements = watched + (4 if tapped else 2) * hidden + (2 * heads + 2 * repeated + normed) * dim + kept * width
     return elements * dtype.itemsize + 4 * (2 * 2 + heads + normed)
 
 

@@ -8,7 +8,7 @@ Shapes: B windows, L tokens per window, T = B·L, d hidden size, m units, V voca
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -20,12 +20,12 @@ from torch import Tensor
 from minisp.device import trim_memory
 from minisp.errors import CheckpointError
 from minisp.models.calls import EnoughError, LayerCall, Stub, same_calls
-from minisp.models.edits import replace_parameter_
+from minisp.models.edits import Edit, apply_, replace_parameter_
 from minisp.models.families import CausalLM, Family, decoder_layers, family_of, layers_path
 from minisp.models.loader import Loader
 from minisp.models.objective import Objective
 from minisp.models.skeleton import materialise_, skeleton, stored_names
-from minisp.models.structures import Structure, structures_of, weight_view
+from minisp.models.structures import Structure, structures_of
 from minisp.models.vocabulary import StreamedVocabulary
 from minisp.store.checkpoint import DTYPE_OF, Checkpoint
 
@@ -43,6 +43,7 @@ class Stream:
         structures: what can be removed from it, in the order in which it computes.
         device, dtype: where and in what type it computes.
         checkpoint: where the weights come from; None when the model was in memory to begin with.
+        edits: what becomes of the parameters of a layer when its weights are read; nothing, to begin with.
         vocabulary: embeddings and head, where they are left on disk.
     """
 
@@ -62,6 +63,7 @@ class Stream:
         self.checkpoint = checkpoint
         self.layers = decoder_layers(model, self.family)
         self.vocabulary: StreamedVocabulary | None = None
+        self.edits: Callable[[int], Sequence[Edit]] = lambda index: ()
         self._loader: Loader | None = None
         self._calls: dict[tuple[int, ...], list[LayerCall]] = {}
         self._calls_differ: bool | None = None
@@ -128,6 +130,8 @@ class Stream:
         reading = deque(map(self._start, segments[: ahead + 1]))
         for place, segment in enumerate(segments):
             self._place(*reading.popleft())
+            for index in segment:
+                apply_(self.layers[index], self.edits(index))
             try:
                 yield segment
             finally:
@@ -158,19 +162,25 @@ class Stream:
                 replace_parameter_(self.model, name, tensors[stored].to(self.dtype))
 
     def weight(self, structure: Structure) -> Tensor:
-        """The weight (d, u·c) of a structure's consumer, in the stored dtype (not the compute type), on the device.
+        """The weight (d, u·c) of a structure's consumer; see `parameter`."""
+        weight = self.parameter(structure.layer, structure.weight)
+        return weight.T if structure.transposed else weight
+
+    def parameter(self, index: int, name: str) -> Tensor:
+        """A parameter of a layer as it is stored, in the stored dtype (not the compute type), on the device.
 
         Where the layer is held and has it in that type, it is the layer's own, valid as long as that is.
         """
-        held = weight_view(self.layers[structure.layer].get_submodule(structure.consumer)).detach()
+        held = self.layers[index].get_parameter(name).detach()
         if self.checkpoint is None:
             return held
-        name = f"{layers_path(self.model, self.family)}.{structure.layer}.{structure.weight}"
-        stored = self.checkpoint.stored_name(name, self.model.base_model_prefix)
+        stored = self.checkpoint.stored_name(
+            f"{layers_path(self.model, self.family)}.{index}.{name}", self.model.base_model_prefix
+        )
         if not held.is_meta and DTYPE_OF[self.checkpoint.tensors[stored].dtype] == held.dtype:
             return held
-        ((_, weight),) = self.checkpoint.read([stored])
-        return (weight.T if structure.transposed else weight).to(self.device)
+        ((_, tensor),) = self.checkpoint.read([stored])
+        return tensor.to(self.device)
 
     def structures_in(self, index: int) -> list[Structure]:
         """The structures of one layer."""

@@ -12,7 +12,7 @@ Weights are frozen in both: their gradients are never formed.
 Shapes: T tokens, d hidden size, m units of an MLP, u units of c columns, R outputs of a linear map.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,9 +27,13 @@ from minisp.models.structures import MlpWeights, Structure, mlp_weights, weight_
 
 
 class Watcher(Protocol):
-    """Whoever is told what passes: x (T, u·c), and the saliency sums (3, u) of the same tokens after a backward."""
+    """Whoever is told what passes.
 
-    def update_(self, x: Tensor, sums: Tensor | None) -> None: ...
+    That is x (T, u·c), and after a backward the saliency sums (3, u) of the same tokens and the gradients (T, d) at the
+    consumer's output.
+    """
+
+    def update_(self, x: Tensor, sums: Tensor | None, grad_y: Tensor | None = None) -> None: ...
 
 
 @contextmanager
@@ -58,12 +62,19 @@ def watch(
     else:
         module = layer.get_submodule(structure.consumer)
         replaced = {module: WatchedLinear(module, structure.columns, watcher, contributes).forward}
-    for module, forward in replaced.items():
+    with replaced_forwards(replaced):
+        yield
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Within the block, modules have other forwards."""
+    for module, forward in forwards.items():
         module.forward = forward
     try:
         yield
     finally:
-        for module in replaced:
+        for module in forwards:
             del module.forward
 
 
@@ -96,30 +107,53 @@ class WatchedLinear:
         self.watcher.update_(x.reshape(-1, x.shape[-1]), None)
         if not self.contributes:
             return x.new_zeros(()).expand(*x.shape[:-1], len(weight_view(self.module)))
-        return self.product(x)
+        return product(self.module, x)
 
-    def product(self, x: Tensor) -> Tensor:
-        """x Wᵀ + b."""
-        return functional.linear(x, weight_view(self.module), getattr(self.module, "bias", None))
+    def passed(self, x: Tensor, grad_y: Tensor, grad_x: Tensor) -> None:
+        """Told of x and its gradient (T, u·c), and of the gradient (T, R) at the output."""
+        self.watcher.update_(x, ops.saliency_sums(x, grad_x, self.columns), grad_y)
+
+
+@dataclass(frozen=True)
+class TappedLinear:
+    """A linear map both of whose sides are told: x (T, C), and ∂L/∂y (T, R), or None in a forward without gradients."""
+
+    module: nn.Module
+    told: Callable[[Tensor, Tensor | None], None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (…, R) for x (…, C)."""
+        if torch.is_grad_enabled():
+            leaving: Tensor = _LinearFunction.apply(x, self)
+            return leaving
+        self.told(x.reshape(-1, x.shape[-1]), None)
+        return product(self.module, x)
+
+    def passed(self, x: Tensor, grad_y: Tensor, grad_x: Tensor) -> None:
+        """As `WatchedLinear.passed`."""
+        self.told(x, grad_y)
+
+
+def product(module: nn.Module, x: Tensor) -> Tensor:
+    """x Wᵀ + b of a linear map."""
+    return functional.linear(x, weight_view(module), getattr(module, "bias", None))
 
 
 class _LinearFunction(torch.autograd.Function):
     """See the module's docstring for the formulas."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: WatchedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, linear: WatchedLinear | TappedLinear) -> Tensor:
         ctx.linear = linear
         ctx.save_for_backward(x)
-        return linear.product(x)
+        return product(linear.module, x)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (grad_y,), (x,) = grad_outputs, ctx.saved_tensors
-        linear: WatchedLinear = ctx.linear
+        linear: WatchedLinear | TappedLinear = ctx.linear
         grad_x = grad_y @ weight_view(linear.module)
-        flat = x.reshape(-1, x.shape[-1])
-        sums = ops.saliency_sums(flat, grad_x.reshape(flat.shape), linear.columns)
-        linear.watcher.update_(flat, sums)
+        linear.passed(*(tensor.reshape(-1, tensor.shape[-1]) for tensor in (x, grad_y, grad_x)))
         return grad_x, None
 
 
@@ -170,9 +204,9 @@ class _MlpFunction(torch.autograd.Function):
         (grad_y,) = grad_outputs
         mlp, gate, up = ctx.mlp, ctx.gate, ctx.up
         ctx.gate = ctx.up = None
-        grad_x = grad_y.reshape(-1, grad_y.shape[-1]) @ mlp.weights.down
-        x, sums = ops.activation_backward_(gate, up, grad_x, mlp.kind)
-        mlp.watcher.update_(x, sums)
+        flat = grad_y.reshape(-1, grad_y.shape[-1])
+        x, sums = ops.activation_backward_(gate, up, flat @ mlp.weights.down, mlp.kind)
+        mlp.watcher.update_(x, sums, flat)
         grad_hidden = gate @ (mlp.weights.up if up is None else mlp.weights.gate)
         if up is not None:
             grad_hidden = torch.addmm(grad_hidden, up, mlp.weights.up)

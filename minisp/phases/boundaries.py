@@ -28,7 +28,7 @@ class Sweep:
 
     Attributes:
         objective: what is differentiated.
-        gram: whether Gram matrices are collected.
+        unscored: whether windows that are not scored pass too.
         dense: whether the states of the refit sweep's windows stay, of every layer.
         advance: told the phase and the segment after every micro-batch.
     """
@@ -37,14 +37,14 @@ class Sweep:
     batches: Batches
     run: Run
     objective: Objective
-    gram: bool
-    dense: bool
-    advance: Callable[[str, range], None]
+    unscored: bool
+    dense: bool = False
+    advance: Callable[[str, range], None] = lambda phase, segment: None
 
     def through(self, segment: range) -> list[int]:
-        """The micro-batches whose states are wanted behind a segment: behind the last one, those that get a loss."""
+        """The micro-batches whose states leave a segment. Behind the last segment only scored ones do: for the loss."""
         last = segment.stop == len(self.stream.layers)
-        return [i for i, scored in enumerate(self.batches.scored) if scored or (self.gram and not last)]
+        return [i for i, scored in enumerate(self.batches.scored) if scored or (self.unscored and not last)]
 
     def sizes(self, numbers: Sequence[int]) -> list[int]:
         """Bytes of the states of micro-batches."""

@@ -1,15 +1,11 @@
-"""The sums of a sweep that is not finished, kept every few minutes: what a run that is killed goes on from.
+"""The sums of an unfinished segment, saved every few minutes: a killed run resumes from them.
 
-Only of the first segment, which leaves no gradient: its sums alone say how far it got.
+Only the first segment is saved so. It writes no gradient, so its sums alone say how far it got.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-
-from minisp.methods.statistics import Statistics
-from minisp.models.structures import Structure
+from minisp.phases.collection import Collection, K, S
 from minisp.store.names import Record
 from minisp.store.tiers import Tiers
 
@@ -17,41 +13,31 @@ from minisp.store.tiers import Tiers
 PARTIAL = (Record.PARTIAL.of(0), Record.PARTIAL.of(1))
 
 
-def begin(
-    own: Tiers, structures: Sequence[Structure], *, gram: bool, device: torch.device
-) -> tuple[dict[Structure, Statistics], int]:
-    """The sums of a segment's structures to go on with, and the micro-batches that are in them already.
-
-    Args:
-        structures: those of the segment.
-        gram: whether Gram matrices are collected.
-    """
-    is_first = any(structure.layer == 0 for structure in structures)
-    facts = {name: own.facts(name) for name in PARTIAL if is_first and own.has(name)}
-    usable = {name: found["batches"] for name, found in facts.items() if found["structures"] == len(structures)}
+def begin(own: Tiers, collection: Collection[K, S], segment: range) -> tuple[dict[K, S], int]:
+    """The sums of a segment to go on with, and the micro-batches that are in them already."""
+    keys = collection.within(segment)
+    facts = {name: own.facts(name) for name in PARTIAL if segment.start == 0 and own.has(name)}
+    usable = {name: found["batches"] for name, found in facts.items() if found["keys"] == len(keys)}
     if not usable:
-        return {x: Statistics.empty(x.num_units, x.columns, gram=gram, device=device) for x in structures}, 0
+        return {key: collection.empty(key) for key in keys}, 0
     newest = max(usable, key=lambda name: usable[name])
 
-    def kept(structure: Structure) -> Statistics:
-        def read(key: str) -> Tensor:
-            return own.read(newest, f"{structure} {key}")
+    def kept(key: K) -> S:
+        return collection.restored(key, lambda part: own.read(newest, f"{key} {part}"))
 
-        return Statistics.from_tensors(read, structure.columns, gram=gram, device=device)
-
-    return {structure: kept(structure) for structure in structures}, usable[newest]
+    return {key: kept(key) for key in keys}, usable[newest]
 
 
-def save(own: Tiers, records: Mapping[Structure, Statistics], batches: int) -> None:
+def save(own: Tiers, records: Mapping[K, S], batches: int) -> None:
     """Keep the sums of so many micro-batches, in place of the older ones of two, where the disk has ample room."""
-    size = sum(tensor.nbytes for statistics in records.values() for _, tensor in statistics.tensors())
+    size = sum(tensor.nbytes for sums in records.values() for _, tensor in sums.tensors())
     if own.free_bytes() < 4 * size:
         return
     there = {name: own.facts(name)["batches"] if own.has(name) else 0 for name in PARTIAL}
-    with own.writing(min(there, key=lambda name: there[name]), batches=batches, structures=len(records)) as append:
-        for structure, statistics in records.items():
-            for key, tensor in statistics.tensors():
-                append(f"{structure} {key}", tensor)
+    with own.writing(min(there, key=lambda name: there[name]), batches=batches, keys=len(records)) as append:
+        for key, sums in records.items():
+            for part, tensor in sums.tensors():
+                append(f"{key} {part}", tensor)
 
 
 def drop(own: Tiers) -> None:

@@ -3,7 +3,7 @@
 Everything that a phase finishes is a record, see `minisp.store.names`. A phase that finds records goes on from them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -30,10 +30,12 @@ class Phase(str, Enum):
 
     SWEEP = "saliency sweep"
     HEAD = "head"
+    DECISION = "decision"
     TRIALS = "trial cuts"
     TRIAL_OUTPUTS = "trial outputs"
     REFIT = "refit"
     REFIT_SWEEP = "refit sweep"
+    UPDATE = "update"
     WRITING = "writing"
 
     def __str__(self) -> str:
@@ -82,11 +84,11 @@ class Run:
         return cls(memory, Tiers(memory, torch.device("cpu"), Room(device=2**63)), Ranks(), progress)
 
     def once(self, name: str, make: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> None:
-        """See to it that a shared record is there: the first process makes its tensors and facts, unless it is.
+        """Make a shared record unless it is there. The first process computes its tensors and facts.
 
         All processes call this together, and all can read the record afterwards.
         """
-        # Asked together: what the first process has just written, a slower one must not take for an earlier run's.
+        # All processes ask together: a slow one must not take what the first has just written for an earlier run's.
         if self.ranks.most(not self.shared.has(name)):
             if self.ranks.first:
                 tensors, facts = make()
@@ -97,27 +99,35 @@ class Run:
             self.ranks.wait()
 
     def save_if_due(self, *names: str) -> None:
-        """Every few minutes, have this process's records in its folder, from which a run that is killed goes on."""
-        # Together, and nobody drops the older ones before all have the newer ones: one boundary is there everywhere.
+        """Every few minutes, write these records to this process's folder. A killed run resumes from there."""
+        # All processes decide together, and drop older records only after all have written: so one boundary is there
+        # in every folder.
         if self.ranks.most(self.own.due):
             self.own.save(*names)
             self.ranks.wait()
             self.own.forget(*names)
 
-    def statistics(self, structure: Structure, *, gram: bool, device: torch.device | str = "cpu") -> Statistics:
-        """The statistics that the saliency sweep has left of a structure; `gram`: with the Gram matrix."""
+    def statistics(
+        self, structure: Structure, *, gram: bool, outputs: int = 0, device: torch.device | str = "cpu"
+    ) -> Statistics:
+        """The statistics that the saliency sweep has left of a structure, see `Statistics.from_tensors`."""
         name = Record.STATISTICS.of(structure.layer, structure.name)
         return Statistics.from_tensors(
-            lambda key: self.shared.read(name, key, ahead=key.startswith("gram")),
+            lambda key: self.shared.read(name, key, ahead=key.startswith("gram_")),
             structure.columns,
             gram=gram,
+            outputs=outputs,
             device=torch.device(device),
         )
 
     def keep_statistics(self, structure: Structure, statistics: Statistics) -> None:
         """Make a structure's finalized statistics a record."""
-        with self.shared.writing(Record.STATISTICS.of(structure.layer, structure.name)) as append:
-            for key, tensor in statistics.tensors():
+        self.keep(Record.STATISTICS.of(structure.layer, structure.name), statistics.tensors())
+
+    def keep(self, name: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Make tensors with their keys a shared record."""
+        with self.shared.writing(name) as append:
+            for key, tensor in tensors:
                 append(key, tensor)
 
     def result(self, structure: Structure) -> Result:
@@ -144,9 +154,9 @@ class Run:
 
 
 @contextmanager
-def naming(structure: Structure, what: str = "") -> Iterator[None]:
-    """Within the block, a numerical failure says of which structure it is."""
+def naming(place: object, what: str = "") -> Iterator[None]:
+    """Within the block, a numerical failure says of which structure, or linear map, it is."""
     try:
         yield
     except NumericalError as error:
-        raise NumericalError(f"{structure}{what}: {error}") from error
+        raise NumericalError(f"{place}{what}: {error}") from error

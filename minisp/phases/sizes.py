@@ -10,6 +10,7 @@ from typing import Any
 from minisp.config import MinifyConfig
 from minisp.methods.statistics import PANEL_ROWS
 from minisp.models.families import CausalLM, decoder_layers, family_of
+from minisp.models.maps import LinearMap, linear_maps
 from minisp.models.structures import Structure, structures_of
 from minisp.ops.ridge import GATHER_ROWS
 from minisp.phases.run import Phase
@@ -35,11 +36,12 @@ class Sizes:
         batch_tokens: tokens of a micro-batch.
         item, stored_item: bytes of an element, in the compute type and as stored.
         autograd: bytes per token that autograd keeps of one layer; see `layers.autograd_bytes`.
-        kept: the most columns that a consumer can keep that is cut.
+        kept: the largest number of columns that a consumer keeps if it is cut at all.
         logits: bytes that a chunk of logits may take.
-        loaded: whether the model was in memory before the run: its weights are then no part of what the run needs.
+        loaded: whether the model was in memory before the run. If so, the plan does not count its weights.
         streams: whether weights stream from a checkpoint; else the model is in memory whole.
-        writes: whether what waits goes to a scratch folder; else it waits in memory.
+        writes: whether records go to a scratch folder; else they stay in memory.
+        maps: where weights are set to zero; none where units are cut.
     """
 
     num_layers: int
@@ -62,6 +64,7 @@ class Sizes:
     loaded: bool
     streams: bool
     writes: bool
+    maps: tuple[LinearMap, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -79,11 +82,22 @@ class Sizes:
         return max(structure.width for structure in self.structures)
 
     @property
-    def layer_gram(self) -> int:
-        """Elements of the Gram matrices of the layer that has most."""
+    def sums(self) -> list[tuple[int, int]]:
+        """(layer, n) of every matrix (n, n) that the sweep sums: Gram matrices, or both sides of linear maps."""
+        if not self.maps:
+            gradients = [(x.layer, self.hidden) for x in self.structures if self.config.method == "surgeon"]
+            return gradients + [(x.layer, x.width) for x in self.structures if self.config.collects_gram]
+        if self.config.method == "magnitude":
+            return []
+        inputs = [(x.layer, x.columns) for x in self.maps if x.path == x.source]
+        return inputs + ([(x.layer, x.rows) for x in self.maps] if self.config.sees_gradients else [])
+
+    @property
+    def layer_sums(self) -> int:
+        """Elements of those matrices of the layer that has most."""
         elements = [0] * self.num_layers
-        for structure in self.structures:
-            elements[structure.layer] += structure.width**2
+        for layer, size in self.sums:
+            elements[layer] += size**2
         return max(elements)
 
     @property
@@ -95,6 +109,11 @@ class Sizes:
     def consumers(self) -> int:
         """Elements of all consumers' weights."""
         return self.hidden * sum(structure.width for structure in self.structures)
+
+    @property
+    def changed(self) -> int:
+        """Elements of all weights that get new values."""
+        return sum(x.rows * x.columns for x in self.maps) if self.maps else self.consumers
 
     def states(self, tokens: int) -> int:
         """Bytes of the hidden states of so many tokens at one boundary."""
@@ -154,6 +173,7 @@ def sizes_of(model: CausalLM, **rest: Any) -> Sizes:
         hidden=model.config.hidden_size,
         vocabulary=model.config.vocab_size,
         structures=tuple(structures_of(model, family, rest["config"].structures)),
+        maps=() if rest["config"].cuts else tuple(linear_maps(model, family)),
         layer=max(parameters),
         inside=sum(parameters),
         vocabulary_weights=sum(ends.values()),

@@ -11,7 +11,7 @@ from math import ceil
 from minisp.device import HEAP_BYTES
 from minisp.errors import ConfigError
 from minisp.methods.statistics import PANEL_ROWS
-from minisp.phases import refit, saliency, trials
+from minisp.phases import decide, refit, shots, sweep, trials
 from minisp.phases.run import Phase
 from minisp.phases.sizes import Demand, Holding, Sizes
 from minisp.store.ring import ring_bytes
@@ -49,9 +49,16 @@ class Layout(Holding):
 
 
 def demands(sizes: Sizes, holding: Holding, again: float = 0.0) -> dict[Phase, Demand]:
-    """What each phase of a run takes, by the phase whose states wait; see `refit.demand` for `again`."""
+    """What each phase of a run takes.
+
+    Args:
+        again: share of the refit sweep's windows that pass a cut layer twice, see `refit.demand`.
+    """
+    if sizes.maps:
+        return {Phase.SWEEP: sweep.demand(sizes, holding), Phase.UPDATE: shots.demand(sizes)}
     return {
-        Phase.SWEEP: saliency.demand(sizes, holding),
+        Phase.SWEEP: sweep.demand(sizes, holding),
+        Phase.DECISION: decide.demand(sizes),
         Phase.TRIALS: trials.demand(sizes, holding.stream_vocabulary),
         Phase.REFIT_SWEEP: refit.demand(sizes, holding, again),
     }
@@ -127,13 +134,14 @@ def _peaks(sizes: Sizes, holding: Holding) -> Peaks:
         "weights": 0 if sizes.loaded else held * sizes.layer * stored + holding.segment * converted,
         "embeddings and head": 0 if sizes.loaded else vocabulary + sizes.outside * sizes.item,
         "tokenizer": TOKENIZER_FACTOR * sizes.tokenizer,
-        "freed blocks": min(HEAP_BYTES, saliency.activation_bytes(sizes, holding.segment)),
+        "freed blocks": min(HEAP_BYTES, sweep.activation_bytes(sizes, holding.segment)),
     }
     after = resident | {"weights": 0} if sizes.streams else resident
     # One layer at a time, in the order of the layers.
     slots = min(2, holding.num_slots * holding.segment)
     again = after | {"weights": slots * sizes.layer * stored + converted} if sizes.streams else after
-    beside = {Phase.SWEEP: resident, Phase.HEAD: resident, Phase.REFIT: after}
+    beside = {Phase.SWEEP: resident, Phase.HEAD: resident, Phase.REFIT: after, Phase.UPDATE: after}
+    beside[Phase.DECISION] = after
     peaks: Peaks = {}
     for demand in demands(sizes, holding).values():
         peaks |= {phase: beside.get(phase, again) | dict(taken) for phase, taken in demand.memory.items()}

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from minisp.config import MinifyConfig, Resources
 from minisp.device import product_rate
+from minisp.models.maps import LinearMap
 from minisp.models.structures import UNITS, Structure
 from minisp.phases.run import Phase
 from minisp.plan.layout import Layout
@@ -31,6 +32,7 @@ class Plan:
         model: folder, file, hub id, or class name of an in-memory model.
         model_type: transformers family.
         structures: what can be cut.
+        maps: the linear maps where weights are set to zero; none where units are cut.
         alignment: MLP widths are multiples of it.
         parameters, parameters_after: counts; after is an upper bound.
         cuttable: parameters of all structures; kept_parameters: the most of them that stay.
@@ -38,15 +40,15 @@ class Plan:
         batch: calibration windows per micro-batch.
         segments: layers held together, in forward order.
         layout: what is held at once, and the memory that it takes by phase.
-        rooms: by phase, bytes of waiting states that stay where it computes, or else in pinned main memory.
-        behind: bytes that may wait for the disk in pinned main memory, where a GPU computes.
+        rooms: phase → bytes of hidden states that stay on the computing device, and bytes in pinned main memory.
+        behind: bytes of pinned main memory for records on their way from a GPU to the disk.
         streams: whether weights stream from disk.
         device, dtype: where and in what type it computes.
         implementations: who computes each operation of the engine, see `ops.implementations`.
         flops: floating-point operations of the sweeps; solve_flops: those of the ridge solves, in float32.
         traffic: bytes read from and written to disk, by purpose.
-        scratch_bytes: disk that waiting states, statistics and results take at most at once; dense_bytes: what the
-            dense states take of it, which are left out where the disk has less than four times that.
+        scratch_bytes: most disk space that states, statistics and results take at once.
+        dense_bytes: the part of it that the dense states take. A disk with less than four times that gets none.
         base_memory: bytes that the process had before.
     """
 
@@ -55,6 +57,7 @@ class Plan:
     model: str
     model_type: str
     structures: tuple[Structure, ...] = field(repr=False)
+    maps: tuple[LinearMap, ...] = field(repr=False)
     alignment: int
     parameters: int
     parameters_after: int
@@ -128,10 +131,12 @@ def _plain(value: Any) -> Any:
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
     """A plan as plain values for JSON."""
-    values = {item.name: _plain(getattr(plan, item.name)) for item in fields(plan) if item.name != "structures"}
+    left_out = ("structures", "maps")
+    values = {item.name: _plain(getattr(plan, item.name)) for item in fields(plan) if item.name not in left_out}
     values["rooms"] = {phase: asdict(room) for phase, room in plan.rooms.items()}
     values["segments"] = [[segment.start, segment.stop] for segment in plan.segments]
     values["structures"] = {name: list(units) for name, units in plan.units.items()}
+    values["maps"] = len(plan.maps)
     values["peak_memory"] = plan.peak_memory
     return values
 
@@ -152,12 +157,38 @@ def expected_seconds(plan: Plan, shares: Shares | None = None) -> float:
 
 
 def _budget(plan: Plan) -> str:
-    """What stays at most, in units where all of them cost the same."""
+    """What stays at most: weights, units where all of them cost the same, or parameters."""
+    config = plan.config
+    if not config.cuts:
+        weights = sum(x.rows * x.columns for x in plan.maps)
+        shots = f" in {config.shots} shots" if config.shots > 1 else ""
+        return f"of {millions(weights)} weights in {len(plan.maps)} linear maps, {config.pattern}{shots}; others are 0"
     costs = {structure.parameters for structure in plan.structures}
     total = sum(structure.num_units for structure in plan.structures)
     if len(costs) == 1:
-        return f"at most {plan.kept_parameters // costs.pop():,} of {total:,} units"
-    return f"at most {millions(plan.kept_parameters)} of {millions(plan.cuttable)} parameters"
+        return f"at most {plan.kept_parameters // costs.pop():,} of {total:,} units{_widths(plan)}"
+    return f"at most {millions(plan.kept_parameters)} of {millions(plan.cuttable)} parameters{_widths(plan)}"
+
+
+def _widths(plan: Plan) -> str:
+    return f", {plan.config.widths} widths, multiples of {plan.alignment}"
+
+
+def _method(config: MinifyConfig) -> str:
+    """How what goes is chosen, and how the rest makes up for it."""
+    labels = {"text": "", "sampled": ", labels drawn by the model", "both": ", labels of the text and drawn ones"}
+    damping = "by cross-validation" if config.damping == "auto" else f"= {config.damping:g}"
+    drift = ", drift corrected" if config.corrects else ""
+    refit = f"ridge λ {damping} on the {config.refit_on} model{drift}" if config.reconstruct else "slicing only"
+    if config.method == "taylor":
+        return f"{config.saliency} saliency{labels[config.labels]}, {refit}"
+    if config.method == "surgeon":
+        after = f", {refit}" if config.cuts else ", correlated updates"
+        dampings = f"λ {damping} of inputs, {config.gradient_damping:g} of gradients"
+        return f"surgeon: Kronecker-factored curvature{labels[config.labels]} ({dampings}){after}"
+    return {"sparsegpt": f"SparseGPT, λ {damping}", "wanda": "Wanda", "magnitude": "magnitude of the weights"}[
+        config.method
+    ]
 
 
 def plan_table(plan: Plan, seconds: float | None = None, shares: Shares | None = None) -> Table:
@@ -173,19 +204,13 @@ def plan_table(plan: Plan, seconds: float | None = None, shares: Shares | None =
     table.add_column()
     sizes = [f"{spread(units)} {UNITS[name]} each" for name, units in plan.units.items()]
     table.add_row("layers", f"{plan.structures[-1].layer + 1} with {' and '.join(sizes)}")
-    table.add_row("keep", f"{config.keep:.0%}: {_budget(plan)}, {config.widths} widths, multiples of {plan.alignment}")
-    table.add_row("parameters", f"{millions(plan.parameters)} → at most {millions(plan.parameters_after)}")
-    table.add_row("weights", f"{megabytes(plan.bytes)} → at most {megabytes(plan.bytes_after)}")
+    table.add_row("keep", f"{config.keep:.0%}: {_budget(plan)}")
+    if config.cuts:
+        table.add_row("parameters", f"{millions(plan.parameters)} → at most {millions(plan.parameters_after)}")
+        table.add_row("weights", f"{megabytes(plan.bytes)} → at most {megabytes(plan.bytes_after)}")
     for place, line in enumerate(_calibration(plan, shares)):
         table.add_row("" if place else "calibration", line)
-    damping = "by cross-validation" if config.damping == "auto" else f"= {config.damping:g}"
-    drift = ", drift corrected" if config.corrects else ""
-    refit = f"ridge λ {damping} on the {config.refit_on} model{drift}" if config.reconstruct else "slicing only"
-    labels = {"text": "", "sampled": ", labels drawn by the model", "both": ", labels of the text and drawn ones"}
-    table.add_row(
-        "method",
-        f"{config.saliency} saliency{labels[config.labels]}, {refit}",
-    )
+    table.add_row("method", _method(config))
     layout = plan.layout
     held = f"{len(plan.segments)} segment(s) of {len(plan.segments[0])} layer(s)"
     ahead = ", the next one read meanwhile" if layout.num_slots > 1 else ""

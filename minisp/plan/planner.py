@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from minisp.config import MinifyConfig, Resources, parse_size
+from minisp.config import MinifyConfig, Resources, group_of, parse_size
 from minisp.device import MEMORY_SHARE, free_main_memory, memory_limit
 from minisp.errors import ConfigError
 from minisp.models.families import CausalLM, activation_kind, decoder_layers, family_of
@@ -90,8 +90,10 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     layers = decoder_layers(model, family)
     after = parameters - (cuttable - kept_parameters)
     base = psutil.Process().memory_info().rss
-    kept = max(_most_kept(x, step_of(x, structures, config), config) * x.columns for x in structures)
+    cut = config.cuts and config.keep < 1
+    kept = max(_most_kept(x, step_of(x, structures, config), cut=cut) * x.columns for x in structures)
     batch, sizes, layout = _fit(source, config, resources, ranks, kept, base)
+    _check_groups(sizes)
     host = _host_room(source, resources, sizes, layout, base)
     limit = _room_limit(source, resources, layout, base)
     layout, rooms = make_rooms(sizes, layout, limit, host, on_disk=source.device.type == "cpu")
@@ -105,6 +107,7 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
         model=source.name,
         model_type=model.config.model_type,
         structures=tuple(structures),
+        maps=sizes.maps,
         alignment=max(step_of(structure, structures, config) for structure in structures),
         parameters=parameters,
         parameters_after=after,
@@ -177,7 +180,7 @@ def _sizes(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: i
         item=source.dtype.itemsize,
         stored_item=source.stored_item,
         tokenizer=source.tokenizer_bytes,
-        autograd=autograd_bytes(source.model, source.dtype, source.device, config.structures),
+        autograd=autograd_bytes(source.model, source.dtype, source.device, config.structures, tapped=not config.cuts),
         kept=kept,
         logits=LOGIT_BYTES.get(source.device.type, LOGIT_BYTES["cpu"]),
         loaded=source.checkpoint is None,
@@ -186,13 +189,26 @@ def _sizes(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: i
     )
 
 
-def _most_kept(structure: Structure, step: int, config: MinifyConfig) -> int:
-    """The most units that a structure keeps which is cut."""
-    return structure.num_units if config.keep == 1 else (structure.num_units - 1) // step * step
+def _most_kept(structure: Structure, step: int, *, cut: bool) -> int:
+    """The most units that a structure keeps."""
+    return (structure.num_units - 1) // step * step if cut else structure.num_units
+
+
+def _check_groups(sizes: Sizes) -> None:
+    """Refuse a pattern whose groups do not fill the rows of every map."""
+    _, size = group_of(sizes.config.pattern) or (1, 1)
+    for found in sizes.maps:
+        if found.columns % size:
+            raise ConfigError(
+                f"Option pattern: expected one whose groups fill the {found.columns} inputs of {found}, got "
+                f"{sizes.config.pattern}. Pass pattern='unstructured'."
+            )
 
 
 def _kept_parameters(structures: list[Structure], config: MinifyConfig) -> int:
     """The most parameters of the structures that stay."""
+    if not config.cuts:
+        return sum(x.num_units * x.parameters for x in structures)
     for name in config.structures:
         mine = [structure for structure in structures if structure.name == name]
         largest, step = max(structure.num_units for structure in mine), step_of(mine[0], structures, config)

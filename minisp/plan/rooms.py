@@ -1,10 +1,10 @@
-"""How many bytes wait between the layers of each phase, and how many of them have room in memory.
+"""Hidden states wait between the layers of a sweep: how many bytes, and how many of them stay in memory.
 
-A CPU without a stated limit keeps the run's peak where the largest phase has it anyway. A stated limit, and the memory
-of a GPU, are there to be used; what a GPU has no room for waits in pinned main memory.
+On a CPU without a stated limit, states stay in memory only as far as the largest phase's peak does not grow. With a
+stated limit, or on a GPU, they fill what the limit leaves. States that a GPU has no room for go to pinned main memory.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from minisp.methods.statistics import PANEL_ROWS
@@ -16,7 +16,7 @@ from minisp.phases.sizes import HELD, Sizes
 from minisp.plan.layout import Layout, demands
 from minisp.store.tiers import Room
 
-# What waits in one of these phases still waits in what the plan counts apart.
+# A phase whose states wait → the phases, or parts of one, during which they wait.
 DURING = {
     Phase.SWEEP: (Phase.SWEEP, Phase.HEAD),
     Phase.TRIALS: (Phase.TRIALS, Phase.TRIAL_OUTPUTS),
@@ -47,7 +47,7 @@ def make_rooms(
     rooms, peaks = {}, dict(layout.peaks)
     dense = dense_bytes(sizes) if layout.dense == "memory" else 0
     for phase, during in DURING.items():
-        waiting = waits[phase]
+        waiting = waits.get(phase, 0)
         if phase not in peaks or waiting + dense == 0:
             continue
         counted = [name for name in during if name in peaks]
@@ -63,7 +63,7 @@ def make_rooms(
 
 
 def _lasts(rooms: Rooms, waiting: int, dense: int) -> bool:
-    """Whether the dense states find room in memory beside what waits in the sweep, and may stay where they are."""
+    """Whether the dense states fit in memory beside the sweep's own states, and fit in every later phase too."""
     room = rooms[Phase.SWEEP]
     stays = min(room.device, dense)
     return room.device + room.host // 2 >= waiting + dense and all(other.device >= stays for other in rooms.values())
@@ -87,7 +87,7 @@ def writes_behind(sizes: Sizes, layout: Layout, rooms: Rooms, host: int) -> int:
     """
     left = host - max((room.host for room in rooms.values()), default=0)
     # A pinned block is up to twice as large as what is in it.
-    return max(0, min(layout.segment * 4 * sizes.layer_gram, left // 2))
+    return max(0, min(layout.segment * 4 * sizes.layer_sums, left // 2))
 
 
 def spilled(waiting: int, room: Room) -> float:
@@ -111,18 +111,18 @@ def disk_traffic(sizes: Sizes, layout: Layout, rooms: Rooms, bytes_after: int) -
     layers = sizes.num_layers * sizes.layer * sizes.stored_item
     vocabulary = sizes.vocabulary_weights * sizes.stored_item
     heads = -(-sizes.tokens // max(head_tokens(sizes.hidden), sizes.batch_tokens))
-    later = sum(needed[phase].waiting > 0 for phase in (Phase.TRIALS, Phase.REFIT_SWEEP))
-    visits = 1 + forward / segments + later
+    later = sum(needed[phase].waiting > 0 for phase in (Phase.TRIALS, Phase.REFIT_SWEEP) if phase in needed)
+    visits = sizes.config.shots * (1 + forward / segments) + later
     read = int(layers * (visits + 1)) + vocabulary * (1 + (2 * heads if layout.stream_vocabulary else 1))
     return {
         # The sweeps, and what is copied to the result.
         "weights read": read if sizes.streams else 0,
         "states": passed[Phase.SWEEP],
-        "trials": passed[Phase.TRIALS],
+        "trials": passed.get(Phase.TRIALS, 0),
         "dense states": 2 * dense_bytes(sizes) if layout.dense == "disk" else 0,
-        "refit states": passed[Phase.REFIT_SWEEP],
-        "statistics": 2 * _panels(sizes),
-        "refitted": 2 * sizes.consumers * sizes.stored_item,
+        "refit states": passed.get(Phase.REFIT_SWEEP, 0),
+        "statistics": 2 * sizes.config.shots * _panels(sizes),
+        "refitted": 2 * sizes.config.shots * sizes.changed * sizes.stored_item,
         "result": bytes_after,
     }
 
@@ -140,13 +140,12 @@ def scratch_room(sizes: Sizes, layout: Layout, rooms: Rooms) -> int:
         for phase, waiting in needed.items()
     ]
     dense = dense_bytes(sizes) if layout.dense == "disk" else 0
-    return max(passing, default=0) + dense + _panels(sizes) + sizes.consumers * sizes.stored_item
+    # The weights of one shot stay until all of the next one are there.
+    weights = min(2, sizes.config.shots) * sizes.changed * sizes.stored_item
+    return max(passing, default=0) + dense + _panels(sizes) + weights
 
 
 def _panels(sizes: Sizes) -> int:
-    """Gram matrices in float32, a panel of rows at a time as far as the diagonal."""
-    if not sizes.config.collects_gram:
-        return 0
-    widths: Sequence[int] = [structure.width for structure in sizes.structures]
-    panels = [(start, min(start + PANEL_ROWS, m)) for m in widths for start in range(0, m, PANEL_ROWS)]
+    """The sweep's sums in float32, a panel of rows at a time as far as the diagonal."""
+    panels = [(start, min(start + PANEL_ROWS, n)) for _, n in sizes.sums for start in range(0, n, PANEL_ROWS)]
     return sum(4 * (stop - start) * stop for start, stop in panels)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from minisp.models.stream import Stream
 from minisp.models.structures import UNITS
 from minisp.phases.run import Result
+from minisp.phases.shots import Sparse
 from minisp.plan.plan import Plan, plan_dict
 from minisp.text.calibration import Calibration
 from minisp.units import as_text, megabytes, millions
@@ -42,12 +43,29 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class MapReport:
+    """One linear map with zeros: its pattern, see `minisp.methods.sparse.SparsityFacts`; `cost` as for `Sparse`."""
+
+    layer: int
+    path: str
+    pattern: str
+    weights: int
+    zeros: int
+    groups: int
+    broken: int
+    zero_rows: int
+    zero_columns: int
+    cost: float | None
+
+
+@dataclass(frozen=True)
 class MinifyReport:
     """What `minify` did.
 
     Attributes:
         plan: what it set out to do; `plan.config` are the options.
         layers: one line per layer.
+        maps: one line per linear map where weights were set to zero; none where units were cut.
         kept: per layer (n,) int64, the units that stayed.
         parameters: number of parameters after.
         bytes: size of the written weights, or of the model in memory.
@@ -63,6 +81,7 @@ class MinifyReport:
 
     plan: Plan
     layers: tuple[LayerReport, ...]
+    maps: tuple[MapReport, ...]
     kept: tuple[Tensor, ...] = field(repr=False)
     parameters: int
     bytes: int
@@ -85,6 +104,7 @@ class MinifyReport:
         return {
             "plan": plan_dict(self.plan),
             "layers": [asdict(layer) for layer in self.layers],
+            "maps": [asdict(item) for item in self.maps],
             "parameters": self.parameters,
             "bytes": self.bytes,
             "calibration": list(self.calibration),
@@ -101,6 +121,7 @@ def make_report(
     stream: Stream,
     plan: Plan,
     results: Sequence[Result],
+    sparse: Sequence[Sparse],
     calibration: Calibration,
     seconds: dict[str, float],
     out: Path | None,
@@ -123,6 +144,7 @@ def make_report(
     return MinifyReport(
         plan=plan,
         layers=layers,
+        maps=tuple(MapReport(x.found.layer, x.found.path, cost=x.cost, **asdict(x.facts)) for x in sparse),
         kept=tuple(r.kept for r in results),
         parameters=plan.parameters - cut,
         bytes=sum(p.numel() * p.element_size() for p in stream.model.parameters()),
@@ -152,7 +174,7 @@ def report_table(report: MinifyReport) -> Table:
     for name in ("", "before", "after", "ratio"):
         table.add_column(name, justify="left" if not name else "right")
     rows: list[tuple[str, int, int, str, str]] = []
-    for name in plan.units:
+    for name in plan.units if plan.config.cuts else ():
         mine = [layer for layer in report.layers if layer.structure == name]
         units, kept = sum(layer.width for layer in mine), sum(layer.kept for layer in mine)
         rows.append((UNITS[name], units, kept, f"{units:,}", f"{kept:,}"))
@@ -160,6 +182,10 @@ def report_table(report: MinifyReport) -> Table:
         ("parameters", plan.parameters, report.parameters, millions(plan.parameters), millions(report.parameters))
     )
     rows.append(("weights", plan.bytes, report.bytes, megabytes(plan.bytes), megabytes(report.bytes)))
+    if report.maps:
+        weights, zeros = (sum(getattr(x, name) for x in report.maps) for name in ("weights", "zeros"))
+        text = f"{weights - zeros:,} not 0"
+        rows.insert(0, (f"weights in {len(report.maps)} linear maps", weights, weights - zeros, f"{weights:,}", text))
     for name, before, after, before_text, after_text in rows:
         table.add_row(name, before_text, after_text, f"{after / before:.3f}")
     cut = [layer for layer in report.layers if layer.kept < layer.width]

@@ -10,8 +10,9 @@ class Record(Enum):
     STATES and GRADIENT: the hidden states that enter a layer, and the gradient there, one tensor per micro-batch.
     PARTIAL: sums of an unfinished sweep. STATISTICS: those of a structure. TRIALS: the states of all trial cuts that
     enter a layer. RESULT: what became of a structure. PRUNED and DENSE: the states that enter a layer in the pruned
-    model, and in the dense one beside it. WINDOWS, WRITTEN, RATIOS: the calibration windows, what the model wrote of
-    them, and what the trial cuts gave.
+    model, and in the dense one beside it. FACTOR: sums of one side of a linear map, for one shot. THRESHOLD: the cost
+    up to which weights go in a shot. SPARSE: a linear map's weight after so many shots. WINDOWS, WRITTEN, RATIOS: the
+    calibration windows, what the model wrote of them, and what the trial cuts gave.
     """
 
     WINDOWS = "windows"
@@ -24,6 +25,9 @@ class Record(Enum):
     RATIOS = "ratios"
     PRUNED = "pruned"
     DENSE = "dense"
+    FACTOR = "factor"
+    THRESHOLD = "threshold"
+    SPARSE = "sparse"
     RESULT = "result"
 
     def of(self, layer: int, part: str = "") -> str:

@@ -13,7 +13,7 @@ from minisp import fast
 from minisp.cli.app import app
 from minisp.config import Resources
 from minisp.errors import ConfigError, OutputError
-from minisp.phases import saliency, trials
+from minisp.phases import sweep, trials
 from minisp.ranks import Ranks
 from minisp.store import tiers
 from minisp.store.claim import open_scratch
@@ -44,7 +44,7 @@ def test_statistics_are_reused_for_other_ratios_without_a_sweep(
     work = tmp_path / "work"
     run(source, tmp_path / "a", keep=0.6, scratch=str(work))
     run(source, tmp_path / "fresh", keep=0.8, damping=0.1)
-    monkeypatch.setattr(saliency, "_run_backward", None)
+    monkeypatch.setattr(sweep, "_run_backward", None)
     reused = run(
         source, tmp_path / "b", keep=0.8, damping=0.1, scratch=str(work), reuse=True, calibration=None, window=32,
         num_windows=4,
@@ -166,7 +166,7 @@ def test_a_sweep_over_the_first_segment_goes_on_in_its_middle(
     out, phase = tmp_path / "out", f"saliency, layers 0-{segment - 1}"
     monkeypatch.setattr(tiers, "SAVE_SECONDS", 0.0)
     passed = 0
-    backward = saliency._forward_backward
+    backward = sweep._forward_backward
 
     def counted(*arguments: Any) -> Any:
         nonlocal passed
@@ -182,7 +182,7 @@ def test_a_sweep_over_the_first_segment_goes_on_in_its_middle(
         run(source, out, segment=segment, progress=interrupt)
     kept = [path.name for path in (tmp_path / ".out.scratch").glob("partial_*.json")]
     assert sorted(kept) == ["partial_0000.json", "partial_0001.json"]
-    monkeypatch.setattr(saliency, "_forward_backward", counted)
+    monkeypatch.setattr(sweep, "_forward_backward", counted)
     run(source, out, segment=segment, resume=True)
     assert passed == 2
     assert weights(out) == weights(tmp_path / "whole")
