@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minisp.config import MinifyConfig, Resources, split_options
+from minisp.config import MinifyConfig, split_options
 from minisp.device import CPU, compute_device, compute_dtype, computing_on, free_promptly
 from minisp.errors import ConfigError, UnsupportedModelError
 from minisp.evaluate.perplexity import checkpoint_bytes
@@ -40,6 +40,7 @@ from minisp.plan.planner import Source, make_plan
 from minisp.ranks import Ranks, joined
 from minisp.report.progress import progress_bar
 from minisp.report.report import MinifyReport, make_report
+from minisp.resources import Resources
 from minisp.store.checkpoint import Checkpoint
 from minisp.store.claim import open_scratch
 from minisp.store.hub import load_tokenizer, local_folder
@@ -106,7 +107,7 @@ def minify(
         text = _run_phases(stream, calibration, tokenizer, made_plan, run, seconds)
         with _timed(seconds, "writing"):
             folder = stack.enter_context(output_folder(target)) if target is not None and ranks.first else None
-            cuts, shots = config.cuts, config.shots
+            cuts, shots = made_plan.config.cuts, made_plan.config.shots
             results = [run.result(structure) for structure in stream.structures] if cuts else []
             sparse = sparse_results(run, made_plan.maps, shots)
             changes_in = partial(sparse_edits, run, made_plan.maps, shots)

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from minisp.cli.console import errors, show
 from minisp.cli.options import with_config_options
-from minisp.config import MinifyConfig, Resources, Widths, split_options
+from minisp.config import MinifyConfig, Widths, split_options
+from minisp.resources import Resources
 
 if TYPE_CHECKING:
     from minisp.text.mixture import Shares

@@ -7,12 +7,13 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from minisp.config import MinifyConfig, Resources
+from minisp.config import MinifyConfig
 from minisp.device import product_rate
 from minisp.models.maps import LinearMap
 from minisp.models.structures import UNITS, Structure
 from minisp.phases.run import Phase
 from minisp.plan.layout import Layout
+from minisp.resources import Resources
 from minisp.store.tiers import Room
 from minisp.text.mixture import WRITTEN_SHARE, Shares
 from minisp.units import as_text, megabytes, millions, spread
@@ -156,6 +157,11 @@ def expected_seconds(plan: Plan, shares: Shares | None = None) -> float:
     return float(seconds)
 
 
+def _share(keep: float) -> str:
+    """A share in per cent: 80%, or 74.31% where it is no round one."""
+    return f"{keep:.0%}" if round(100 * keep, 2) == round(100 * keep) else f"{keep:.2%}"
+
+
 def _budget(plan: Plan) -> str:
     """What stays at most: weights, units where all of them cost the same, or parameters."""
     config = plan.config
@@ -204,7 +210,9 @@ def plan_table(plan: Plan, seconds: float | None = None, shares: Shares | None =
     table.add_column()
     sizes = [f"{spread(units)} {UNITS[name]} each" for name, units in plan.units.items()]
     table.add_row("layers", f"{plan.structures[-1].layer + 1} with {' and '.join(sizes)}")
-    table.add_row("keep", f"{config.keep:.0%}: {_budget(plan)}")
+    table.add_row("keep", f"{_share(config.keep)}: {_budget(plan)}")
+    if config.target_size or config.target_params:
+        table.add_row("target", f"at most {config.target_size or config.target_params}")
     if config.cuts:
         table.add_row("parameters", f"{millions(plan.parameters)} → at most {millions(plan.parameters_after)}")
         table.add_row("weights", f"{megabytes(plan.bytes)} → at most {megabytes(plan.bytes_after)}")

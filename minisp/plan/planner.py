@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from minisp.config import MinifyConfig, Resources, group_of, parse_size
+from minisp.config import MinifyConfig, group_of
 from minisp.device import MEMORY_SHARE, free_main_memory, memory_limit
 from minisp.errors import ConfigError
 from minisp.models.families import CausalLM, activation_kind, decoder_layers, family_of
@@ -19,8 +19,11 @@ from minisp.phases.sizes import Sizes, sizes_of
 from minisp.plan.layout import Layout, choose_layout, demands, staging
 from minisp.plan.plan import Plan
 from minisp.plan.rooms import disk_traffic, make_rooms, passes_again, scratch_room, writes_behind
+from minisp.plan.targets import with_target
+from minisp.resources import Resources
 from minisp.store.checkpoint import DTYPE_OF, Checkpoint
 from minisp.text.calibration import check_window
+from minisp.units import parse_size
 
 # Tokens of a micro-batch, the fastest first; the next one is tried where memory is so tight that layers are held in
 # more than a few segments.
@@ -85,8 +88,9 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     structures = structures_of(model, family, config.structures)
     check_window(config.window, getattr(model.config, "max_position_embeddings", None))
     cuttable = sum(structure.num_units * structure.parameters for structure in structures)
-    kept_parameters = _kept_parameters(structures, config)
     parameters = sum(p.numel() for p in model.parameters())
+    config = with_target(config, structures, parameters, source.stored_bytes, source.checkpoint)
+    kept_parameters = _kept_parameters(structures, config)
     layers = decoder_layers(model, family)
     after = parameters - (cuttable - kept_parameters)
     base = psutil.Process().memory_info().rss
