@@ -48,6 +48,8 @@ class MinifyConfig:
             scaled by what a trial cut of it does to the model's output.
         alignment: widths are multiples of it (or untouched); None picks the largest power of two that is at
             most a 32nd of the width, and at most 128.
+        tp: tensor-parallel degree of the server: widths are multiples of `alignment` times it, and groups of heads
+            multiples of it, so that every device gets an equal and aligned part. Part of the budget too.
         min_keep: no layer keeps less than this fraction of its units, or than `keep` where that is less, in [0, 1];
             rounded down to the alignment where the budget has no room for more.
         refit_on: what the kept units are refitted on: `dense`, the dense model's activations; `pruned`, those of the
@@ -88,6 +90,7 @@ class MinifyConfig:
     widths: Widths = "per-layer"
     allocation: Allocation = "score"
     alignment: int | None = None
+    tp: int = 1
     min_keep: float = 0.1
     refit_on: RefitOn = "dense"
     correct_drift: bool = True
@@ -125,7 +128,7 @@ class MinifyConfig:
         require("gradient_damping", self.gradient_damping, "a finite number above 0", lambda v: 0 < v < float("inf"))
         for name in ("correct_drift", "reconstruct"):
             require_flag(name, getattr(self, name))
-        for name in ("num_windows", "window", "shots"):
+        for name in ("num_windows", "window", "shots", "tp"):
             require(name, getattr(self, name), "a whole number, at least 1", is_positive_integer)
         for name in ("alignment", "batch", "saliency_windows"):
             value = getattr(self, name)
@@ -244,7 +247,7 @@ def group_of(pattern: str) -> tuple[int, int] | None:
 
 # What can change without new statistics.
 RESULT_OPTIONS = (
-    "keep", "saliency", "widths", "allocation", "alignment", "min_keep", "refit_on", "correct_drift", "damping",
+    "keep", "saliency", "widths", "allocation", "alignment", "tp", "min_keep", "refit_on", "correct_drift", "damping",
     "correction_damping", "shrink_to", "reconstruct",
 )  # fmt: skip
 

@@ -56,6 +56,11 @@ EXPORT_EXAMPLES = "\n\n".join(
         "Example: minisp export llama-80-by-256 --to nemotron-nas --out llama-80-nas",
     )
 )
+THEN_HELP = (
+    "Write the result for a server too, as minisp export does: gguf to OUT.gguf, another target to the folder "
+    "OUT-TARGET. What the target cannot express is refused before anything runs."
+)
+Then = Annotated[Target | None, typer.Option("--export", help=THEN_HELP)]
 TEXT_HELP = (
     "Text file to predict, from its start, or a folder, which stands for its .txt and .jsonl files. Repeat it for more "
     "texts."
@@ -68,15 +73,18 @@ def minify(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder to write; new or empty.", show_default=False)],
     calibration: Sources = None,
+    then: Then = None,
     as_json: Json = False,
     quiet: Quiet = False,
     **options: Any,
 ) -> None:
     """Write a smaller copy of a checkpoint."""
     from minisp import fast
+    from minisp.cli.exporting import check_export, export_result
     from minisp.plan.plan import plan_table
     from minisp.report import report
     from minisp.report.progress import progress_bar
+    from minisp.units import megabytes
 
     if os.environ.get("RANK", "0") != "0":
         # Of the processes that torchrun starts, one speaks.
@@ -86,23 +94,40 @@ def minify(
         split_options(**options)
         sources = _sources(calibration)
         console.print(plan_table(fast.plan(model, **options), shares=_shares(sources, options)))
+        if then is not None:
+            path = check_export(model, then, options, out)
+            console.print(f"Then for a server: {path}", markup=False, highlight=False, soft_wrap=True)
         with progress_bar(quiet, lines=not as_json) as progress:
             result = fast.minify(model, out=out, calibration=sources, progress=progress, **options)
-    show(result.as_dict(), as_json, quiet, report.report_table(result), report.summary_lines(result))
+    values, lines = result.as_dict(), report.summary_lines(result)
+    if then is not None and os.environ.get("RANK", "0") == "0":
+        exported = export_result(out, then, path)
+        values["export"] = exported.as_dict()
+        lines.append(f"{then}: {exported.out}, {megabytes(exported.bytes)}")
+    show(values, as_json, quiet, report.report_table(result), lines)
 
 
 @app.command(epilog="Example: minisp plan ./llama --keep 0.7 -c wiki.txt")
 @with_config_options
 def plan(
-    model: Model, calibration: Sources = None, as_json: Json = False, quiet: Quiet = False, **options: Any
+    model: Model,
+    calibration: Sources = None,
+    then: Then = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    **options: Any,
 ) -> None:
     """Say what minify would do: sizes, work, memory, time. Reads no weights, takes seconds."""
     from minisp import fast
+    from minisp.export.targets import check_planned
     from minisp.plan.plan import expected_seconds, plan_dict, plan_table
+    from minisp.store.hub import local_folder
 
     with errors():
         shares = _shares(_sources(calibration), options)
         planned = fast.plan(model, **options)
+        if then is not None:
+            check_planned(local_folder(model), then, planned.config)
         seconds = expected_seconds(planned, shares)
     values = {**plan_dict(planned), "expected_seconds": seconds}
     show(values, as_json, quiet, plan_table(planned, seconds, shares), [])

@@ -94,8 +94,7 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     layers = decoder_layers(model, family)
     after = parameters - (cuttable - kept_parameters)
     base = psutil.Process().memory_info().rss
-    cut = config.cuts and config.keep < 1
-    kept = max(x.width - (step_of(x, structures, config) * x.columns if cut else 0) for x in structures)
+    kept = max(_most_kept(x, step_of(x, structures, config), config) * x.columns for x in structures)
     batch, sizes, layout = _fit(source, config, resources, ranks, kept, base)
     _check_groups(sizes)
     host = _host_room(source, resources, sizes, layout, base)
@@ -204,6 +203,11 @@ def _check_groups(sizes: Sizes) -> None:
             )
 
 
+def _most_kept(structure: Structure, step: int, config: MinifyConfig) -> int:
+    """The most units that a structure keeps which is cut."""
+    return structure.num_units if config.keep == 1 or not config.cuts else (structure.num_units - 1) // step * step
+
+
 def _kept_parameters(structures: list[Structure], config: MinifyConfig) -> int:
     """The most parameters of the structures that stay."""
     if not config.cuts:
@@ -214,7 +218,7 @@ def _kept_parameters(structures: list[Structure], config: MinifyConfig) -> int:
         if name == "mlp" and config.keep < 1 and step >= largest:
             raise ConfigError(
                 f"Alignment: expected less than the largest layer width, {largest}, got {step}. Pass a smaller "
-                "alignment; layers of one unit cannot be cut."
+                "alignment or tp; layers of one unit cannot be cut."
             )
     # Whatever the saliency will be: refused now rather than after the sweep where no sizes fit the budget.
     sizes = kept_sizes(structures, [torch.zeros(x.num_units) for x in structures], config)
