@@ -33,8 +33,9 @@ def panels(result: WrittenResult) -> list[Panel]:
     names = list(dict.fromkeys(layer.structure for layer in layers))
     found = [_widths(name, _of(layers, name)) for name in names]
     found += [_saliency(name, _of(layers, name)) for name in names]
-    if any(layer.kept < layer.width for layer in layers):
-        found += _fits(layers, names)
+    refitted = [name for name in names if any(x.kept < x.width for x in _of(layers, name))]
+    if refitted:
+        found += _fits(layers, refitted)
     if result.maps:
         found.append(_zeros(result.maps))
     return found
@@ -45,8 +46,8 @@ def _fits(layers: Sequence[LayerReport], names: Sequence[str]) -> Iterator[Panel
     yield _residuals(layers, names)
     if any(layer.drift_explained for layer in layers):
         yield _drift(layers, names)
-    yield _damping(layers, names)
     if any(layer.damping_curve for layer in layers):
+        yield _damping(layers, names)
         yield _curves(layers)
 
 
@@ -160,13 +161,11 @@ def _damping(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
         points = [(x.layer, x.damping) for x in mine]
         values += [x.damping for x in mine]
         marks.append(Mark("dots", f"fill{place % 4}", points, [f"layer {x.layer}: λ {x.damping:g}" for x in mine]))
-    given = not any(layer.damping_curve for layer in layers)
-    how = "It was the same for all layers." if given else "It was chosen for each layer, see the curves."
     return Panel(
         "Damping of each refit",
         Chart("Damping by layer", _layer_axis(layers), axis_for("damping λ", values, log=True), marks),
         [(f"fill{place % 4} round", units(name)) for place, name in enumerate(names)],
-        f"The ridge λ, relative to the mean diagonal of the Gram matrix. {how}",
+        "The ridge λ, relative to the mean diagonal of the Gram matrix, as it was chosen for each layer.",
     )
 
 

@@ -42,7 +42,7 @@ class WrittenResult:
         source: name of the model that was cut; `source_fingerprint` is None for a model in memory.
         parameters, bytes: before and after.
         needs_code: whether it loads with a modelling file of its own.
-        config: the options.
+        keep: the share that stayed, of what could go; config: all options.
         calibration: sentences that say what the calibration text was; `calibration_fingerprint` its SHA-256.
         checksums: file name → SHA-256.
         run: None where nobody recorded what the run took.
@@ -56,6 +56,7 @@ class WrittenResult:
     parameters: tuple[int, int]
     bytes: tuple[int, int]
     needs_code: bool
+    keep: float
     config: Mapping[str, Any]
     calibration: tuple[str, ...]
     calibration_fingerprint: str
@@ -116,6 +117,7 @@ def _result(folder: Path, facts: Mapping[str, Any], run: RunRecord | None) -> Wr
         parameters=before_after[0],
         bytes=before_after[1],
         needs_code=bool(facts["needs_code"]),
+        keep=float(facts["config"]["keep"]),
         config=dict(facts["config"]),
         calibration=tuple(map(str, facts["calibration"]["description"])),
         calibration_fingerprint=str(facts["calibration"]["fingerprint"]),
