@@ -100,7 +100,7 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     host = _host_room(source, resources, sizes, layout, base)
     limit = _room_limit(source, resources, layout, base)
     layout, rooms = make_rooms(sizes, layout, limit, host, on_disk=source.device.type == "cpu")
-    needed = demands(sizes, layout, passes_again(sizes, layout, rooms)).values()
+    needed = demands(sizes, layout, passes_again(sizes, layout, rooms))
     segments = tuple(range(i, min(i + layout.segment, len(layers))) for i in range(0, len(layers), layout.segment))
     stored_bytes = source.stored_bytes
     bytes_after = round(stored_bytes * after / parameters)
@@ -127,8 +127,7 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
         device=str(source.device),
         dtype=str(source.dtype).removeprefix("torch."),
         implementations=dict(implementations(source.device, source.dtype, activation_kind(model.config, family))),
-        flops=sum(demand.flops for demand in needed),
-        solve_flops=sum(demand.solve_flops for demand in needed),
+        work={phase: (demand.flops, demand.solve_flops) for phase, demand in needed.items()},
         traffic=disk_traffic(sizes, layout, rooms, bytes_after),
         scratch_bytes=scratch_room(sizes, layout, rooms),
         dense_bytes=dense_bytes(sizes) if layout.dense == "disk" else 0,
