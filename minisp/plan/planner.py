@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from minisp.config import MinifyConfig, Resources, group_of, parse_size
+from minisp.config import MinifyConfig, group_of
 from minisp.device import MEMORY_SHARE, free_main_memory, memory_limit
 from minisp.errors import ConfigError
 from minisp.models.families import CausalLM, activation_kind, decoder_layers, family_of
@@ -19,8 +19,11 @@ from minisp.phases.sizes import Sizes, sizes_of
 from minisp.plan.layout import Layout, choose_layout, demands, staging
 from minisp.plan.plan import Plan
 from minisp.plan.rooms import disk_traffic, make_rooms, passes_again, scratch_room, writes_behind
+from minisp.plan.targets import with_target
+from minisp.resources import Resources
 from minisp.store.checkpoint import DTYPE_OF, Checkpoint
 from minisp.text.calibration import check_window
+from minisp.units import parse_size
 
 # Tokens of a micro-batch, the fastest first; the next one is tried where memory is so tight that layers are held in
 # more than a few segments.
@@ -85,19 +88,19 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     structures = structures_of(model, family, config.structures)
     check_window(config.window, getattr(model.config, "max_position_embeddings", None))
     cuttable = sum(structure.num_units * structure.parameters for structure in structures)
-    kept_parameters = _kept_parameters(structures, config)
     parameters = sum(p.numel() for p in model.parameters())
+    config = with_target(config, structures, parameters, source.stored_bytes, source.checkpoint)
+    kept_parameters = _kept_parameters(structures, config)
     layers = decoder_layers(model, family)
     after = parameters - (cuttable - kept_parameters)
     base = psutil.Process().memory_info().rss
-    cut = config.cuts and config.keep < 1
-    kept = max(_most_kept(x, step_of(x, structures, config), cut=cut) * x.columns for x in structures)
+    kept = max(_most_kept(x, step_of(x, structures, config), config) * x.columns for x in structures)
     batch, sizes, layout = _fit(source, config, resources, ranks, kept, base)
     _check_groups(sizes)
     host = _host_room(source, resources, sizes, layout, base)
     limit = _room_limit(source, resources, layout, base)
     layout, rooms = make_rooms(sizes, layout, limit, host, on_disk=source.device.type == "cpu")
-    needed = demands(sizes, layout, passes_again(sizes, layout, rooms)).values()
+    needed = demands(sizes, layout, passes_again(sizes, layout, rooms))
     segments = tuple(range(i, min(i + layout.segment, len(layers))) for i in range(0, len(layers), layout.segment))
     stored_bytes = source.stored_bytes
     bytes_after = round(stored_bytes * after / parameters)
@@ -124,8 +127,7 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
         device=str(source.device),
         dtype=str(source.dtype).removeprefix("torch."),
         implementations=dict(implementations(source.device, source.dtype, activation_kind(model.config, family))),
-        flops=sum(demand.flops for demand in needed),
-        solve_flops=sum(demand.solve_flops for demand in needed),
+        work={phase: (demand.flops, demand.solve_flops) for phase, demand in needed.items()},
         traffic=disk_traffic(sizes, layout, rooms, bytes_after),
         scratch_bytes=scratch_room(sizes, layout, rooms),
         dense_bytes=dense_bytes(sizes) if layout.dense == "disk" else 0,
@@ -189,11 +191,6 @@ def _sizes(source: Source, config: MinifyConfig, batch: int, ranks: int, kept: i
     )
 
 
-def _most_kept(structure: Structure, step: int, *, cut: bool) -> int:
-    """The most units that a structure keeps."""
-    return (structure.num_units - 1) // step * step if cut else structure.num_units
-
-
 def _check_groups(sizes: Sizes) -> None:
     """Refuse a pattern whose groups do not fill the rows of every map."""
     _, size = group_of(sizes.config.pattern) or (1, 1)
@@ -203,6 +200,11 @@ def _check_groups(sizes: Sizes) -> None:
                 f"Option pattern: expected one whose groups fill the {found.columns} inputs of {found}, got "
                 f"{sizes.config.pattern}. Pass pattern='unstructured'."
             )
+
+
+def _most_kept(structure: Structure, step: int, config: MinifyConfig) -> int:
+    """The most units that a structure keeps which is cut."""
+    return structure.num_units if config.keep == 1 or not config.cuts else (structure.num_units - 1) // step * step
 
 
 def _kept_parameters(structures: list[Structure], config: MinifyConfig) -> int:
