@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from minisp.config import MinifyConfig
-from minisp.report.panels import NARROW, WIDE, panels, units
+from minisp.report.panels import COLOURS, NARROW, WIDE, panels, units
 from minisp.report.report import load_line
 from minisp.report.result import RunRecord, WrittenResult
 from minisp.units import megabytes, millions
@@ -57,6 +57,7 @@ def result_page(result: WrittenResult, samples: Sequence[Sample] = ()) -> str:
         load_line=load_line(str(result.folder), needs_code=result.needs_code),
         bars=_bars(result.run) if result.run else {},
         sizes=(WIDE, NARROW),
+        colours=COLOURS,
     )
 
 

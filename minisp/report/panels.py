@@ -9,6 +9,8 @@ from minisp.report.report import LayerReport, MapReport
 from minisp.report.result import WrittenResult
 
 WIDE, NARROW = 540, 340
+# Of lines and dots; the page has as many.
+COLOURS = 8
 MISSING = float("nan")
 
 
@@ -73,7 +75,7 @@ def _widths(name: str, layers: Sequence[LayerReport]) -> Panel:
         Mark("bar", "fill0", [(x.layer, x.kept) for x in layers], words),
     ]
     most = max(x.width for x in layers)
-    chart = Chart(f"{units(name)} by layer", _layer_axis(layers), Axis(units(name), 0, 1.05 * most), marks)
+    chart = Chart(f"{units(name)} by layer", _layer_axis(layers), Axis(units(name), 0, 1.05 * most, whole=True), marks)
     return Panel(
         f"{units(name)[0].upper()}{units(name)[1:]} by layer",
         chart,
@@ -121,8 +123,11 @@ def _residuals(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
             points = [(x.layer, getattr(x, key) if x.kept < x.width else MISSING) for x in mine]
             values += [value for _, value in points]
             told = [f"layer {x}: {value:.3f} {words}" for x, value in points]
-            marks += [Mark("line", f"line{place % 4} {dash}", points), Mark("dots", f"fill{place % 4}", points, told)]
-            legend.append((f"line{place % 4} {dash}", words if len(names) == 1 else f"{units(name)}, {words}"))
+            marks += [
+                Mark("line", f"line{place % COLOURS} {dash}", points),
+                Mark("dots", f"fill{place % COLOURS}", points, told),
+            ]
+            legend.append((f"line{place % COLOURS} {dash}", words if len(names) == 1 else f"{units(name)}, {words}"))
     return Panel(
         "Residual of each layer",
         Chart("Residual by layer", _layer_axis(layers), axis_for("relative residual", values, zero=True), marks),
@@ -138,7 +143,7 @@ def _drift(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
         mine = _of(layers, name)
         points = [(x.layer, x.drift_explained) for x in mine]
         told = [f"layer {x.layer}: {x.drift_explained:.2%}" for x in mine]
-        marks += [Mark("line", f"line{place % 4}", points), Mark("dots", f"fill{place % 4}", points, told)]
+        marks += [Mark("line", f"line{place % COLOURS}", points), Mark("dots", f"fill{place % COLOURS}", points, told)]
     values = [x.drift_explained for x in layers]
     return Panel(
         "Drift that each layer took over",
@@ -148,7 +153,7 @@ def _drift(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
             axis_for("share of the drift", values, zero=True),
             marks,
         ),
-        [(f"line{place % 4}", units(name)) for place, name in enumerate(names)],
+        [(f"line{place % COLOURS}", units(name)) for place, name in enumerate(names)],
         "Behind each layer the pruned model's states differ from the dense one's. This is the share of that difference "
         "that the layer's correction took away. Little in one layer adds up over all.",
     )
@@ -160,11 +165,13 @@ def _damping(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
         mine = [x for x in _of(layers, name) if x.kept < x.width]
         points = [(x.layer, x.damping) for x in mine]
         values += [x.damping for x in mine]
-        marks.append(Mark("dots", f"fill{place % 4}", points, [f"layer {x.layer}: λ {x.damping:g}" for x in mine]))
+        marks.append(
+            Mark("dots", f"fill{place % COLOURS}", points, [f"layer {x.layer}: λ {x.damping:g}" for x in mine])
+        )
     return Panel(
         "Damping of each refit",
         Chart("Damping by layer", _layer_axis(layers), axis_for("damping λ", values, log=True), marks),
-        [(f"fill{place % 4} round", units(name)) for place, name in enumerate(names)],
+        [(f"fill{place % COLOURS} round", units(name)) for place, name in enumerate(names)],
         "The ridge λ, relative to the mean diagonal of the Gram matrix, as it was chosen for each layer.",
     )
 
@@ -199,7 +206,10 @@ def _zeros(maps: Sequence[MapReport]) -> Panel:
         mine = [x for x in maps if x.path == path]
         points = [(x.layer, x.zeros / max(1, x.weights)) for x in mine]
         told = [f"layer {x.layer}, {path}: {x.zeros:,} of {x.weights:,} weights are 0" for x in mine]
-        marks += [Mark("line", f"line{place % 4} thin", points), Mark("dots", f"fill{place % 4}", points, told)]
+        marks += [
+            Mark("line", f"line{place % COLOURS} thin", points),
+            Mark("dots", f"fill{place % COLOURS}", points, told),
+        ]
     values = [x.zeros / max(1, x.weights) for x in maps]
     return Panel(
         "Zeros in the linear maps",
@@ -209,6 +219,6 @@ def _zeros(maps: Sequence[MapReport]) -> Panel:
             axis_for("share of weights that are 0", values, zero=True),
             marks,
         ),
-        [(f"line{place % 4}", path) for place, path in enumerate(paths)],
+        [(f"line{place % COLOURS}", path) for place, path in enumerate(paths)],
         f"The pattern is {maps[0].pattern}. The model keeps its shape: what is 0 is stored as 0.",
     )

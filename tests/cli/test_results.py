@@ -74,9 +74,7 @@ def test_python_has_texts_to_compare_on(models: list[Path]) -> None:
     assert refused.exit_code == 3 and "expected a text to measure on" in refused.stderr
 
 
-def test_the_speed_of_three_is_taken_in_turns(
-    models: list[Path], prose: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_speed_of_three_is_taken_in_turns(models: list[Path], prose: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[int] = []
     timed = speed.time_generation
 
@@ -139,9 +137,9 @@ def test_samples_are_what_the_models_write(result: Path, models: list[Path], tmp
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
         written = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
         text = tokenizer.decode([token for token in written.tolist() if token != tokenizer.eos_token_id])
-        assert text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") in page.replace("&#39;", "'").replace(
-            "&#34;", '"'
-        )
+        assert text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") in page.replace(
+            "&#39;", "'"
+        ).replace("&#34;", '"')
 
 
 def test_what_cannot_be_reported_is_refused(result: Path, models: list[Path], tmp_path: Path) -> None:
