@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minisp.config import MinifyConfig, Resources, split_options
+from minisp.config import MinifyConfig, split_options
 from minisp.device import CPU, compute_device, compute_dtype, computing_on, free_promptly
 from minisp.errors import ConfigError, UnsupportedModelError
 from minisp.evaluate.perplexity import checkpoint_bytes
@@ -39,6 +39,7 @@ from minisp.ranks import Ranks, joined
 from minisp.report.meter import Meter
 from minisp.report.progress import progress_bar
 from minisp.report.report import MinifyReport, make_report
+from minisp.resources import Resources
 from minisp.store.checkpoint import Checkpoint
 from minisp.store.claim import open_scratch
 from minisp.store.hub import load_tokenizer, local_folder
@@ -105,7 +106,7 @@ def minify(
         text = _run_phases(stream, calibration, tokenizer, made_plan, run, meter)
         with meter.phase("writing"):
             folder = stack.enter_context(output_folder(target)) if target is not None and ranks.first else None
-            cuts, shots = config.cuts, config.shots
+            cuts, shots = made_plan.config.cuts, made_plan.config.shots
             results = [run.result(structure) for structure in stream.structures] if cuts else []
             changes_in = partial(sparse_edits, run, made_plan.maps, shots)
             digests, needs_code = write(stream, results, run.weight, changes_in, folder)
@@ -161,7 +162,10 @@ def _run_phases(stream: Stream, calibration: Any, tokenizer: Any, plan: Plan, ru
         tiers.room = plan.rooms.get(Phase.SWEEP, Room())
         dense = plan.layout.dense is not None and tiers.free_bytes() >= 4 * plan.dense_bytes
         gram = config.collects_gram
-        saliency_sweep(stream, batches, plan.segments, run, objective=objective, gram=gram, dense=dense)
+        gradients = config.method == "surgeon"
+        saliency_sweep(
+            stream, batches, plan.segments, run, objective=objective, gram=gram, gradients=gradients, dense=dense
+        )
         stream.release(plan.layout.layer_slots)
     with meter.phase("decision"):
         tiers.room = plan.rooms.get(Phase.TRIALS, Room())

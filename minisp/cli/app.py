@@ -16,7 +16,8 @@ from minisp.cli import results
 from minisp.cli.arguments import Json, Model, Quiet
 from minisp.cli.console import errors, show
 from minisp.cli.options import with_config_options
-from minisp.config import MinifyConfig, Resources, Widths, split_options
+from minisp.config import MinifyConfig, Widths, split_options
+from minisp.resources import Resources
 
 if TYPE_CHECKING:
     from minisp.text.mixture import Shares
@@ -54,6 +55,11 @@ EXPORT_EXAMPLES = "\n\n".join(
         "Example: minisp export llama-80-by-256 --to nemotron-nas --out llama-80-nas",
     )
 )
+THEN_HELP = (
+    "Write the result for a server too, as minisp export does: gguf to OUT.gguf, another target to the folder "
+    "OUT-TARGET. What the target cannot express is refused before anything runs."
+)
+Then = Annotated[Target | None, typer.Option("--export", help=THEN_HELP)]
 
 
 @app.command(epilog="Example: minisp minify ./llama --keep 0.7 --out ./llama-70 -c wiki.txt:0.5 -c code.jsonl:0.5")
@@ -62,16 +68,19 @@ def minify(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder to write; new or empty.", show_default=False)],
     calibration: Sources = None,
+    then: Then = None,
     as_json: Json = False,
     quiet: Quiet = False,
     **options: Any,
 ) -> None:
     """Write a smaller copy of a checkpoint."""
     from minisp import fast
+    from minisp.cli.exporting import check_export, export_result
     from minisp.plan.plan import plan_table
     from minisp.report import report
     from minisp.report.progress import progress_bar
     from minisp.report.record import record_run
+    from minisp.units import megabytes
 
     if os.environ.get("RANK", "0") != "0":
         # Of the processes that torchrun starts, one speaks.
@@ -81,25 +90,42 @@ def minify(
         split_options(**options)
         sources = _sources(calibration)
         console.print(plan_table(fast.plan(model, **options), shares=_shares(sources, options)))
+        if then is not None:
+            path = check_export(model, then, options, out)
+            console.print(f"Then for a server: {path}", markup=False, highlight=False, soft_wrap=True)
         with progress_bar(quiet, lines=not as_json) as progress:
             result = fast.minify(model, out=out, calibration=sources, progress=progress, **options)
         if os.environ.get("RANK", "0") == "0":
             record_run(result)
-    show(result.as_dict(), as_json, quiet, report.report_table(result), report.summary_lines(result))
+    values, lines = result.as_dict(), report.summary_lines(result)
+    if then is not None and os.environ.get("RANK", "0") == "0":
+        exported = export_result(out, then, path)
+        values["export"] = exported.as_dict()
+        lines.append(f"{then}: {exported.out}, {megabytes(exported.bytes)}")
+    show(values, as_json, quiet, report.report_table(result), lines)
 
 
 @app.command(epilog="Example: minisp plan ./llama --keep 0.7 -c wiki.txt")
 @with_config_options
 def plan(
-    model: Model, calibration: Sources = None, as_json: Json = False, quiet: Quiet = False, **options: Any
+    model: Model,
+    calibration: Sources = None,
+    then: Then = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    **options: Any,
 ) -> None:
     """Say what minify would do: sizes, work, memory, time. Reads no weights, takes seconds."""
     from minisp import fast
+    from minisp.export.targets import check_planned
     from minisp.plan.plan import expected_seconds, plan_dict, plan_table
+    from minisp.store.hub import local_folder
 
     with errors():
         shares = _shares(_sources(calibration), options)
         planned = fast.plan(model, **options)
+        if then is not None:
+            check_planned(local_folder(model), then, planned.config)
         seconds = sum(expected_seconds(planned, shares).values())
     values = {**plan_dict(planned), "expected_seconds": seconds}
     show(values, as_json, quiet, plan_table(planned, seconds, shares), [])
@@ -153,6 +179,27 @@ def export(
         with progress_bar(quiet, lines=not as_json) as progress:
             result = targets.export(local_folder(model), to, out, dtype=dtype, progress=progress)
         show(result.as_dict(), as_json, quiet, result.table(), [])
+
+
+@app.command(epilog="Example: minisp check ./llama-2-4 --pattern 2:4 --zeros 0.5")
+def check(
+    model: Model,
+    pattern: Annotated[
+        Literal["2:4", "4:8", "unstructured"], typer.Option(help="2:4, 4:8, or unstructured, which has no groups.")
+    ] = "unstructured",
+    zeros: Annotated[float, typer.Option(min=0, max=1, help="Share of zeros that is wanted at least.")] = 0.0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Count the zeros in the linear maps of a checkpoint. Exit code 5 where the pattern or the share does not hold."""
+    from minisp.evaluate import zeros as counting
+    from minisp.store.hub import local_folder
+
+    with errors():
+        folder = local_folder(model)
+        found = counting.zeros_of(folder, pattern)
+        show(found.as_dict(), as_json, quiet, found.table(), [])
+        counting.check(found, folder, pattern, zeros)
 
 
 def main() -> None:

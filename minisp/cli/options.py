@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from minisp.config import MinifyConfig, Resources
+from minisp.config import MinifyConfig
+from minisp.resources import Resources
 
 
 def with_config_options(command: Callable[..., None]) -> Callable[..., None]:

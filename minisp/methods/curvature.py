@@ -89,7 +89,7 @@ class FactorSum:
         """(key, tensor) to store of the finalized record."""
         yield "sums", self.sums
         yield "num_tokens", torch.tensor(self.num_tokens)
-        yield from panels(self.total)
+        yield from panels(self.total, "total")
 
     @classmethod
     def from_tensors(cls, read: Callable[[str], Tensor], device: torch.device | str = "cpu") -> "FactorSum":
@@ -97,7 +97,7 @@ class FactorSum:
         sums = read("sums").to(device)
         record = cls.empty(len(sums), device)
         record.sums, record.num_tokens = sums, int(read("num_tokens"))
-        fill_(record.total, read)
+        fill_(record.total, "total", read)
         return record
 
 

@@ -66,7 +66,8 @@ def allocate(candidates: Sequence[Candidate], keep: float, *, min_keep: float) -
     """
     curves = [_Curve.of(members) for members in _ties(candidates).values()]
     total = sum(curve.cost * curve.units for curve in curves)
-    # What the caller wrote, as 0.7: the product of floats may fall short of a whole number. As may a third.
+    # `keep` is read as it is written: 0.7 · 10 is 7, though the float is less. A third, written out, falls short of a
+    # whole unit by less than 1e-9: that is granted.
     budget = floor(Fraction(repr(float(keep))) * total + Fraction(min(curve.cost for curve in curves), 10**9))
     least = min(min_keep, keep)
     sizes = [curve.lower_bound(least, up=True) for curve in curves]
@@ -78,7 +79,7 @@ def allocate(candidates: Sequence[Candidate], keep: float, *, min_keep: float) -
         raise ConfigError(
             f"Budget: expected at most {budget:,} of {total:,} parameters to stay (keep={keep}), got at least "
             f"{_cost(curves, sizes):,} from the smallest size of each of {len(candidates)} structures, "
-            f"{max(curve.step for curve in curves)} units. Lower the alignment or keep more."
+            f"{max(curve.step for curve in curves)} units. Lower the alignment or tp, or keep more."
         )
     steps = [step for place, curve in enumerate(curves) if (step := curve.next_step(sizes[place], place)) is not None]
     heapify(steps)

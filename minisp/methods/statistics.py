@@ -28,32 +28,58 @@ class Statistics:
         saliency: (3, u) float64: Σ|p|, Σp², Σp, where p is x ⊙ g summed over the columns of a unit, and g the gradient
             of the summed negative log likelihood.
         gram: (u·c, u·c) float32 G = XᵀX, or None where only saliency is wanted.
+        gradients: (d, d) float32 Σ g gᵀ of the gradients g (d,) at the consumer's output, of scored tokens; or None
+            where they are not wanted.
     """
 
     num_tokens: int
     saliency: Tensor
     gram: Tensor | None
     num_scored: int = 0
+    gradients: Tensor | None = None
 
     @classmethod
-    def empty(cls, num_units: int, columns: int = 1, *, gram: bool, device: torch.device | str = "cpu") -> "Statistics":
-        """All sums zero for `num_units` units of `columns` columns each."""
-        width = num_units * columns
-        matrix = torch.zeros(width, width, dtype=torch.float32, device=device) if gram else None
-        return cls(0, torch.zeros(3, num_units, dtype=torch.float64, device=device), matrix)
+    def empty(
+        cls,
+        num_units: int,
+        columns: int = 1,
+        *,
+        gram: bool,
+        outputs: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> "Statistics":
+        """All sums zero for `num_units` units of `columns` columns each.
 
-    def update_(self, x: Tensor, sums: Tensor | None) -> None:
-        """Add one chunk: activations x (T, u·c), and the saliency sums (3, u) of the same tokens where known."""
+        Args:
+            outputs: d where sums of output gradients are wanted, else 0.
+        """
+        width = num_units * columns
+        gram_, gradients = (
+            torch.zeros(size, size, dtype=torch.float32, device=device) if wanted else None
+            for size, wanted in ((width, gram), (outputs, outputs > 0))
+        )
+        return cls(0, torch.zeros(3, num_units, dtype=torch.float64, device=device), gram_, gradients=gradients)
+
+    def update_(self, x: Tensor, sums: Tensor | None, grad_y: Tensor | None = None) -> None:
+        """Add one chunk of tokens.
+
+        Args:
+            x: (T, u·c) activations.
+            sums: (3, u) saliency sums, where known.
+            grad_y: (T, d) gradients at the consumer's output, where known.
+        """
         self.num_tokens += x.shape[0]
         if sums is not None:
             self.num_scored += x.shape[0]
             self.saliency += sums
+        if self.gradients is not None and grad_y is not None:
+            ops.gram_update_(self.gradients, grad_y)
         if self.gram is not None:
             ops.gram_update_(self.gram, x)
 
     def sum_over_(self, ranks: Ranks) -> None:
         """Add up the records of all processes; before `finalize_`."""
-        ranks.sum_(self.saliency, *([] if self.gram is None else [self.gram]))
+        ranks.sum_(self.saliency, *(matrix for matrix in (self.gram, self.gradients) if matrix is not None))
         self.num_tokens, self.num_scored = ranks.total(self.num_tokens), ranks.total(self.num_scored)
 
     def finalize_(self, whose: object) -> "Statistics":
@@ -65,8 +91,9 @@ class Statistics:
         Raises:
             NumericalError: a sum is not finite; the message names the structure and counts the units.
         """
-        if self.gram is not None:
-            ops.mirror_(self.gram)
+        for matrix in (self.gram, self.gradients):
+            if matrix is not None:
+                ops.mirror_(matrix)
         finite = torch.isfinite(self.saliency).all(0)
         if self.gram is not None:
             # A finite diagonal bounds the rest: |G_ij| ≤ √(G_ii G_jj).
@@ -92,32 +119,41 @@ class Statistics:
         yield "saliency", self.saliency
         yield "num_tokens", torch.tensor([self.num_tokens, self.num_scored])
         if self.gram is not None:
-            yield from panels(self.gram)
+            yield from panels(self.gram, "gram")
+        if self.gradients is not None:
+            yield from panels(self.gradients, "gradients")
 
     @classmethod
     def from_tensors(
-        cls, read: Callable[[str], Tensor], columns: int = 1, *, gram: bool, device: torch.device
+        cls, read: Callable[[str], Tensor], columns: int = 1, *, gram: bool, outputs: int = 0, device: torch.device
     ) -> "Statistics":
-        """The record of which `tensors` were stored; `read` gives the tensor of a key. `gram`: with its Gram matrix."""
+        """The record of which `tensors` were stored; `read` gives the tensor of a key.
+
+        Args:
+            gram: with its Gram matrix.
+            outputs: d, with its sums of output gradients; 0, without.
+        """
         saliency = read("saliency").to(device)
-        record = cls.empty(saliency.shape[1], columns, gram=gram, device=device)
+        record = cls.empty(saliency.shape[1], columns, gram=gram, outputs=outputs, device=device)
         record.saliency = saliency
         record.num_tokens, record.num_scored = read("num_tokens").tolist()
         if record.gram is not None:
-            fill_(record.gram, read)
+            fill_(record.gram, "gram", read)
+        if record.gradients is not None:
+            fill_(record.gradients, "gradients", read)
         return record
 
 
-def panels(matrix: Tensor) -> Iterator[tuple[str, Tensor]]:
+def panels(matrix: Tensor, name: str) -> Iterator[tuple[str, Tensor]]:
     """(key, row panel up to the diagonal's block) of a symmetric matrix (n, n), to store."""
     for start in range(0, len(matrix), PANEL_ROWS):
         panel = matrix[start : start + PANEL_ROWS]
-        yield f"gram_{start}", panel[:, : start + len(panel)]
+        yield f"{name}_{start}", panel[:, : start + len(panel)]
 
 
-def fill_(matrix: Tensor, read: Callable[[str], Tensor]) -> None:
+def fill_(matrix: Tensor, name: str, read: Callable[[str], Tensor]) -> None:
     """Fill a matrix (n, n) with the symmetric one of which `panels` were stored; `read` gives the tensor of a key."""
     for start in range(0, len(matrix), PANEL_ROWS):
-        panel = read(f"gram_{start}")
+        panel = read(f"{name}_{start}")
         matrix[start : start + len(panel), : panel.shape[1]].copy_(panel, non_blocking=True)
     ops.mirror_(matrix)

@@ -35,7 +35,7 @@ class Edit:
     value: Tensor | None = None
 
     def applied(self, tensor: Tensor) -> Tensor:
-        """The parameter afterwards, in the dtype it had; an axis that has the kept places alone is left as it is."""
+        """The parameter afterwards, in the dtype that it had. A tensor that was cut before is returned as it is."""
         if self.value is not None:
             return self.value.to(tensor.dtype)
         if self.kept is None or tensor.shape[self.axis] == len(self.kept):

@@ -25,7 +25,7 @@ UNITS = {"mlp": "MLP units", "attention": "attention groups"}
 
 @dataclass(frozen=True)
 class Slice:
-    """Where the units of a structure lie in one parameter of a layer. All slices of a parameter cover its axis.
+    """Where the units of a structure lie in one parameter of a layer. Together, its slices cover the parameter's axis.
 
     Attributes:
         parameter: as the layer names it, such as "mlp.up_proj.weight".

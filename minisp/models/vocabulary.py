@@ -161,7 +161,7 @@ class StreamedVocabulary:
         return embedded
 
     def _enter_head(self, hidden: Tensor) -> Tensor:
-        """The head's forward: it hands on what it was given to hand on, or its input."""
+        """The head's forward: it records its input, and returns what `giving` has set, or else the input."""
         self.entering = hidden
         return hidden if self._given is None else self._given
 

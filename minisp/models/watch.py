@@ -27,9 +27,13 @@ from minisp.models.structures import MlpWeights, Structure, mlp_weights, weight_
 
 
 class Watcher(Protocol):
-    """Whoever is told what passes: x (T, u·c), and the saliency sums (3, u) of the same tokens after a backward."""
+    """Whoever is told what passes.
 
-    def update_(self, x: Tensor, sums: Tensor | None) -> None: ...
+    That is x (T, u·c), and after a backward the saliency sums (3, u) of the same tokens and the gradients (T, d) at the
+    consumer's output.
+    """
+
+    def update_(self, x: Tensor, sums: Tensor | None, grad_y: Tensor | None = None) -> None: ...
 
 
 @contextmanager
@@ -107,7 +111,7 @@ class WatchedLinear:
 
     def passed(self, x: Tensor, grad_y: Tensor, grad_x: Tensor) -> None:
         """Told of x and its gradient (T, u·c), and of the gradient (T, R) at the output."""
-        self.watcher.update_(x, ops.saliency_sums(x, grad_x, self.columns))
+        self.watcher.update_(x, ops.saliency_sums(x, grad_x, self.columns), grad_y)
 
 
 @dataclass(frozen=True)
@@ -200,9 +204,9 @@ class _MlpFunction(torch.autograd.Function):
         (grad_y,) = grad_outputs
         mlp, gate, up = ctx.mlp, ctx.gate, ctx.up
         ctx.gate = ctx.up = None
-        grad_x = grad_y.reshape(-1, grad_y.shape[-1]) @ mlp.weights.down
-        x, sums = ops.activation_backward_(gate, up, grad_x, mlp.kind)
-        mlp.watcher.update_(x, sums)
+        flat = grad_y.reshape(-1, grad_y.shape[-1])
+        x, sums = ops.activation_backward_(gate, up, flat @ mlp.weights.down, mlp.kind)
+        mlp.watcher.update_(x, sums, flat)
         grad_hidden = gate @ (mlp.weights.up if up is None else mlp.weights.gate)
         if up is not None:
             grad_hidden = torch.addmm(grad_hidden, up, mlp.weights.up)

@@ -47,7 +47,7 @@ def correction_count(count: int, window: int, ranks: int = 1) -> int:
 
 
 def refit_windows(count: int, window: int, config: MinifyConfig, ranks: int = 1) -> list[int]:
-    """The rows of `count` calibration windows of the refit sweep, evenly spread: the same for every process."""
+    """Which of `count` calibration windows run through the refit sweep: evenly spread, the same in every process."""
     if not config.refit_sweep:
         return []
     return spread(count, correction_count(count, window, ranks) if config.corrects else count)

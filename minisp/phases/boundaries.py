@@ -42,7 +42,7 @@ class Sweep:
     advance: Callable[[str, range], None] = lambda phase, segment: None
 
     def through(self, segment: range) -> list[int]:
-        """The micro-batches whose states are wanted behind a segment: behind the last one, those that get a loss."""
+        """The micro-batches whose states leave a segment. Behind the last segment only scored ones do: for the loss."""
         last = segment.stop == len(self.stream.layers)
         return [i for i, scored in enumerate(self.batches.scored) if scored or (self.unscored and not last)]
 

@@ -1,6 +1,6 @@
-"""The sums of a sweep that is not finished, kept every few minutes: what a run that is killed goes on from.
+"""The sums of an unfinished segment, saved every few minutes: a killed run resumes from them.
 
-Only of the first segment, which leaves no gradient: its sums alone say how far it got.
+Only the first segment is saved so. It writes no gradient, so its sums alone say how far it got.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The pruned model's windows through one layer, with what a structure adds told apart from what passes it by.
+"""The pruned model's windows through one layer, where a structure's output is kept apart from the rest.
 
 With x (T, n) the consumer's input, W (d, n) and b its weight and bias, and r (T, d) the stream that passes the
 structure by, what leaves the layer is h = r + (x Wᵀ + b). x and r do not depend on W. So when W alone has changed, h
@@ -36,7 +36,7 @@ class _Told:
 
     x: Tensor | None = None
 
-    def update_(self, x: Tensor, sums: Tensor | None) -> None:
+    def update_(self, x: Tensor, sums: Tensor | None, grad_y: Tensor | None = None) -> None:
         self.x = x
 
 
@@ -64,7 +64,7 @@ class Passage:
         self._structure, self._kind = structure, kind
         self._layer = stream.layers[structure.layer]
         self._again, self._adds = again, False
-        # What `leaving` yields waits until the next layer: it comes first where room is short.
+        # The states that `leaving` yields need room until the next layer has read them: x and r get what is left.
         self._waits = sum(map(stream.state_bytes, batches))
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -100,7 +100,7 @@ class _Sweep:
 class _Nobody:
     """Watches without asking for anything."""
 
-    def update_(self, x: Tensor, sums: Tensor | None) -> None:
+    def update_(self, x: Tensor, sums: Tensor | None, grad_y: Tensor | None = None) -> None:
         """As `watch.Watcher`."""
 
 
@@ -232,7 +232,10 @@ def demand(sizes: Sizes, holding: Holding, again: float = 0.0) -> Demand:
 
 
 def _sweep_flops(sizes: Sizes, holding: Holding, again: float) -> float:
-    """A passage through every layer, and, of its windows, the last product or another passage; the sums beside it."""
+    """Every window passes every layer once; then the consumer's product alone is repeated, or the whole layer is.
+
+    The sums of the refit or of the correction come on top.
+    """
     config, inside, consumers = sizes.config, sizes.inside, sizes.consumers
     cut = 2 * (inside - (1 - config.keep) * sum(x.parameters * x.num_units for x in sizes.structures))
     # What leaves the last layer is not wanted.

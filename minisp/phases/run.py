@@ -31,6 +31,7 @@ class Phase(str, Enum):
     TEXT = "calibration text"
     SWEEP = "saliency sweep"
     HEAD = "head"
+    DECISION = "decision"
     TRIALS = "trial cuts"
     TRIAL_OUTPUTS = "trial outputs"
     REFIT = "refit"
@@ -84,11 +85,11 @@ class Run:
         return cls(memory, Tiers(memory, torch.device("cpu"), Room(device=2**63)), Ranks(), progress)
 
     def once(self, name: str, make: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, Any]]]) -> None:
-        """See to it that a shared record is there: the first process makes its tensors and facts, unless it is.
+        """Make a shared record unless it is there. The first process computes its tensors and facts.
 
         All processes call this together, and all can read the record afterwards.
         """
-        # Asked together: what the first process has just written, a slower one must not take for an earlier run's.
+        # All processes ask together: a slow one must not take what the first has just written for an earlier run's.
         if self.ranks.most(not self.shared.has(name)):
             if self.ranks.first:
                 tensors, facts = make()
@@ -99,20 +100,24 @@ class Run:
             self.ranks.wait()
 
     def save_if_due(self, *names: str) -> None:
-        """Every few minutes, have this process's records in its folder, from which a run that is killed goes on."""
-        # Together, and nobody drops the older ones before all have the newer ones: one boundary is there everywhere.
+        """Every few minutes, write these records to this process's folder. A killed run resumes from there."""
+        # All processes decide together, and drop older records only after all have written: so one boundary is there
+        # in every folder.
         if self.ranks.most(self.own.due):
             self.own.save(*names)
             self.ranks.wait()
             self.own.forget(*names)
 
-    def statistics(self, structure: Structure, *, gram: bool, device: torch.device | str = "cpu") -> Statistics:
-        """The statistics that the saliency sweep has left of a structure; `gram`: with the Gram matrix."""
+    def statistics(
+        self, structure: Structure, *, gram: bool, outputs: int = 0, device: torch.device | str = "cpu"
+    ) -> Statistics:
+        """The statistics that the saliency sweep has left of a structure, see `Statistics.from_tensors`."""
         name = Record.STATISTICS.of(structure.layer, structure.name)
         return Statistics.from_tensors(
-            lambda key: self.shared.read(name, key, ahead=key.startswith("gram")),
+            lambda key: self.shared.read(name, key, ahead=key.startswith("gram_")),
             structure.columns,
             gram=gram,
+            outputs=outputs,
             device=torch.device(device),
         )
 

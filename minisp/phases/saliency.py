@@ -26,6 +26,7 @@ def saliency_sweep(
     *,
     objective: Objective = NEXT_TOKEN,
     gram: bool,
+    gradients: bool = False,
     dense: bool = False,
 ) -> None:
     """Leave a record of statistics for every structure.
@@ -35,12 +36,13 @@ def saliency_sweep(
         segments: consecutive layers held together, in forward order; they cover all layers.
         objective: what is differentiated.
         gram: collect Gram matrices too.
+        gradients: collect sums of output gradients too.
         dense: keep the states that leave each layer, of the windows of the refit sweep, as `Record.DENSE`.
 
     Raises:
         NumericalError: statistics that are not finite.
     """
-    device = stream.device
+    device, outputs = stream.device, stream.model.config.hidden_size if gradients else 0
 
     def watching(records: Mapping[Structure, Statistics]) -> ExitStack:
         stack = ExitStack()
@@ -52,8 +54,8 @@ def saliency_sweep(
         what="saliency",
         keys=stream.structures,
         name=lambda x: Record.STATISTICS.of(x.layer, x.name),
-        empty=lambda x: Statistics.empty(x.num_units, x.columns, gram=gram, device=device),
-        restored=lambda x, read: Statistics.from_tensors(read, x.columns, gram=gram, device=device),
+        empty=lambda x: Statistics.empty(x.num_units, x.columns, gram=gram, outputs=outputs, device=device),
+        restored=lambda x, read: Statistics.from_tensors(read, x.columns, gram=gram, outputs=outputs, device=device),
         watch=watching,
     )
     sweep_layers(Sweep(stream, batches, run, objective, unscored=gram, dense=dense), segments, collection)

@@ -36,11 +36,11 @@ class Sizes:
         batch_tokens: tokens of a micro-batch.
         item, stored_item: bytes of an element, in the compute type and as stored.
         autograd: bytes per token that autograd keeps of one layer; see `layers.autograd_bytes`.
-        kept: the most columns that a consumer can keep that is cut.
+        kept: the largest number of columns that a consumer keeps if it is cut at all.
         logits: bytes that a chunk of logits may take.
-        loaded: whether the model was in memory before the run: its weights are then no part of what the run needs.
+        loaded: whether the model was in memory before the run. If so, the plan does not count its weights.
         streams: whether weights stream from a checkpoint; else the model is in memory whole.
-        writes: whether what waits goes to a scratch folder; else it waits in memory.
+        writes: whether records go to a scratch folder; else they stay in memory.
         maps: where weights are set to zero; none where units are cut.
     """
 
@@ -85,7 +85,8 @@ class Sizes:
     def sums(self) -> list[tuple[int, int]]:
         """(layer, n) of every matrix (n, n) that the sweep sums: Gram matrices, or both sides of linear maps."""
         if not self.maps:
-            return [(x.layer, x.width) for x in self.structures] if self.config.collects_gram else []
+            gradients = [(x.layer, self.hidden) for x in self.structures if self.config.method == "surgeon"]
+            return gradients + [(x.layer, x.width) for x in self.structures if self.config.collects_gram]
         if self.config.method == "magnitude":
             return []
         inputs = [(x.layer, x.columns) for x in self.maps if x.path == x.source]

@@ -51,11 +51,7 @@ def sweep_layers(sweep: Sweep, segments: Sequence[range], collection: Collection
     count = segments[-1].stop
     segments = _unfinished(segments, collection, run)
     if not segments:
-        # A run that was killed may have left what the sums were made from; the next sweep must not take it for its own.
-        for index in range(count + 1):
-            run.own.drop(Record.STATES.of(index))
-            run.own.drop(Record.GRADIENT.of(index))
-        partial.drop(run.own)
+        _drop_passing(run, count)
         return
     head_first, forward = _forward_passes(stream, segments, run)
     done = 0
@@ -89,7 +85,16 @@ def sweep_layers(sweep: Sweep, segments: Sequence[range], collection: Collection
             del sums
         behind = segment
     _finish(segment, run)
+    _drop_passing(run, count)
     run.own.forget()
+
+
+def _drop_passing(run: Run, count: int) -> None:
+    """Drop what a run that was killed has left of states and gradients: the next sweep must not take it for its own."""
+    for index in range(count + 1):
+        run.own.drop(Record.STATES.of(index))
+        run.own.drop(Record.GRADIENT.of(index))
+    partial.drop(run.own)
 
 
 def _finish(segment: range, run: Run) -> None:
@@ -106,7 +111,11 @@ def _finish(segment: range, run: Run) -> None:
 
 
 def _unfinished(segments: Sequence[range], collection: Collection[K, S], run: Run) -> list[range]:
-    """The segments, or parts of them, whose sums no earlier run has left, together with the gradient to go on."""
+    """The segments, the last one perhaps shortened, that this run has to sweep.
+
+    A layer is done if all records of its sums are there. The sweep goes in reverse, so it starts below the lowest done
+    layer whose input gradient is there too.
+    """
     count = segments[-1].stop
     missing = {key.layer for key in collection.keys if not run.shared.has(collection.name(key))}
     there = [layer not in missing for layer in range(count)]
@@ -163,11 +172,11 @@ def _run_backward(sweep: Sweep, segment: range, collection: Collection[K, S]) ->
 
 @contextmanager
 def _passing(sweep: Sweep, segment: range, first: int) -> Iterator[Callable[[int], Told]]:
-    """Within the block, layers compute as they do in every sweep; gives who is told what a micro-batch leaves."""
+    """Within the block, layers compute by the engine's operations. Yields, per micro-batch, who is told its states."""
     num_refit, own = sweep.batches.num_refit, sweep.run.own
     with ExitStack() as stack:
         stack.enter_context(fast_layers(sweep.stream.model))
-        # A sweep that goes on in the middle of a segment has passed some windows before: their states are gone.
+        # A sweep that resumes in the middle of a segment does not run its first windows again: their states are lost.
         appends = {
             index: stack.enter_context(own.writing(Record.DENSE.of(index + 1), sizes=sweep.sizes(range(num_refit))))
             for index in (segment if sweep.dense and num_refit and first == 0 else ())

@@ -11,7 +11,7 @@ from math import ceil
 from minisp.device import HEAP_BYTES
 from minisp.errors import ConfigError
 from minisp.methods.statistics import PANEL_ROWS
-from minisp.phases import refit, shots, sweep, trials
+from minisp.phases import decide, refit, shots, sweep, trials
 from minisp.phases.run import Phase
 from minisp.phases.sizes import Demand, Holding, Sizes
 from minisp.store.ring import ring_bytes
@@ -49,11 +49,16 @@ class Layout(Holding):
 
 
 def demands(sizes: Sizes, holding: Holding, again: float = 0.0) -> dict[Phase, Demand]:
-    """What each phase of a run takes, by the phase whose states wait; see `refit.demand` for `again`."""
+    """What each phase of a run takes.
+
+    Args:
+        again: share of the refit sweep's windows that pass a cut layer twice, see `refit.demand`.
+    """
     if sizes.maps:
         return {Phase.SWEEP: sweep.demand(sizes, holding), Phase.UPDATE: shots.demand(sizes)}
     return {
         Phase.SWEEP: sweep.demand(sizes, holding),
+        Phase.DECISION: decide.demand(sizes),
         Phase.TRIALS: trials.demand(sizes, holding.stream_vocabulary),
         Phase.REFIT_SWEEP: refit.demand(sizes, holding, again),
     }
@@ -136,6 +141,7 @@ def _peaks(sizes: Sizes, holding: Holding) -> Peaks:
     slots = min(2, holding.num_slots * holding.segment)
     again = after | {"weights": slots * sizes.layer * stored + converted} if sizes.streams else after
     beside = {Phase.SWEEP: resident, Phase.HEAD: resident, Phase.REFIT: after, Phase.UPDATE: after}
+    beside[Phase.DECISION] = after
     peaks: Peaks = {}
     for demand in demands(sizes, holding).values():
         peaks |= {phase: beside.get(phase, again) | dict(taken) for phase, taken in demand.memory.items()}

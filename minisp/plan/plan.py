@@ -7,12 +7,13 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from minisp.config import MinifyConfig, Resources
+from minisp.config import MinifyConfig
 from minisp.device import product_rate
 from minisp.models.maps import LinearMap
 from minisp.models.structures import UNITS, Structure
 from minisp.phases.run import Phase
 from minisp.plan.layout import Layout
+from minisp.resources import Resources
 from minisp.store.tiers import Room
 from minisp.text.mixture import WRITTEN_SHARE, Shares
 from minisp.units import as_text, megabytes, millions, spread
@@ -40,15 +41,15 @@ class Plan:
         batch: calibration windows per micro-batch.
         segments: layers held together, in forward order.
         layout: what is held at once, and the memory that it takes by phase.
-        rooms: by phase, bytes of waiting states that stay where it computes, or else in pinned main memory.
-        behind: bytes that may wait for the disk in pinned main memory, where a GPU computes.
+        rooms: phase → bytes of hidden states that stay on the computing device, and bytes in pinned main memory.
+        behind: bytes of pinned main memory for records on their way from a GPU to the disk.
         streams: whether weights stream from disk.
         device, dtype: where and in what type it computes.
         implementations: who computes each operation of the engine, see `ops.implementations`.
         work: by phase, floating-point operations of its sweeps, and those of its ridge solves, in float32.
         traffic: bytes read from and written to disk, by purpose.
-        scratch_bytes: disk that waiting states, statistics and results take at most at once; dense_bytes: what the
-            dense states take of it, which are left out where the disk has less than four times that.
+        scratch_bytes: most disk space that states, statistics and results take at once.
+        dense_bytes: the part of it that the dense states take. A disk with less than four times that gets none.
         base_memory: bytes that the process had before.
     """
 
@@ -165,6 +166,11 @@ def expected_seconds(plan: Plan, shares: Shares | None = None) -> dict[Phase, fl
     return seconds
 
 
+def _share(keep: float) -> str:
+    """A share in per cent: 80%, or 74.31% where it is no round one."""
+    return f"{keep:.0%}" if round(100 * keep, 2) == round(100 * keep) else f"{keep:.2%}"
+
+
 def _budget(plan: Plan) -> str:
     """What stays at most: weights, units where all of them cost the same, or parameters."""
     config = plan.config
@@ -213,7 +219,9 @@ def plan_table(plan: Plan, seconds: float | None = None, shares: Shares | None =
     table.add_column()
     sizes = [f"{spread(units)} {UNITS[name]} each" for name, units in plan.units.items()]
     table.add_row("layers", f"{plan.structures[-1].layer + 1} with {' and '.join(sizes)}")
-    table.add_row("keep", f"{config.keep:.0%}: {_budget(plan)}")
+    table.add_row("keep", f"{_share(config.keep)}: {_budget(plan)}")
+    if config.target_size or config.target_params:
+        table.add_row("target", f"at most {config.target_size or config.target_params}")
     if config.cuts:
         table.add_row("parameters", f"{millions(plan.parameters)} → at most {millions(plan.parameters_after)}")
         table.add_row("weights", f"{megabytes(plan.bytes)} → at most {megabytes(plan.bytes_after)}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from minisp.config import MinifyConfig, Resources, group_of, parse_size
+from minisp.config import MinifyConfig, group_of
 from minisp.device import MEMORY_SHARE, free_main_memory, memory_limit
 from minisp.errors import ConfigError
 from minisp.models.families import CausalLM, activation_kind, decoder_layers, family_of
@@ -19,8 +19,11 @@ from minisp.phases.sizes import Sizes, sizes_of
 from minisp.plan.layout import Layout, choose_layout, demands, staging
 from minisp.plan.plan import Plan
 from minisp.plan.rooms import disk_traffic, make_rooms, passes_again, scratch_room, writes_behind
+from minisp.plan.targets import with_target
+from minisp.resources import Resources
 from minisp.store.checkpoint import DTYPE_OF, Checkpoint
 from minisp.text.calibration import check_window
+from minisp.units import parse_size
 
 # Tokens of a micro-batch, the fastest first; the next one is tried where memory is so tight that layers are held in
 # more than a few segments.
@@ -85,13 +88,13 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     structures = structures_of(model, family, config.structures)
     check_window(config.window, getattr(model.config, "max_position_embeddings", None))
     cuttable = sum(structure.num_units * structure.parameters for structure in structures)
-    kept_parameters = _kept_parameters(structures, config)
     parameters = sum(p.numel() for p in model.parameters())
+    config = with_target(config, structures, parameters, source.stored_bytes, source.checkpoint)
+    kept_parameters = _kept_parameters(structures, config)
     layers = decoder_layers(model, family)
     after = parameters - (cuttable - kept_parameters)
     base = psutil.Process().memory_info().rss
-    cut = config.cuts and config.keep < 1
-    kept = max(x.width - (step_of(x, structures, config) * x.columns if cut else 0) for x in structures)
+    kept = max(_most_kept(x, step_of(x, structures, config), config) * x.columns for x in structures)
     batch, sizes, layout = _fit(source, config, resources, ranks, kept, base)
     _check_groups(sizes)
     host = _host_room(source, resources, sizes, layout, base)
@@ -199,6 +202,11 @@ def _check_groups(sizes: Sizes) -> None:
             )
 
 
+def _most_kept(structure: Structure, step: int, config: MinifyConfig) -> int:
+    """The most units that a structure keeps which is cut."""
+    return structure.num_units if config.keep == 1 or not config.cuts else (structure.num_units - 1) // step * step
+
+
 def _kept_parameters(structures: list[Structure], config: MinifyConfig) -> int:
     """The most parameters of the structures that stay."""
     if not config.cuts:
@@ -209,7 +217,7 @@ def _kept_parameters(structures: list[Structure], config: MinifyConfig) -> int:
         if name == "mlp" and config.keep < 1 and step >= largest:
             raise ConfigError(
                 f"Alignment: expected less than the largest layer width, {largest}, got {step}. Pass a smaller "
-                "alignment; layers of one unit cannot be cut."
+                "alignment or tp; layers of one unit cannot be cut."
             )
     # Whatever the saliency will be: refused now rather than after the sweep where no sizes fit the budget.
     sizes = kept_sizes(structures, [torch.zeros(x.num_units) for x in structures], config)

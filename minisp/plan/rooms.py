@@ -1,7 +1,7 @@
-"""How many bytes wait between the layers of each phase, and how many of them have room in memory.
+"""Hidden states wait between the layers of a sweep: how many bytes, and how many of them stay in memory.
 
-A CPU without a stated limit keeps the run's peak where the largest phase has it anyway. A stated limit, and the memory
-of a GPU, are there to be used; what a GPU has no room for waits in pinned main memory.
+On a CPU without a stated limit, states stay in memory only as far as the largest phase's peak does not grow. With a
+stated limit, or on a GPU, they fill what the limit leaves. States that a GPU has no room for go to pinned main memory.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from minisp.phases.sizes import HELD, Sizes
 from minisp.plan.layout import Layout, demands
 from minisp.store.tiers import Room
 
-# What waits in one of these phases still waits in what the plan counts apart.
+# A phase whose states wait → the phases, or parts of one, during which they wait.
 DURING = {
     Phase.SWEEP: (Phase.SWEEP, Phase.HEAD),
     Phase.TRIALS: (Phase.TRIALS, Phase.TRIAL_OUTPUTS),
@@ -63,7 +63,7 @@ def make_rooms(
 
 
 def _lasts(rooms: Rooms, waiting: int, dense: int) -> bool:
-    """Whether the dense states find room in memory beside what waits in the sweep, and may stay where they are."""
+    """Whether the dense states fit in memory beside the sweep's own states, and fit in every later phase too."""
     room = rooms[Phase.SWEEP]
     stays = min(room.device, dense)
     return room.device + room.host // 2 >= waiting + dense and all(other.device >= stays for other in rooms.values())
