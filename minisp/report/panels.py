@@ -34,7 +34,8 @@ def panels(result: WrittenResult) -> list[Panel]:
     layers = result.layers
     names = list(dict.fromkeys(layer.structure for layer in layers))
     found = [_widths(name, _of(layers, name)) for name in names]
-    found += [_saliency(name, _of(layers, name)) for name in names]
+    by_costs = result.config.get("method") == "surgeon"
+    found += [_saliency(name, _of(layers, name), by_costs=by_costs) for name in names]
     refitted = [name for name in names if any(x.kept < x.width for x in _of(layers, name))]
     if refitted:
         found += _fits(layers, refitted)
@@ -84,7 +85,7 @@ def _widths(name: str, layers: Sequence[LayerReport]) -> Panel:
     )
 
 
-def _saliency(name: str, layers: Sequence[LayerReport]) -> Panel:
+def _saliency(name: str, layers: Sequence[LayerReport], *, by_costs: bool) -> Panel:
     bands = {(1, 5): "fill0 light", (2, 4): "fill0 middle"}
     values = [value for x in layers for value in x.saliency.quantiles[1:6]]
     cut = [x.saliency.highest_cut or MISSING for x in layers]
@@ -109,8 +110,12 @@ def _saliency(name: str, layers: Sequence[LayerReport]) -> Panel:
             ("fill0 light", "90 % of them"),
             ("fill1 round", "largest that was cut"),
         ],
-        "What the loss would feel if a unit went, on a logarithmic scale. Units below the dots went. A layer whose dot "
-        "lies high in its band lost much of what it had.",
+        "What the loss would feel if a unit went, on a logarithmic scale. "
+        + (
+            "The Surgeon chose by costs of its own, so units on both sides of the dots went."
+            if by_costs
+            else "Units below the dots went. A layer whose dot lies high in its band lost much of what it had."
+        ),
     )
 
 
