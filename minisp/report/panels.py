@@ -47,8 +47,9 @@ def panels(result: WrittenResult) -> list[Panel]:
 def _fits(layers: Sequence[LayerReport], names: Sequence[str]) -> Iterator[Panel]:
     """How the refits went."""
     yield _residuals(layers, names)
-    if any(layer.drift_explained for layer in layers):
-        yield _drift(layers, names)
+    corrected = [name for name in names if any(x.drift_explained for x in _of(layers, name))]
+    if corrected:
+        yield _drift(layers, corrected)
     if any(layer.damping_curve for layer in layers):
         yield _damping(layers, names)
         yield _curves(layers)
@@ -149,7 +150,7 @@ def _drift(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
         points = [(x.layer, x.drift_explained) for x in mine]
         told = [f"layer {x.layer}: {x.drift_explained:.2%}" for x in mine]
         marks += [Mark("line", f"line{place % COLOURS}", points), Mark("dots", f"fill{place % COLOURS}", points, told)]
-    values = [x.drift_explained for x in layers]
+    values = [x.drift_explained for x in layers if x.structure in names]
     return Panel(
         "Drift that each layer took over",
         Chart(
@@ -160,7 +161,7 @@ def _drift(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
         ),
         [(f"line{place % COLOURS}", units(name)) for place, name in enumerate(names)],
         "Behind each layer the pruned model's states differ from the dense one's. This is the share of that difference "
-        "that the layer's correction took away. Little in one layer adds up over all.",
+        "that the layer's correction took away.",
     )
 
 
