@@ -60,6 +60,11 @@ def units(name: str) -> str:
     return UNITS.get(name, name)
 
 
+def _colour(name: str) -> int:
+    """The same for a kind of structure in every figure."""
+    return list(UNITS).index(name) if name in UNITS else len(UNITS)
+
+
 def _of(layers: Sequence[LayerReport], name: str) -> list[LayerReport]:
     return [layer for layer in layers if layer.structure == name]
 
@@ -122,7 +127,7 @@ def _saliency(name: str, layers: Sequence[LayerReport], *, by_costs: bool) -> Pa
 
 def _residuals(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
     marks, legend, values = [], [], []
-    for place, name in enumerate(names):
+    for name in names:
         mine = _of(layers, name)
         for key, words, dash in (("residual_sliced", "sliced", "dashed"), ("residual", "refitted", "")):
             # A layer that lost nothing has no residual: a gap.
@@ -130,10 +135,10 @@ def _residuals(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
             values += [value for _, value in points]
             told = [f"layer {x}: {value:.3f} {words}" for x, value in points]
             marks += [
-                Mark("line", f"line{place % COLOURS} {dash}", points),
-                Mark("dots", f"fill{place % COLOURS}", points, told),
+                Mark("line", f"line{_colour(name)} {dash}", points),
+                Mark("dots", f"fill{_colour(name)}", points, told),
             ]
-            legend.append((f"line{place % COLOURS} {dash}", words if len(names) == 1 else f"{units(name)}, {words}"))
+            legend.append((f"line{_colour(name)} {dash}", words if len(names) == 1 else f"{units(name)}, {words}"))
     return Panel(
         "Residual of each layer",
         Chart("Residual by layer", _layer_axis(layers), axis_for("relative residual", values, zero=True), marks),
@@ -145,11 +150,11 @@ def _residuals(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
 
 def _drift(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
     marks = []
-    for place, name in enumerate(names):
+    for name in names:
         mine = _of(layers, name)
         points = [(x.layer, x.drift_explained) for x in mine]
         told = [f"layer {x.layer}: {x.drift_explained:.2%}" for x in mine]
-        marks += [Mark("line", f"line{place % COLOURS}", points), Mark("dots", f"fill{place % COLOURS}", points, told)]
+        marks += [Mark("line", f"line{_colour(name)}", points), Mark("dots", f"fill{_colour(name)}", points, told)]
     values = [x.drift_explained for x in layers if x.structure in names]
     return Panel(
         "Drift that each layer took over",
@@ -159,7 +164,7 @@ def _drift(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
             axis_for("share of the drift", values, zero=True),
             marks,
         ),
-        [(f"line{place % COLOURS}", units(name)) for place, name in enumerate(names)],
+        [(f"line{_colour(name)}", units(name)) for name in names],
         "Behind each layer the pruned model's states differ from the dense one's. This is the share of that difference "
         "that the layer's correction took away.",
     )
@@ -167,17 +172,15 @@ def _drift(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
 
 def _damping(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
     marks, values = [], []
-    for place, name in enumerate(names):
+    for name in names:
         mine = [x for x in _of(layers, name) if x.kept < x.width]
         points = [(x.layer, x.damping) for x in mine]
         values += [x.damping for x in mine]
-        marks.append(
-            Mark("dots", f"fill{place % COLOURS}", points, [f"layer {x.layer}: λ {x.damping:g}" for x in mine])
-        )
+        marks.append(Mark("dots", f"fill{_colour(name)}", points, [f"layer {x.layer}: λ {x.damping:g}" for x in mine]))
     return Panel(
         "Damping of each refit",
         Chart("Damping by layer", _layer_axis(layers), axis_for("damping λ", values, log=True), marks),
-        [(f"fill{place % COLOURS} round", units(name)) for place, name in enumerate(names)],
+        [(f"fill{_colour(name)} round", units(name)) for name in names],
         "The ridge λ, relative to the mean diagonal of the Gram matrix, as it was chosen for each layer.",
     )
 
