@@ -59,6 +59,12 @@ class DistributedError(MinispError):
     exit_code = 10
 
 
+class GateError(MinispError):
+    """No result is as good as was asked for."""
+
+    exit_code = 11
+
+
 def one_line(error: Exception) -> str:
     """Another library's message as a sentence to quote: no line breaks, no C++ frames such as torch appends."""
     return " ".join(str(error).split("\nException raised from")[0].split()).rstrip(".") + "."
