@@ -4,6 +4,8 @@ The classes are few and follow what a caller can do about the failure; `exit_cod
 Codes 0 (success), 1 (a bug or an unforeseen error) and 2 (wrong command-line usage) keep their customary meaning.
 """
 
+from typing import Any
+
 
 class MinispError(Exception):
     """Base class. `exit_code` is the process exit status of the command line for this class of failure."""
@@ -57,6 +59,21 @@ class DistributedError(MinispError):
     """Another process of the same run failed or was lost."""
 
     exit_code = 10
+
+
+class GateError(MinispError):
+    """A model was made and does not pass a gate of its recipe.
+
+    Args:
+        message: what was expected, what was got, and what to do.
+        facts: the same as plain values, for programs.
+    """
+
+    exit_code = 11
+
+    def __init__(self, message: str, facts: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.facts = facts
 
 
 def one_line(error: Exception) -> str:
