@@ -15,11 +15,11 @@ prints, after the word ANSWER, the version of the binding and for each model
 
 import json
 import sys
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import xllamacpp
+from asking import ask, events
 
 
 def served(path: str) -> xllamacpp.Server:
@@ -32,15 +32,6 @@ def served(path: str) -> xllamacpp.Server:
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     return xllamacpp.Server(params)
-
-
-def ask(address: str, path: str, values: dict[str, Any]) -> Any:
-    """The answer to a POST: its JSON, or the text of a stream."""
-    body = json.dumps(values).encode()
-    sent = urllib.request.Request(f"{address}{path}", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(sent, timeout=300) as answer:
-        text = answer.read().decode()
-    return text if values.get("stream") else json.loads(text)
 
 
 def answers(address: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -59,9 +50,7 @@ def answers(address: str, request: dict[str, Any]) -> dict[str, Any]:
     with ThreadPoolExecutor(len(prompts)) as pool:
         together = list(pool.map(complete, prompts))
     asked = {**greedy, "prompt": prompts[0], "n_predict": count, "cache_prompt": False, "stream": True}
-    lines = ask(address, "/completion", asked).splitlines()
-    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-    said = [event["content"] for event in events]
+    said = [event["content"] for event in events(ask(address, "/completion", asked))]
     asked = {**greedy, "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": count}
     chat = ask(address, "/v1/chat/completions", asked)
     return {

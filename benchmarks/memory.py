@@ -53,9 +53,9 @@ def memory_group(limit: int) -> Iterator[Path | None]:
 
 def child(args: argparse.Namespace) -> dict[str, Any]:
     """In the child: one run."""
-    from minisp.config import parse_size
     from minisp.fast import minify
     from minisp.store.checkpoint import Checkpoint
+    from minisp.units import parse_size
 
     vocabulary = Checkpoint.open(args.model).config.vocab_size
     windows = torch.randint(vocabulary, (args.windows, args.window), generator=torch.Generator().manual_seed(0))
@@ -103,7 +103,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def limits(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One run for every limit."""
-    from minisp.config import parse_size
+    from minisp.units import parse_size
 
     rows = []
     for text in args.limits:

@@ -13,8 +13,10 @@ import crash
 import gpu_suite
 import memory
 import minify_cpu
+import quantised
 import ridge
 import serving
+import serving_speed
 from harness import machine_line
 from harness import markdown as table
 
@@ -116,7 +118,8 @@ def blend(data: Data) -> Iterator[str]:
 KINDS: dict[str, Callable[[Data], str | Iterator[str]]] = {
     "quality": quality, "peers": peers, "ablation": ablation, "blend": blend, "downstream_offline": downstream_offline,
     "minify_cpu": minify_cpu.table, "memory": memory.table, "crash": crash.table, "ridge": ridge.table,
-    "gpu": gpu_suite.table, "serving": serving.table,
+    "gpu": gpu_suite.table, "serving_speed": serving_speed.table, "serving": serving.table,
+    "quantised": quantised.table,
 }  # fmt: skip
 
 

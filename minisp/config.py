@@ -5,6 +5,8 @@ from typing import Any, Literal, get_args
 
 from minisp.checks import is_damping, is_positive_integer, require, require_choice, require_flag
 from minisp.errors import ConfigError
+from minisp.resources import Resources
+from minisp.units import parse_count, parse_size
 
 Method = Literal["taylor", "surgeon", "sparsegpt", "wanda", "magnitude"]
 Pattern = Literal["structured", "rows-columns", "2:4", "4:8", "unstructured"]
@@ -26,6 +28,8 @@ class MinifyConfig:
     Args:
         keep: share of the parameters of the structures that is kept over all layers, in (0, 1]; a budget that rounding
             never exceeds. With MLPs alone, the share of their units.
+        target_size: bytes of the weights that the result has at most, such as 90MB, instead of `keep`.
+        target_params: parameters that it has at most, such as 110M, instead of `keep`.
         method: `taylor`, Taylor saliency and ridge refit (the paper); `surgeon`, costs and updates from a
             Kronecker-factored curvature (the LLM Surgeon); `sparsegpt`, `wanda`, `magnitude`, for patterns of zeros.
         pattern: what goes: `structured`, whole units, so that the model gets smaller; all others leave zeros in the
@@ -44,6 +48,8 @@ class MinifyConfig:
             scaled by what a trial cut of it does to the model's output.
         alignment: widths are multiples of it (or untouched); None picks the largest power of two that is at
             most a 32nd of the width, and at most 128.
+        tp: tensor-parallel degree of the server: widths are multiples of `alignment` times it, and groups of heads
+            multiples of it, so that every device gets an equal and aligned part. Part of the budget too.
         min_keep: no layer keeps less than this fraction of its units, or than `keep` where that is less, in [0, 1];
             rounded down to the alignment where the budget has no room for more.
         refit_on: what the kept units are refitted on: `dense`, the dense model's activations; `pruned`, those of the
@@ -72,6 +78,8 @@ class MinifyConfig:
     """
 
     keep: float = 0.8
+    target_size: str | None = None
+    target_params: str | None = None
     method: Method = "taylor"
     pattern: Pattern = "structured"
     shots: int = 1
@@ -82,6 +90,7 @@ class MinifyConfig:
     widths: Widths = "per-layer"
     allocation: Allocation = "score"
     alignment: int | None = None
+    tp: int = 1
     min_keep: float = 0.1
     refit_on: RefitOn = "dense"
     correct_drift: bool = True
@@ -119,7 +128,7 @@ class MinifyConfig:
         require("gradient_damping", self.gradient_damping, "a finite number above 0", lambda v: 0 < v < float("inf"))
         for name in ("correct_drift", "reconstruct"):
             require_flag(name, getattr(self, name))
-        for name in ("num_windows", "window", "shots"):
+        for name in ("num_windows", "window", "shots", "tp"):
             require(name, getattr(self, name), "a whole number, at least 1", is_positive_integer)
         for name in ("alignment", "batch", "saliency_windows"):
             value = getattr(self, name)
@@ -131,7 +140,21 @@ class MinifyConfig:
                 f"{self.saliency_windows}. Pass fewer, or leave it out to take all."
             )
         require("seed", self.seed, "a whole number in [0, 2**63)", lambda v: isinstance(v, int) and 0 <= v < 2**63)
+        self._require_target()
         self._require_method()
+
+    def _require_target(self) -> None:
+        if self.target_size is not None:
+            require("target_size", self.target_size, "a size such as 90MB", lambda v: parse_size(v) > 0)
+        if self.target_params is not None:
+            require("target_params", self.target_params, "a count such as 110M", lambda v: parse_count(v) > 0)
+        if self.target_size is not None and self.target_params is not None:
+            raise ConfigError("Options target_size and target_params: expected one of them, got both. Leave one out.")
+        if not self.cuts and (self.target_size or self.target_params):
+            raise ConfigError(
+                f"Option pattern: expected structured beside a target, got {self.pattern}, which leaves all weights "
+                "where they are. Pass keep instead."
+            )
 
     def _require_method(self) -> None:
         """Options that exclude each other by method and pattern."""
@@ -224,65 +247,9 @@ def group_of(pattern: str) -> tuple[int, int] | None:
 
 # What can change without new statistics.
 RESULT_OPTIONS = (
-    "keep", "saliency", "widths", "allocation", "alignment", "min_keep", "refit_on", "correct_drift", "damping",
+    "keep", "saliency", "widths", "allocation", "alignment", "tp", "min_keep", "refit_on", "correct_drift", "damping",
     "correction_damping", "shrink_to", "reconstruct",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What a run may use, and where it keeps what waits. Nothing here changes the result of a given text but rounding.
-
-    Args:
-        host_memory: most main memory that the whole process may take, as 16GB or 2GiB; a run whose plan needs more is
-            refused. None plans with half of what is free.
-        device_memory: the same for the GPU's memory, where one computes.
-        segment: consecutive layers held at once; None picks what fits (fewer need less memory and more recomputing).
-        scratch: folder for what waits on disk; it keeps the statistics for later runs. None takes a hidden folder
-            beside the output, which goes when the run ends well.
-        resume: continue a run that was stopped, if there is one, to the same bits.
-        reuse: take the statistics that an earlier run left in `scratch`. The model, the windows, dtype and device must
-            be the same; how units are chosen and refitted may differ, where the Gram matrices that both need were
-            collected (they are not for `refit_on` pruned with `allocation` score).
-
-    Raises:
-        ConfigError: a value outside its range.
-    """
-
-    host_memory: str | None = None
-    device_memory: str | None = None
-    segment: int | None = None
-    scratch: str | None = None
-    resume: bool = False
-    reuse: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("host_memory", "device_memory"):
-            if (value := getattr(self, name)) is not None:
-                require(
-                    name,
-                    value,
-                    "a size above 0 in KB, MB, GB, KiB, MiB or GiB, such as 16GB",
-                    lambda v: parse_size(v) > 0,
-                )
-        if self.segment is not None:
-            require("segment", self.segment, "a whole number, at least 1, or None", is_positive_integer)
-        if self.scratch is not None:
-            require("scratch", self.scratch, "a path", lambda v: bool(str(v)))
-        for name in ("resume", "reuse"):
-            require_flag(name, getattr(self, name))
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of a size such as 16GB (decimal) or 2GiB (binary); an integer is bytes already.
-
-    Raises:
-        ValueError: it is no such size.
-    """
-    from accelerate.utils.modeling import convert_file_size_to_int
-
-    # A small b would mean bits there.
-    return text if isinstance(text, int) else int(convert_file_size_to_int(text.upper()))
 
 
 def split_options(**options: Any) -> tuple[MinifyConfig, Resources]:
@@ -293,6 +260,12 @@ def split_options(**options: Any) -> tuple[MinifyConfig, Resources]:
         raise ConfigError(
             f"Unknown option {', '.join(unknown)}: expected one of {', '.join(known[0] + known[1])}. Check the "
             "spelling."
+        )
+    target = options.get("target_size") or options.get("target_params")
+    if target and options.get("keep", MinifyConfig.keep) != MinifyConfig.keep:
+        raise ConfigError(
+            f"Option keep: expected it to be left out beside a target, got keep={options['keep']} and {target!r}. Pass "
+            "one of them."
         )
     method, resources = ({name: options[name] for name in names if name in options} for names in known)
     return MinifyConfig(**method), Resources(**resources)

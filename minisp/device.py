@@ -9,8 +9,10 @@ from contextlib import contextmanager, suppress
 import psutil
 import torch
 
-from minisp.config import MinifyConfig, Resources, parse_size
+from minisp.config import MinifyConfig
 from minisp.errors import ConfigError, one_line
+from minisp.resources import Resources
+from minisp.units import parse_size
 
 CPU = torch.device("cpu")
 # Share of the free memory that a run may plan with where no limit is given; the rest is for other processes, of which a

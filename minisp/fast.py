@@ -8,9 +8,7 @@ A checkpoint on disk is streamed: only a segment of its layers has weights in me
 folder, from which a run that was stopped goes on. A model in memory is cut in place.
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minisp.config import MinifyConfig, Resources, split_options
+from minisp.config import MinifyConfig, split_options
 from minisp.device import CPU, compute_device, compute_dtype, computing_on, free_promptly
 from minisp.errors import ConfigError, UnsupportedModelError
 from minisp.evaluate.perplexity import checkpoint_bytes
@@ -34,12 +32,14 @@ from minisp.phases.decide import decide
 from minisp.phases.refit import refit_structures
 from minisp.phases.run import Phase, Progress, Run
 from minisp.phases.saliency import saliency_sweep
-from minisp.phases.shots import sparse_edits, sparse_results, sparsify
+from minisp.phases.shots import sparse_edits, sparsify
 from minisp.plan.plan import Plan
 from minisp.plan.planner import Source, make_plan
 from minisp.ranks import Ranks, joined
+from minisp.report.meter import Meter
 from minisp.report.progress import progress_bar
 from minisp.report.report import MinifyReport, make_report
+from minisp.resources import Resources
 from minisp.store.checkpoint import Checkpoint
 from minisp.store.claim import open_scratch
 from minisp.store.hub import load_tokenizer, local_folder
@@ -86,7 +86,7 @@ def minify(
     """
     options = _for_windows(calibration, options)
     config, resources = split_options(keep=keep, **options)
-    seconds: dict[str, float] = {}
+    meter = Meter()
     with ExitStack() as stack:
         checkpoint = None if isinstance(model, nn.Module) else Checkpoint.open(local_folder(model))
         ranks = stack.enter_context(joined(CPU if checkpoint is None else compute_device(config)))
@@ -98,20 +98,19 @@ def minify(
         shared.behind(made_plan.behind)
         tiers = Tiers(own, torch.device(made_plan.device), Room())
         run = Run(shared, tiers, ranks, progress or stack.enter_context(progress_bar(quiet=not ranks.first)))
-        with _timed(seconds, "loading"):
+        with meter.phase("loading"):
             stream = _open(model, checkpoint, made_plan)
             stack.enter_context(frozen(stream.model))
             if tokenizer is None and checkpoint is not None:
                 tokenizer = load_tokenizer(checkpoint.folder)
-        text = _run_phases(stream, calibration, tokenizer, made_plan, run, seconds)
-        with _timed(seconds, "writing"):
+        text = _run_phases(stream, calibration, tokenizer, made_plan, run, meter)
+        with meter.phase("writing"):
             folder = stack.enter_context(output_folder(target)) if target is not None and ranks.first else None
-            cuts, shots = config.cuts, config.shots
+            cuts, shots = made_plan.config.cuts, made_plan.config.shots
             results = [run.result(structure) for structure in stream.structures] if cuts else []
-            sparse = sparse_results(run, made_plan.maps, shots)
             changes_in = partial(sparse_edits, run, made_plan.maps, shots)
             digests, needs_code = write(stream, results, run.weight, changes_in, folder)
-        report = make_report(stream, made_plan, results, sparse, text, seconds, target, needs_code=needs_code)
+        report = make_report(stream, made_plan, run, text, meter, target, needs_code=needs_code)
         if folder is not None:
             report = replace(report, bytes=checkpoint_bytes(folder))
             describe(folder, report, checkpoint, tokenizer, digests)
@@ -143,17 +142,15 @@ def _for_windows(calibration: Any, options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _run_phases(
-    stream: Stream, calibration: Any, tokenizer: Any, plan: Plan, run: Run, seconds: dict[str, float]
-) -> Calibration:
-    """Leave a result of every structure, and say what was calibrated on; `seconds` gets the time of each phase."""
+def _run_phases(stream: Stream, calibration: Any, tokenizer: Any, plan: Plan, run: Run, meter: Meter) -> Calibration:
+    """Leave a result of every structure, and say what was calibrated on; `meter` measures each phase."""
     config, tiers = plan.config, run.own
-    with _timed(seconds, "calibration text"):
+    with meter.phase("calibration text"):
         text = calibrate(stream, calibration, tokenizer, config, run, write_room=plan.write_room)
     batches = make_batches(text.windows, config, plan.batch, run.ranks)
     objective = Objective(config.labels, config.seed)
     if not config.cuts:
-        with _timed(seconds, "sweeps and updates"):
+        with meter.phase("sweeps and updates"):
             tiers.room = plan.rooms.get(Phase.SWEEP, Room())
             # Gradients are formed for scored windows alone.
             scored = [config.sees_gradients] * len(batches.ids)
@@ -161,7 +158,7 @@ def _run_phases(
             sparsify(sweep, plan.segments, plan.maps, config)
             stream.release()
         return text
-    with _timed(seconds, "saliency sweep"):
+    with meter.phase("saliency sweep"):
         tiers.room = plan.rooms.get(Phase.SWEEP, Room())
         dense = plan.layout.dense is not None and tiers.free_bytes() >= 4 * plan.dense_bytes
         gram = config.collects_gram
@@ -170,11 +167,11 @@ def _run_phases(
             stream, batches, plan.segments, run, objective=objective, gram=gram, gradients=gradients, dense=dense
         )
         stream.release(plan.layout.layer_slots)
-    with _timed(seconds, "decision"):
+    with meter.phase("decision"):
         tiers.room = plan.rooms.get(Phase.TRIALS, Room())
         kept = decide(stream, text.windows, config, run)
         stream.release()
-    with _timed(seconds, "refit"):
+    with meter.phase("refit"):
         tiers.room = plan.rooms.get(Phase.REFIT_SWEEP, Room())
         refit_structures(stream, batches.refit, kept, config, run)
         stream.release()
@@ -242,12 +239,3 @@ def _open(model: Any, checkpoint: Checkpoint | None, plan: Plan) -> Stream:
         stream_vocabulary=layout.stream_vocabulary,
         structures=plan.config.structures,
     )
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[phase] = time.perf_counter() - start

@@ -1,6 +1,7 @@
 """Counts, sizes and tables as people read them."""
 
 from collections.abc import Sequence
+from fractions import Fraction
 from io import StringIO
 from textwrap import wrap
 
@@ -43,3 +44,27 @@ def spread(counts: Sequence[int]) -> str:
     """The range of some counts: 1,536, or 672 to 1,536."""
     low, high = min(counts), max(counts)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as 16GB (decimal) or 2GiB (binary); an integer is bytes already.
+
+    Raises:
+        ValueError: it is no such size.
+    """
+    from accelerate.utils.modeling import convert_file_size_to_int
+
+    # A small b would mean bits there.
+    return text if isinstance(text, int) else int(convert_file_size_to_int(text.upper()))
+
+
+def parse_count(text: str | int) -> int:
+    """A count such as 110M, 1.1B or 350k; an integer is one already.
+
+    Raises:
+        ValueError: it is no such count.
+    """
+    if isinstance(text, int):
+        return text
+    scale = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
+    return round(Fraction(text[:-1] if scale > 1 else text) * scale)

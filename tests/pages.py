@@ -63,7 +63,9 @@ def expected(table: Table) -> Cells:
         "memory": _limits,
         "crash": _kills,
         "ridge": _solves,
+        "serving_speed": _faster,
         "serving": _served,
+        "quantised": _quantised,
     }
     maker = next(maker for kind, maker in makers.items() if names.startswith(f"{kind}_"))
     return maker(table, files, detail)
@@ -194,4 +196,31 @@ def _served(table: Table, files: Sequence[Any], detail: str) -> Cells:
         cells[label, size] = f"{row['bytes'] / 1e6:.1f}"
         cells[label, equal] = f"{row['tokens equal']} of {row['tokens']}"
         cells[label, largest] = f"{row['largest difference of a log-probability']:.1g}"
+    return cells
+
+
+def _quantised(table: Table, files: Sequence[Any], detail: str) -> Cells:
+    """Types against models, or with a detail ("prefill" or "decode") how fast llama.cpp is with them."""
+    (data,) = files
+    cells: Cells = {}
+    if detail:
+        for key, rates in data["speed"]["rates"].items():
+            model, kind = key.split(", ")
+            cells[kind, model] = _spread(rates[detail], 0)
+        return cells
+    dense = data["rows"]["dense, bf16"]["perplexity"]
+    for key, row in data["rows"].items():
+        model, kind = key.split(", ")
+        cells[kind, model] = f"{_ratio(row['perplexity'] / dense)} · {row['bytes'] / 1e6:.0f}"
+    return cells
+
+
+def _faster(table: Table, files: Sequence[Any], detail: str) -> Cells:
+    """How many times faster a pruned model is in each reader, and where the floor is."""
+    (data,) = files
+    cells = {("floor", part): f"×{ratio:.2f}" for part, ratio in data["floor"].items()}
+    for reader, found in data["readers"].items():
+        for part, ratios in found["ratios"].items():
+            middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
+            cells[reader, part] = f"×{middle:.2f} ({low:.2f}–{high:.2f})"
     return cells

@@ -22,7 +22,7 @@ ROWS = (
     ("models", "methods", "text"),
     ("store", "ops"),
     # Leaves, which everything may import, each other included.
-    ("config", "checks", "docstrings", "errors", "device", "ranks", "units", "kernels", "_C", "minisp"),
+    ("config", "resources", "checks", "docstrings", "errors", "device", "ranks", "units", "kernels", "_C", "minisp"),
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 LEAVES = ROWS[-1]

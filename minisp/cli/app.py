@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from minisp.cli import building, results
+from minisp.cli.arguments import Json, Model, Quiet
 from minisp.cli.console import errors, show
 from minisp.cli.options import with_config_options
-from minisp.config import MinifyConfig, Resources, Widths, split_options
+from minisp.config import MinifyConfig, Widths, split_options
+from minisp.resources import Resources
 
 if TYPE_CHECKING:
     from minisp.text.mixture import Shares
@@ -24,16 +27,13 @@ app = typer.Typer(
     help="Makes Transformer language models physically smaller: cuts the MLP units that matter least, refits the rest.",
     epilog="Exit codes: 0 done, 1 unforeseen error, 2 wrong usage, 3 option out of range, 4 model not supported, "
     "5 bad checkpoint, 6 bad text, 7 numerical failure, 8 cannot write, 9 backend missing, 10 another process "
-    "lost, 130 interrupted.",
+    "lost, 11 gate failed, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, or a .gguf file.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, and nothing else there.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars and no tables.")]
 CALIBRATION_HELP = (
     "Text to calibrate on: FILE.txt, FILE.jsonl, hf:NAME, or what is at hand: builtin:code, builtin:documentation, "
     "builtin:model (written by the model itself); with a weight as FILE:0.3. Repeat it to mix sources. A share of "
@@ -55,10 +55,11 @@ EXPORT_EXAMPLES = "\n\n".join(
         "Example: minisp export llama-80-by-256 --to nemotron-nas --out llama-80-nas",
     )
 )
-TEXT_HELP = (
-    "Text file to predict, from its start, or a folder, which stands for its .txt and .jsonl files. Repeat it for more "
-    "texts."
+THEN_HELP = (
+    "Write the result for a server too, as minisp export does: gguf to OUT.gguf, another target to the folder "
+    "OUT-TARGET. What the target cannot express is refused before anything runs."
 )
+Then = Annotated[Target | None, typer.Option("--export", help=THEN_HELP)]
 
 
 @app.command(epilog="Example: minisp minify ./llama --keep 0.7 --out ./llama-70 -c wiki.txt:0.5 -c code.jsonl:0.5")
@@ -67,15 +68,19 @@ def minify(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder to write; new or empty.", show_default=False)],
     calibration: Sources = None,
+    then: Then = None,
     as_json: Json = False,
     quiet: Quiet = False,
     **options: Any,
 ) -> None:
     """Write a smaller copy of a checkpoint."""
     from minisp import fast
+    from minisp.cli.exporting import check_export, export_result
     from minisp.plan.plan import plan_table
     from minisp.report import report
     from minisp.report.progress import progress_bar
+    from minisp.report.record import record_run
+    from minisp.units import megabytes
 
     if os.environ.get("RANK", "0") != "0":
         # Of the processes that torchrun starts, one speaks.
@@ -85,80 +90,53 @@ def minify(
         split_options(**options)
         sources = _sources(calibration)
         console.print(plan_table(fast.plan(model, **options), shares=_shares(sources, options)))
+        if then is not None:
+            path = check_export(model, then, options, out)
+            console.print(f"Then for a server: {path}", markup=False, highlight=False, soft_wrap=True)
         with progress_bar(quiet, lines=not as_json) as progress:
             result = fast.minify(model, out=out, calibration=sources, progress=progress, **options)
-    show(result.as_dict(), as_json, quiet, report.report_table(result), report.summary_lines(result))
+        if os.environ.get("RANK", "0") == "0":
+            record_run(result)
+    values, lines = result.as_dict(), report.summary_lines(result)
+    if then is not None and os.environ.get("RANK", "0") == "0":
+        exported = export_result(out, then, path)
+        values["export"] = exported.as_dict()
+        lines.append(f"{then}: {exported.out}, {megabytes(exported.bytes)}")
+    show(values, as_json, quiet, report.report_table(result), lines)
 
 
 @app.command(epilog="Example: minisp plan ./llama --keep 0.7 -c wiki.txt")
 @with_config_options
 def plan(
-    model: Model, calibration: Sources = None, as_json: Json = False, quiet: Quiet = False, **options: Any
+    model: Model,
+    calibration: Sources = None,
+    then: Then = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    **options: Any,
 ) -> None:
     """Say what minify would do: sizes, work, memory, time. Reads no weights, takes seconds."""
     from minisp import fast
+    from minisp.export.targets import check_planned
     from minisp.plan.plan import expected_seconds, plan_dict, plan_table
+    from minisp.store.hub import local_folder
 
     with errors():
         shares = _shares(_sources(calibration), options)
         planned = fast.plan(model, **options)
-        seconds = expected_seconds(planned, shares)
+        if then is not None:
+            check_planned(local_folder(model), then, planned.config)
+        seconds = sum(expected_seconds(planned, shares).values())
     values = {**plan_dict(planned), "expected_seconds": seconds}
     show(values, as_json, quiet, plan_table(planned, seconds, shares), [])
 
 
-@app.command("eval", epilog="Example: minisp eval ./llama ./llama-70 --text test.txt --text prose/ --window 2048")
-def evaluate(
-    model: Model,
-    other: Annotated[str | None, typer.Argument(help="A second model, measured beside the first.")] = None,
-    *,
-    text: Annotated[list[Path], typer.Option(help=TEXT_HELP, show_default=False)],
-    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 1024,
-    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between windows; default: the window.")] = None,
-    max_windows: Annotated[int | None, typer.Option(min=1, help="Windows at most, from the start of the text.")] = 20,
-    builtin: Annotated[
-        bool, typer.Option(help="Measure on Python's documentation and on source code too: domains unlike the text.")
-    ] = True,
-    questions: Annotated[int, typer.Option(min=0, help="Multiple-choice questions on every text; 0 for none.")] = 100,
-    speed: Annotated[
-        bool,
-        typer.Option(
-            help="Measure tokens per second too: a prompt of 256 tokens, several turns, half a minute or more."
-        ),
-    ] = True,
-    dtype: Annotated[str, typer.Option(help="Compute type: auto, bfloat16, float16, float32.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Measure a model, or two side by side: perplexity by a stated protocol, multiple choice, tokens per second, bytes.
-
-    The speed of two is measured in turns, and a ratio within noise is called so. Several texts give a mean ratio too.
-    """
-    from minisp.evaluate import measure, tables
-    from minisp.report.progress import progress_bar
-    from minisp.store.hub import local_folder
-    from minisp.text.corpora import load_texts
-
-    with errors(), progress_bar(quiet, lines=not as_json) as progress:
-        config = split_options(dtype=dtype, device=device)[0]
-        protocol = measure.Protocol(window=window, stride=stride, max_windows=max_windows, questions=questions)
-        own = measure.builtin_texts() if builtin else {}
-        texts = load_texts(text, taken=own) | own
-        folders = [local_folder(name) for name in (model, other) if name is not None]
-        tokens = measure.tokenize(folders[0], texts)
-        tokens = {name: ids for name, ids in tokens.items() if name not in own or len(ids) >= window}
-        options: dict[str, Any] = {"speed": speed, "config": config, "progress": progress}
-        if other is None:
-            found = measure.measure(folders[0], tokens, protocol, **options)
-            values, lines = found.as_dict(), tables.protocol_lines(found)
-            table = tables.measurement_table(model, found)
-        else:
-            measure.check_same_tokens(folders, tokens, measure.tokenize(folders[1], texts))
-            both = measure.compare(folders[0], folders[1], tokens, protocol, **options)
-            values, lines = both.as_dict(), tables.comparison_lines(both)
-            table = tables.comparison_table("Side by side", [model, other], both)
-    show(values, as_json, quiet, table, lines)
+app.command("eval", epilog="Example: minisp eval ./llama ./llama-70 --text test.txt --text prose/ --window 2048")(
+    results.evaluate
+)
+app.command(epilog="Example: minisp compare ./llama ./llama-80 ./llama-70 --text test.txt")(results.compare)
+app.command(epilog="Example: minisp build llama-70.yaml --out ./llama-70")(building.build)
+app.command(epilog="Example: minisp report ./llama-70 --out llama-70.html --samples --dense ./llama")(results.report)
 
 
 @app.command(epilog="Example: minisp demo --keep 0.7 --out smollm2-70")

@@ -77,7 +77,7 @@ def run_demo(out: Path, config: MinifyConfig, console: Console, progress: Progre
     assert report.out is not None
     tokens = tokenize(source, builtin_texts())
     difference = _logit_difference(report.out, tokens["documentation"][:256], config)
-    compared = compare(source, report.out, tokens, PROTOCOL, config=config, progress=progress)
+    (compared,) = compare([source, report.out], tokens, PROTOCOL, config=config, progress=progress)
     return DemoResult(report, compared, difference)
 
 

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from minisp.config import MinifyConfig, Resources
+from minisp.config import MinifyConfig
 from minisp.docstrings import documented
+from minisp.resources import Resources
 
 
 def with_config_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -96,9 +96,13 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
+        return {**asdict(self), **self.ratios_dict()}
+
+    def ratios_dict(self) -> dict[str, Any]:
+        """The second model over the first, as plain values for JSON."""
         ratios = {text: self.perplexity_ratio(text) for text in self.first.perplexity}
         return {
-            **asdict(self),
+            "ratios": {kind: asdict(ratio) for kind, ratio in self.ratios.items()},
             "perplexity_ratios": ratios,
             "geometric_mean_perplexity_ratio": self.perplexity_ratio() if ratios else None,
         }
@@ -159,21 +163,24 @@ def measure(
 
 
 def compare(
-    first: Path,
-    second: Path,
+    folders: Sequence[Path],
     tokens: Mapping[str, Tensor],
     protocol: Protocol,
     *,
     speed: bool = True,
     config: MinifyConfig | None = None,
     progress: Progress | None = None,
-) -> Comparison:
-    """Measure two checkpoints; their speed in turns, both in memory where there is room for both.
+) -> list[Comparison]:
+    """Measure two checkpoints or more; their speed in turns, all in memory where there is room for all.
 
-    Args and errors are those of `measure`; `tokens` are what both tokenizers give.
+    Args and errors are those of `measure`; `tokens` are what all tokenizers give.
+
+    Returns:
+        The first model beside each of the others.
     """
-    found, ratios, together = _measure([first, second], tokens, protocol, speed, config or MinifyConfig(), progress)
-    return Comparison(found[0], found[1], ratios[0] if ratios else {}, together)
+    found, ratios, together = _measure(folders, tokens, protocol, speed, config or MinifyConfig(), progress)
+    pairs = zip(found[1:], ratios or [{}] * len(found[1:]), strict=True)
+    return [Comparison(found[0], other, ratio, together) for other, ratio in pairs]
 
 
 def _measure(

@@ -23,19 +23,26 @@ def measurement_table(name: str, measured: Measurement) -> Table:
     return table
 
 
-def comparison_table(title: str, names: Sequence[str], compared: Comparison) -> Table:
-    """Two models side by side, with ratios of the second to the first: of speed, medians with their intervals."""
+def comparison_table(title: str, names: Sequence[str], *compared: Comparison) -> Table:
+    """Models side by side, with ratios of each to the first: of speed, medians with their intervals.
+
+    Args:
+        names: of the first model, and of the second one of each comparison.
+        compared: one model beside each of the others.
+    """
     table = Table(title=title, title_justify="left")
-    for name in ("", *names, "ratio"):
+    for name in ("", names[0], *(column for other in names[1:] for column in (other, "ratio"))):
         table.add_column(escape(name), justify="right" if name else "left")
-    both = [compared.first, compared.second]
-    for label, (first, second), shown in _rows(both):
-        table.add_row(label, shown(first), shown(second), f"{second / first:.3f}" if first else "")
-    if len(texts := compared.first.perplexity) > 1:
-        mean = f"{compared.perplexity_ratio():.3f}"
-        table.add_row(f"perplexity ratio, geometric mean of {len(texts)} texts", "", "", mean)
-    for kind, words in _speeds(both):
-        table.add_row(f"{kind} tokens/s", *words, ratio_words(compared.ratios[kind]))
+    every = [compared[0].first, *(one.second for one in compared)]
+    for label, (first, *others), shown in _rows(every):
+        cells = [(shown(other), f"{other / first:.3f}" if first else "") for other in others]
+        table.add_row(label, shown(first), *(cell for pair in cells for cell in pair))
+    if len(texts := compared[0].first.perplexity) > 1:
+        means = [cell for one in compared for cell in ("", f"{one.perplexity_ratio():.3f}")]
+        table.add_row(f"perplexity ratio, geometric mean of {len(texts)} texts", "", *means)
+    for kind, (first, *others) in _speeds(every):
+        ratios = [ratio_words(one.ratios[kind]) for one in compared]
+        table.add_row(f"{kind} tokens/s", first, *(x for pair in zip(others, ratios, strict=True) for x in pair))
     return table
 
 
@@ -65,12 +72,15 @@ def protocol_lines(measured: Measurement) -> list[str]:
     return lines
 
 
-def comparison_lines(compared: Comparison) -> list[str]:
-    """How the figures of two models came about."""
-    lines = protocol_lines(compared.second)
-    if compared.ratios:
-        where = "both in memory" if compared.together else "each loaded anew for its turn, for both do not fit"
-        pairs = compared.ratios["decode"].pairs
+def comparison_lines(*compared: Comparison) -> list[str]:
+    """How the figures of several models came about."""
+    last = compared[-1]
+    lines = protocol_lines(last.second)
+    if last.ratios:
+        where = f"{'all' if len(compared) > 1 else 'both'} in memory"
+        if not last.together:
+            where = f"each loaded anew for its turn, for {'all' if len(compared) > 1 else 'both'} do not fit"
+        pairs = last.ratios["decode"].pairs
         lines.append(
             f"speed ratio: median of {pairs} pairs of neighbouring turns, {where} (95 % interval of that median, by "
             "the sign test); within noise where 1 lies inside"

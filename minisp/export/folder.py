@@ -101,6 +101,10 @@ def describe(
     # No times and no paths: two runs with one seed write the same bytes.
     facts = {
         "source": {"name": report.plan.model, "fingerprint": checkpoint.fingerprint() if checkpoint else None},
+        "model_type": report.plan.model_type,
+        "parameters": {"before": report.plan.parameters, "after": report.parameters},
+        "bytes": {"before": report.plan.bytes, "after": report.bytes},
+        "needs_code": report.needs_code,
         "config": report.plan.config.as_dict(),
         "calibration": {"description": list(report.calibration), "fingerprint": report.calibration_fingerprint},
         "layers": [asdict(layer) for layer in report.layers],

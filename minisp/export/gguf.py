@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from minisp.errors import BackendError, ConfigError, UnsupportedModelError
+from minisp.errors import BackendError, UnsupportedModelError
 from minisp.export.gguf_tensors import DTYPES, Architecture, encoded, head_size, planned_tensors, stored_dtype
 from minisp.export.gguf_tokenizer import add_tokenizer
 from minisp.export.source import PHASE, Source
@@ -34,6 +34,22 @@ UNIFORM = {
 PER_LAYER = {"llama": Architecture("deci", interleaved=True), "mistral": Architecture("deci", interleaved=True)}
 
 
+def check(source: Source) -> None:
+    """Refuse what llama.cpp cannot load, or would compute otherwise.
+
+    Raises:
+        UnsupportedModelError: llama.cpp has no architecture for the model, or not for its activation, rotary
+            embedding or tokenizer.
+        CheckpointError: there is no tokenizer, or it does not fit the model.
+        BackendError: the gguf library is not installed.
+    """
+    gguf = _library()
+    architecture = architecture_of(source)
+    _check_config(source)
+    # A writer without a file keeps what it is told.
+    _add_tokenizer(gguf.GGUFWriter(None, architecture.name), source)
+
+
 def write(source: Source, out: Path, progress: Progress, *, dtype: str | None = None) -> None:
     """Write a GGUF file that appears at `out` only once it is complete.
 
@@ -42,26 +58,19 @@ def write(source: Source, out: Path, progress: Progress, *, dtype: str | None = 
             rows are no multiple of 32 stays float16 where q8_0 is asked for.
 
     Raises:
-        UnsupportedModelError: llama.cpp has no architecture for the model, or not for its activation, rotary
-            embedding or tokenizer.
-        CheckpointError: there is no tokenizer, or a tensor cannot be read, or holds NaN or infinity.
-        ConfigError: an unknown dtype, or float16 where a value is too large for it.
-        BackendError: the gguf library is not installed.
+        CheckpointError: a tensor cannot be read, or holds NaN or infinity.
+        ConfigError: float16 where a value is too large for it.
         OutputError: `out` is taken, or cannot be written; nothing is left there.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"Option dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}. Choose one of them.")
     gguf = _library()
     architecture = architecture_of(source)
-    _check_config(source)
     dtype = dtype or stored_dtype(source)
     tensors = planned_tensors(source, architecture, dtype)
     path = check_output(out, sum(tensor.num_bytes for tensor in tensors) + HEADER_ROOM, is_file=True)
     with output_file(path) as partial, contextlib.closing(gguf.GGUFWriter(partial, architecture.name)) as writer:
         writer.add_file_type(DTYPES[dtype].file_type)
         _add_metadata(writer, source)
-        rows = source.model.get_input_embeddings().weight.shape[0]
-        add_tokenizer(writer, source.checkpoint, rows=rows)
+        _add_tokenizer(writer, source)
         for tensor in tensors:
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, tensor.kind)
         writer.write_header_to_file()
@@ -99,6 +108,10 @@ def architecture_of(source: Source) -> Architecture:
         f"{'hf' if source.is_uniform else 'padded'} and convert that folder with llama.cpp's own converter, where it "
         "knows the family."
     )
+
+
+def _add_tokenizer(writer: Any, source: Source) -> None:
+    add_tokenizer(writer, source.checkpoint, rows=source.model.get_input_embeddings().weight.shape[0])
 
 
 def _check_config(source: Source) -> None:

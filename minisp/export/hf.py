@@ -10,12 +10,11 @@ from minisp.models.skeleton import size_keys
 from minisp.phases.run import Progress
 
 
-def write(source: Source, out: Path, progress: Progress) -> None:
-    """Write a folder for the stock class, which every server of the family loads.
+def check(source: Source) -> None:
+    """Refuse what the stock class cannot express.
 
     Raises:
         UnsupportedModelError: the layers differ in width.
-        OutputError, CheckpointError: see `write_folder`.
     """
     if not source.is_uniform:
         raise UnsupportedModelError(
@@ -23,21 +22,36 @@ def write(source: Source, out: Path, progress: Progress) -> None:
             f"{min(source.widths)} to {max(source.widths)}. Use hf-per-layer (a modelling file), padded (stock class, "
             "zeros up to the largest width), or gguf; or minify with --widths uniform."
         )
+
+
+def write(source: Source, out: Path, progress: Progress) -> None:
+    """Write a folder for the stock class, which every server of the family loads.
+
+    Raises:
+        OutputError, CheckpointError: see `write_folder`.
+    """
     write_folder(source, "hf", _content(source, {}), out, progress)
 
 
-def write_per_layer(source: Source, out: Path, progress: Progress) -> None:
-    """Write a folder with a modelling file, which transformers, vLLM and SGLang load with `trust_remote_code`.
+def check_per_layer(source: Source) -> None:
+    """Refuse what needs no modelling file.
 
     Raises:
         UnsupportedModelError: all layers have one width.
-        OutputError, CheckpointError: see `write_folder`.
     """
     if source.is_uniform:
         raise UnsupportedModelError(
             f"Target hf-per-layer: expected layers of different widths, got {source.widths[0]} in all of them. Use hf: "
             "the stock class loads such a model everywhere, without a modelling file."
         )
+
+
+def write_per_layer(source: Source, out: Path, progress: Progress) -> None:
+    """Write a folder with a modelling file, which transformers, vLLM and SGLang load with `trust_remote_code`.
+
+    Raises:
+        OutputError, CheckpointError: see `write_folder`.
+    """
     files = {FILE_NAME: modeling_source(source.model, source.family)}
     write_folder(source, "hf-per-layer", _content(source, files), out, progress)
 

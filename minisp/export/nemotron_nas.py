@@ -51,12 +51,11 @@ MinispModel.config_class = MinispForCausalLM.config_class = MinispNasConfig
 """
 
 
-def write(source: Source, out: Path, progress: Progress) -> None:
-    """Write a folder in the layout of Nemotron-NAS.
+def check(source: Source) -> None:
+    """Refuse what the layout cannot express.
 
     Raises:
         UnsupportedModelError: not a Llama model, or widths that are no multiples of 256.
-        OutputError, CheckpointError: see `write_folder`.
     """
     other = "hf" if source.is_uniform else "hf-per-layer"
     if source.model_type != "llama" or activation_kind(source.checkpoint.config, source.family) != "silu":
@@ -69,6 +68,14 @@ def write(source: Source, out: Path, progress: Progress) -> None:
             f"Target nemotron-nas: expected widths that are multiples of {MULTIPLE}, got "
             f"{', '.join(map(str, odd[:5]))}. Minify with --alignment {MULTIPLE}, or use {other}."
         )
+
+
+def write(source: Source, out: Path, progress: Progress) -> None:
+    """Write a folder in the layout of Nemotron-NAS.
+
+    Raises:
+        OutputError, CheckpointError: see `write_folder`.
+    """
     content = Content(
         config=_config(source),
         entries=checkpoint_entries(source.checkpoint, source.model, []),

@@ -27,6 +27,10 @@ from minisp.phases.run import Progress
 from minisp.store.writer import Entry
 
 
+def check(source: Source) -> None:
+    """Any MLP widths can be padded."""
+
+
 def write(source: Source, out: Path, progress: Progress) -> None:
     """Write a folder for the stock class whose logits are the source's.
 

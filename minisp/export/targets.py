@@ -4,27 +4,46 @@ Weights go from file to file a tensor at a time; what a target cannot express is
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.markup import escape
 from rich.table import Table
 
+from minisp.config import MinifyConfig
 from minisp.errors import ConfigError, UnsupportedModelError
 from minisp.export import gguf, hf, nemotron_nas, padded
+from minisp.export.gguf_tensors import DTYPES
 from minisp.export.source import Source
+from minisp.models.structures import structures_of
+from minisp.phases.decide import kept_sizes, step_of
 from minisp.phases.run import Progress
 from minisp.units import megabytes
 
-TARGETS: dict[str, Callable[..., None]] = {
-    "hf": hf.write,
-    "hf-per-layer": hf.write_per_layer,
-    "padded": padded.write,
-    "gguf": gguf.write,
-    "nemotron-nas": nemotron_nas.write,
+
+@dataclass(frozen=True)
+class Target:
+    """A form that a server loads.
+
+    Attributes:
+        check: called with the source; raises a `MinispError` where the target cannot express it.
+        write: called with (source, out, progress), and for `gguf` with `dtype` too; takes what was checked.
+    """
+
+    check: Callable[[Source], None]
+    write: Callable[..., None]
+
+
+TARGETS = {
+    "hf": Target(hf.check, hf.write),
+    "hf-per-layer": Target(hf.check_per_layer, hf.write_per_layer),
+    "padded": Target(padded.check, padded.write),
+    "gguf": Target(gguf.check, gguf.write),
+    "nemotron-nas": Target(nemotron_nas.check, nemotron_nas.write),
 }
-"""Target → what writes it: called with (source, out, progress), and `gguf` with `dtype` too."""
+"""Name → target."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +107,55 @@ def export(
             f"Option dtype: expected none for the target {target}, which keeps the stored values, got {dtype!r}. Leave "
             "it out, or export to gguf."
         )
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"Option dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}. Choose one of them.")
     source = Source.open(Path(folder).expanduser())
-    if source.has_uneven_heads and target != "hf-per-layer":
-        raise UnsupportedModelError(
-            f"Target {target}: expected as many heads in every layer as config.json says, got layers that had other "
-            "numbers of heads cut. Use hf-per-layer (a modelling file), or minify with --widths uniform."
-        )
-    TARGETS[target](source, out, progress, **({} if dtype is None else {"dtype": dtype}))
+    if source.has_uneven_heads:
+        _check_heads(target)
+    TARGETS[target].check(source)
+    TARGETS[target].write(source, out, progress, **({} if dtype is None else {"dtype": dtype}))
     path = Path(out).expanduser().absolute()
     files = [path] if path.is_file() else path.glob("*.safetensors")
     size = sum(file.stat().st_size for file in files)
     return Exported(source.checkpoint.folder, target, path, size, tuple(source.widths))
+
+
+def check_planned(folder: str | Path, target: str, config: MinifyConfig) -> None:
+    """Refuse before a run what the target may not be able to express of its result; reads no weights.
+
+    Args:
+        folder: the dense checkpoint.
+        target: a key of `TARGETS`.
+        config: the run's options.
+
+    Raises:
+        MinispError: as `export` would, for the result.
+    """
+    source = Source.open(Path(folder).expanduser())
+    structures = structures_of(source.model, source.family, config.structures)
+    varied = config.widths == "per-layer" and config.keep < 1
+    if "attention" in config.structures and (varied or (config.keep < 1 and not source.family.attention.has_head_dim)):
+        # Whatever the widths are.
+        _check_heads(target)
+        return
+    if varied:
+        # A layer may keep any multiple of the step, or all that it has.
+        sizes = [step_of(x, structures, config) if x.layer == 0 else x.num_units for x in structures]
+    else:
+        sizes = kept_sizes(structures, [torch.zeros(x.num_units) for x in structures], config)
+    planned = {(x.layer, x.name): size for x, size in zip(structures, sizes, strict=True)}
+    resized = [replace(x, num_units=planned.get((x.layer, x.name), x.num_units)) for x in source.structures]
+    TARGETS[target].check(replace(source, structures=resized))
+
+
+def output_beside(out: Path, target: str) -> Path:
+    """Where the export of the result at `out` goes: `OUT.gguf`, or the folder `OUT-TARGET`."""
+    return out.with_name(f"{out.name}.gguf" if target == "gguf" else f"{out.name}-{target}")
+
+
+def _check_heads(target: str) -> None:
+    if target != "hf-per-layer":
+        raise UnsupportedModelError(
+            f"Target {target}: expected as many heads in every layer as config.json says, got layers that had other "
+            "numbers of heads cut. Use hf-per-layer (a modelling file), or minify with --widths uniform."
+        )

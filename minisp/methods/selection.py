@@ -79,7 +79,7 @@ def allocate(candidates: Sequence[Candidate], keep: float, *, min_keep: float) -
         raise ConfigError(
             f"Budget: expected at most {budget:,} of {total:,} parameters to stay (keep={keep}), got at least "
             f"{_cost(curves, sizes):,} from the smallest size of each of {len(candidates)} structures, "
-            f"{max(curve.step for curve in curves)} units. Lower the alignment or keep more."
+            f"{max(curve.step for curve in curves)} units. Lower the alignment or tp, or keep more."
         )
     steps = [step for place, curve in enumerate(curves) if (step := curve.next_step(sizes[place], place)) is not None]
     heapify(steps)

@@ -76,7 +76,8 @@ def kept_sizes(structures: Sequence[Structure], scores: Sequence[Tensor], config
 
 
 def step_of(structure: Structure, structures: Sequence[Structure], config: MinifyConfig) -> int:
-    """In multiples of how many units a structure is kept: groups of heads one by one, units of MLPs aligned."""
+    """In multiples of how many units a structure is kept: an equal number of heads, or aligned units, per device."""
     if structure.name != "mlp":
-        return 1
-    return config.alignment or default_alignment(min(x.num_units for x in structures if x.name == "mlp"))
+        return config.tp
+    widths = [x.num_units for x in structures if x.name == "mlp"]
+    return config.tp * (config.alignment or default_alignment(min(widths)))

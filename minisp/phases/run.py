@@ -28,6 +28,7 @@ Progress = Callable[[str, int, int], None]
 class Phase(str, Enum):
     """The phases of a run that the plan counts apart, as they are called where a person reads them."""
 
+    TEXT = "calibration text"
     SWEEP = "saliency sweep"
     HEAD = "head"
     DECISION = "decision"

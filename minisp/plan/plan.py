@@ -7,12 +7,13 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from minisp.config import MinifyConfig, Resources
+from minisp.config import MinifyConfig
 from minisp.device import product_rate
 from minisp.models.maps import LinearMap
 from minisp.models.structures import UNITS, Structure
 from minisp.phases.run import Phase
 from minisp.plan.layout import Layout
+from minisp.resources import Resources
 from minisp.store.tiers import Room
 from minisp.text.mixture import WRITTEN_SHARE, Shares
 from minisp.units import as_text, megabytes, millions, spread
@@ -45,7 +46,7 @@ class Plan:
         streams: whether weights stream from disk.
         device, dtype: where and in what type it computes.
         implementations: who computes each operation of the engine, see `ops.implementations`.
-        flops: floating-point operations of the sweeps; solve_flops: those of the ridge solves, in float32.
+        work: by phase, floating-point operations of its sweeps, and those of its ridge solves, in float32.
         traffic: bytes read from and written to disk, by purpose.
         scratch_bytes: most disk space that states, statistics and results take at once.
         dense_bytes: the part of it that the dense states take. A disk with less than four times that gets none.
@@ -74,8 +75,7 @@ class Plan:
     device: str
     dtype: str
     implementations: dict[str, str]
-    flops: float
-    solve_flops: float
+    work: dict[Phase, tuple[float, float]]
     traffic: dict[str, int]
     scratch_bytes: int
     dense_bytes: int
@@ -95,6 +95,16 @@ class Plan:
     def phases(self) -> tuple[Phase, ...]:
         """The phases that run, and of some of them parts that the plan counts apart."""
         return tuple(self.layout.peaks)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the sweeps."""
+        return sum(sweeps for sweeps, _ in self.work.values())
+
+    @property
+    def solve_flops(self) -> float:
+        """Those of the ridge solves, in float32."""
+        return sum(solves for _, solves in self.work.values())
 
     @property
     def num_tokens(self) -> int:
@@ -137,23 +147,28 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     values["segments"] = [[segment.start, segment.stop] for segment in plan.segments]
     values["structures"] = {name: list(units) for name, units in plan.units.items()}
     values["maps"] = len(plan.maps)
-    values["peak_memory"] = plan.peak_memory
+    values |= {name: getattr(plan, name) for name in ("flops", "solve_flops", "peak_memory")}
     return values
 
 
-def expected_seconds(plan: Plan, shares: Shares | None = None) -> float:
-    """About how long a run computes, in seconds, from the rates of matrix products measured here and now.
+def expected_seconds(plan: Plan, shares: Shares | None = None) -> dict[Phase, float]:
+    """About how long each phase computes, in seconds, from the rates of matrix products measured here and now.
 
     Args:
         shares: of the windows, for the text that the run will have; None where nobody knows the text yet.
     """
     device = torch.device(plan.device)
-    rate = product_rate(device, getattr(torch, plan.dtype))
-    seconds = (plan.flops / rate + plan.solve_flops / product_rate(device, torch.float32)) / REACHED
+    rate, solve_rate = (product_rate(device, dtype) for dtype in (getattr(torch, plan.dtype), torch.float32))
+    seconds = {phase: (sweeps / rate + solves / solve_rate) / REACHED for phase, (sweeps, solves) in plan.work.items()}
     if plan.writes_text:
         share = WRITTEN_SHARE * plan.config.generic if shares is None else shares.written
-        seconds += 2 * plan.parameters * share * plan.num_tokens / rate / WRITING_REACHES
-    return float(seconds)
+        seconds[Phase.TEXT] = 2 * plan.parameters * share * plan.num_tokens / rate / WRITING_REACHES
+    return seconds
+
+
+def _share(keep: float) -> str:
+    """A share in per cent: 80%, or 74.31% where it is no round one."""
+    return f"{keep:.0%}" if round(100 * keep, 2) == round(100 * keep) else f"{keep:.2%}"
 
 
 def _budget(plan: Plan) -> str:
@@ -204,7 +219,9 @@ def plan_table(plan: Plan, seconds: float | None = None, shares: Shares | None =
     table.add_column()
     sizes = [f"{spread(units)} {UNITS[name]} each" for name, units in plan.units.items()]
     table.add_row("layers", f"{plan.structures[-1].layer + 1} with {' and '.join(sizes)}")
-    table.add_row("keep", f"{config.keep:.0%}: {_budget(plan)}")
+    table.add_row("keep", f"{_share(config.keep)}: {_budget(plan)}")
+    if config.target_size or config.target_params:
+        table.add_row("target", f"at most {config.target_size or config.target_params}")
     if config.cuts:
         table.add_row("parameters", f"{millions(plan.parameters)} → at most {millions(plan.parameters_after)}")
         table.add_row("weights", f"{megabytes(plan.bytes)} → at most {megabytes(plan.bytes_after)}")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from minisp.config import MinifyConfig, Resources, group_of, parse_size
+from minisp.config import MinifyConfig, group_of
 from minisp.device import MEMORY_SHARE, free_main_memory, memory_limit
 from minisp.errors import ConfigError
 from minisp.models.families import CausalLM, activation_kind, decoder_layers, family_of
@@ -19,8 +19,11 @@ from minisp.phases.sizes import Sizes, sizes_of
 from minisp.plan.layout import Layout, choose_layout, demands, staging
 from minisp.plan.plan import Plan
 from minisp.plan.rooms import disk_traffic, make_rooms, passes_again, scratch_room, writes_behind
+from minisp.plan.targets import with_target
+from minisp.resources import Resources
 from minisp.store.checkpoint import DTYPE_OF, Checkpoint
 from minisp.text.calibration import check_window
+from minisp.units import parse_size
 
 # Tokens of a micro-batch, the fastest first; the next one is tried where memory is so tight that layers are held in
 # more than a few segments.
@@ -85,19 +88,19 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     structures = structures_of(model, family, config.structures)
     check_window(config.window, getattr(model.config, "max_position_embeddings", None))
     cuttable = sum(structure.num_units * structure.parameters for structure in structures)
-    kept_parameters = _kept_parameters(structures, config)
     parameters = sum(p.numel() for p in model.parameters())
+    config = with_target(config, structures, parameters, source.stored_bytes, source.checkpoint)
+    kept_parameters = _kept_parameters(structures, config)
     layers = decoder_layers(model, family)
     after = parameters - (cuttable - kept_parameters)
     base = psutil.Process().memory_info().rss
-    cut = config.cuts and config.keep < 1
-    kept = max(x.width - (step_of(x, structures, config) * x.columns if cut else 0) for x in structures)
+    kept = max(_most_kept(x, step_of(x, structures, config), config) * x.columns for x in structures)
     batch, sizes, layout = _fit(source, config, resources, ranks, kept, base)
     _check_groups(sizes)
     host = _host_room(source, resources, sizes, layout, base)
     limit = _room_limit(source, resources, layout, base)
     layout, rooms = make_rooms(sizes, layout, limit, host, on_disk=source.device.type == "cpu")
-    needed = demands(sizes, layout, passes_again(sizes, layout, rooms)).values()
+    needed = demands(sizes, layout, passes_again(sizes, layout, rooms))
     segments = tuple(range(i, min(i + layout.segment, len(layers))) for i in range(0, len(layers), layout.segment))
     stored_bytes = source.stored_bytes
     bytes_after = round(stored_bytes * after / parameters)
@@ -124,8 +127,7 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
         device=str(source.device),
         dtype=str(source.dtype).removeprefix("torch."),
         implementations=dict(implementations(source.device, source.dtype, activation_kind(model.config, family))),
-        flops=sum(demand.flops for demand in needed),
-        solve_flops=sum(demand.solve_flops for demand in needed),
+        work={phase: (demand.flops, demand.solve_flops) for phase, demand in needed.items()},
         traffic=disk_traffic(sizes, layout, rooms, bytes_after),
         scratch_bytes=scratch_room(sizes, layout, rooms),
         dense_bytes=dense_bytes(sizes) if layout.dense == "disk" else 0,
@@ -200,6 +202,11 @@ def _check_groups(sizes: Sizes) -> None:
             )
 
 
+def _most_kept(structure: Structure, step: int, config: MinifyConfig) -> int:
+    """The most units that a structure keeps which is cut."""
+    return structure.num_units if config.keep == 1 or not config.cuts else (structure.num_units - 1) // step * step
+
+
 def _kept_parameters(structures: list[Structure], config: MinifyConfig) -> int:
     """The most parameters of the structures that stay."""
     if not config.cuts:
@@ -210,7 +217,7 @@ def _kept_parameters(structures: list[Structure], config: MinifyConfig) -> int:
         if name == "mlp" and config.keep < 1 and step >= largest:
             raise ConfigError(
                 f"Alignment: expected less than the largest layer width, {largest}, got {step}. Pass a smaller "
-                "alignment; layers of one unit cannot be cut."
+                "alignment or tp; layers of one unit cannot be cut."
             )
     # Whatever the saliency will be: refused now rather than after the sweep where no sizes fit the budget.
     sizes = kept_sizes(structures, [torch.zeros(x.num_units) for x in structures], config)

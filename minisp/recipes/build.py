@@ -18,11 +18,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from minisp import fast
-from minisp.config import MinifyConfig
 from minisp.errors import ConfigError, MinispError, OutputError
 from minisp.evaluate.measure import check_texts, tokenize
 from minisp.export.folder import sha256
-from minisp.export.targets import export
+from minisp.export.targets import check_planned, export
 from minisp.phases.run import Progress
 from minisp.recipes import gates
 from minisp.recipes.gates import Outcome
@@ -100,12 +99,14 @@ def build(recipe_file: str | Path, out: str | Path | None = None, *, progress: P
     facts = {"recipe": recipe.plain(), "inputs": dict(inputs.digests), "versions": versions()}
     if (earlier := _earlier(target)) is not None:
         _check_same(target, earlier, facts)
-        shutil.rmtree(_workshop_path(target), ignore_errors=True)
+        _discard(_workshop_path(target))
         return Built(target, earlier, unchanged=True)
     # The tokenizer and the texts of the gates are checked before hours of work, and so is all that a plan can see.
     tokens = tokenize(inputs.folder, inputs.texts) if inputs.texts else {}
     check_texts(Checkpoint.open(inputs.folder), tokens, gates.protocol(recipe.gates))
     planned = fast.plan(inputs.folder, **recipe.options())
+    for one in recipe.export:
+        check_planned(inputs.folder, one.to, planned.config)
     check_output(target, planned.bytes_after)
     with _workshop(target, recipe, facts) as workshop:
         told: Progress = progress or (lambda phase, done, total: None)
@@ -208,20 +209,24 @@ def _workshop(target: Path, recipe: Recipe, facts: dict[str, Any]) -> Iterator[P
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # A build that ends removes its folder: what was locked must still be the one that is there.
+            taken = os.fstat(descriptor).st_ino != workshop.stat().st_ino
+        except OSError:
+            taken = True
+        if taken:
             raise OutputError(
                 f"Output {target}: expected to be the only build of it, but another process builds there. Wait for it, "
                 "or choose another output."
-            ) from None
+            )
         _take_over(workshop, recipe, facts)
         try:
             yield workshop
         except OutputError:
             raise
         except MinispError:
-            shutil.rmtree(workshop)
+            _discard(workshop)
             raise
-        shutil.rmtree(workshop)
+        _discard(workshop)
     finally:
         os.close(descriptor)
 
@@ -232,8 +237,7 @@ def _take_over(workshop: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
     inputs = {key: value for key, value in facts["inputs"].items() if not key.startswith("gates/")}
     identity = {"recipe": making, "inputs": inputs, "versions": facts["versions"]}
     if _plain(workshop / IDENTITY) != identity:
-        for path in workshop.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _clear(workshop)
         (workshop / PARTS).mkdir()
         write_json(workshop / f"{IDENTITY}.unfinished", identity)
         os.rename(workshop / f"{IDENTITY}.unfinished", workshop / IDENTITY)
@@ -243,11 +247,22 @@ def _take_over(workshop: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _clear(workshop: Path) -> None:
+    """Empty a workshop, first of what says whose it is: a folder half removed must not pass for a finished one."""
+    (workshop / IDENTITY).unlink(missing_ok=True)
+    for path in workshop.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _discard(workshop: Path) -> None:
+    """Remove a workshop, where there is one."""
+    if workshop.is_dir():
+        _clear(workshop)
+        workshop.rmdir()
+
+
 def _plain(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return None
-
-
-__all__ = ["Built", "MinifyConfig", "build"]

@@ -78,7 +78,7 @@ def perplexity_gates(
     """
     if not tokens:
         return []
-    both = compare(source, folder, tokens, protocol(gates), speed=False, config=config, progress=progress)
+    (both,) = compare([source, folder], tokens, protocol(gates), speed=False, config=config, progress=progress)
     return [
         Outcome(
             "max_perplexity_ratio",

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from minisp.config import MinifyConfig, Resources, split_options
+from minisp.config import MinifyConfig, split_options
 from minisp.docstrings import documented
 from minisp.errors import ConfigError, one_line
+from minisp.resources import Resources
 
 MANIFEST_NAME = "minisp-build.json"
 BUDGETS = ("keep", "target_size", "target_params")
@@ -98,10 +99,10 @@ class Recipe(_Part):
     name: str = Field("model", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Of the model in the output.")
     budget: Budget
     calibration: list[Text] = Field([], description="Text to calibrate on; none is generic text alone.")
-    method: Method = Field(default_factory=Method, description="How to cut and refit, as for minisp minify.")
-    resources: Limits = Field(default_factory=Limits, description="What the build may use, as for minisp minify.")
+    method: Method = Field(Method(), description="How to cut and refit, as for minisp minify.")
+    resources: Limits = Field(Limits(), description="What the build may use, as for minisp minify.")
     export: list[Export] = Field([], description="Forms for servers, beside the model itself.")
-    gates: Gates = Field(default_factory=Gates)
+    gates: Gates = Field(Gates(), description="What the model has to pass.")
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Recipe":
@@ -166,7 +167,8 @@ class _Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value]
         if twice := {key for key in keys if keys.count(key) > 1}:
             raise yaml.constructor.ConstructorError(None, None, f"key {sorted(twice)[0]!r} twice", node.start_mark)
-        return super().construct_mapping(node, deep=deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
 
 
 def _fault(fault: Any) -> str:

@@ -1,8 +1,6 @@
 """What a person sees: progress while it runs, the table and the plot after; and the same as JSON."""
 
 import json
-import resource
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,11 @@ from torch import Tensor, nn
 
 from minisp.models.stream import Stream
 from minisp.models.structures import UNITS
-from minisp.phases.run import Result
-from minisp.phases.shots import Sparse
+from minisp.phases.run import Run
+from minisp.phases.shots import sparse_results
 from minisp.plan.plan import Plan, plan_dict
+from minisp.report.meter import Meter, peak_resident
+from minisp.report.saliency import Saliency, saliency_of
 from minisp.text.calibration import Calibration
 from minisp.units import as_text, megabytes, millions
 
@@ -27,6 +27,7 @@ class LayerReport:
 
     `damping_curve` lists (damping, cross-validated relative residual) where damping was chosen; `backward_error` and
     `shift` are those of `minisp.ops.cholesky.Solved`; `drift_explained` is the share of the drift that was corrected.
+    `saliency` is the distribution of the scores, before trial cuts scale them.
     """
 
     layer: int
@@ -40,6 +41,7 @@ class LayerReport:
     backward_error: float
     shift: float
     drift_explained: float
+    saliency: Saliency
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class MinifyReport:
         bytes: size of the written weights, or of the model in memory.
         calibration: what the calibration consisted of; `calibration_fingerprint` is its SHA-256.
         seconds: wall time by phase.
+        memory: by phase, the most memory that had been taken when it ended, in bytes: of the GPU where one computes,
+            else of this process.
         peak_rss: highest resident memory of this process so far, in bytes.
         peak_device_memory: highest GPU memory allocated, in bytes; None without a GPU.
         out: the folder written, or None.
@@ -88,6 +92,7 @@ class MinifyReport:
     calibration: tuple[str, ...]
     calibration_fingerprint: str
     seconds: dict[str, float]
+    memory: dict[str, int]
     peak_rss: int
     peak_device_memory: int | None
     out: Path | None
@@ -110,6 +115,7 @@ class MinifyReport:
             "calibration": list(self.calibration),
             "calibration_fingerprint": self.calibration_fingerprint,
             "seconds": self.seconds,
+            "memory": self.memory,
             "peak_rss": self.peak_rss,
             "peak_device_memory": self.peak_device_memory,
             "out": str(self.out) if self.out else None,
@@ -118,23 +124,19 @@ class MinifyReport:
 
 
 def make_report(
-    stream: Stream,
-    plan: Plan,
-    results: Sequence[Result],
-    sparse: Sequence[Sparse],
-    calibration: Calibration,
-    seconds: dict[str, float],
-    out: Path | None,
-    *,
-    needs_code: bool,
+    stream: Stream, plan: Plan, run: Run, calibration: Calibration, meter: Meter, out: Path | None, *, needs_code: bool
 ) -> MinifyReport:
     """Gather the report of a run whose results will stand at `out`, with a modelling file or without."""
+    config = plan.config
+    results = [run.result(structure) for structure in stream.structures] if config.cuts else []
+    sparse = sparse_results(run, plan.maps, config.shots)
     layers = tuple(
         LayerReport(
             layer=result.structure.layer,
             structure=result.structure.name,
             width=result.structure.num_units,
             kept=len(result.kept),
+            saliency=saliency_of(run.statistics(result.structure, gram=False).score(config.saliency), result.kept),
             **result.fit.facts(),
         )
         for result in results
@@ -150,8 +152,9 @@ def make_report(
         bytes=sum(p.numel() * p.element_size() for p in stream.model.parameters()),
         calibration=calibration.description,
         calibration_fingerprint=calibration.fingerprint,
-        seconds=dict(seconds),
-        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        seconds=meter.seconds,
+        memory=meter.device if on_gpu else meter.resident,
+        peak_rss=peak_resident(),
         peak_device_memory=torch.cuda.max_memory_allocated(stream.device) if on_gpu else None,
         out=out,
         needs_code=needs_code,

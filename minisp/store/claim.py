@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import minisp
-from minisp.config import Resources
 from minisp.errors import CheckpointError, ConfigError, NumericalError, OutputError
 from minisp.ranks import Ranks
+from minisp.resources import Resources
 from minisp.store.names import ANY, REUSABLE, SWEEP, Record
 from minisp.store.records import DATA, INDEX, Folder, Memory, Scratch, no_room
 

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 import minisp
 from minisp import errors, fast
 from minisp.cli.app import app
-from minisp.config import MinifyConfig, Resources
+from minisp.config import MinifyConfig
 from minisp.plan.plan import plan_dict
+from minisp.resources import Resources
 from tests.tiny import WIDTH, save_checkpoint, tiny_model
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]

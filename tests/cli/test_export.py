@@ -9,6 +9,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from minisp.cli.app import EXPORT_EXAMPLES, Target, app
+from minisp.errors import OutputError
 from minisp.export.targets import TARGETS
 from minisp.store.writer import MANIFEST_NAME
 from tests.export.checkpoints import WIDTHS, byte_tokenizer, write_checkpoint
@@ -63,3 +64,50 @@ def test_what_is_refused_has_its_exit_code_and_leaves_nothing(
     assert refused.exit_code == code and refused.stdout == ""
     assert says in refused.stderr
     assert list(there.iterdir()) == []
+
+
+def minify(model: Path, *arguments: object) -> Result:
+    options = ["--keep", "0.5", "--window", "16", "--num-windows", "4", "--dtype", "float32", "--generic", "0"]
+    text = model.parent / "text.txt"
+    text.write_text("the 12345 the end of it. " * 40)
+    command = ["minify", model, *options, "-c", text, *arguments]
+    return CliRunner().invoke(app, [*map(str, command)], env={"COLUMNS": "2000"})
+
+
+def test_minify_exports_what_it_has_written(model: Path, there: Path) -> None:
+    done = minify(model, "--out", there / "small", "--export", "gguf")
+    assert done.exit_code == 0, done.stderr
+    assert f"Then for a server: {there / 'small.gguf'}" in done.stderr
+    assert f"gguf: {there / 'small.gguf'}" in done.stdout
+    alone = run(there / "small", "--to", "gguf", "--out", there / "alone.gguf")
+    assert alone.exit_code == 0, alone.stderr
+    assert (there / "small.gguf").read_bytes() == (there / "alone.gguf").read_bytes()
+
+    as_json = minify(model, "--out", there / "other", "--export", "padded", "--json")
+    assert as_json.exit_code == 0, as_json.stderr
+    assert json.loads(as_json.stdout)["export"]["out"] == str(there / "other-padded")
+    assert (there / "other-padded" / MANIFEST_NAME).is_file()
+
+
+def test_minify_refuses_before_it_runs_what_the_target_cannot_express(model: Path, there: Path) -> None:
+    refused = minify(model, "--out", there / "small", "--export", "nemotron-nas")
+    assert refused.exit_code == 4 and "--alignment 256" in refused.stderr and refused.stdout == ""
+    planned = CliRunner().invoke(app, ["plan", str(model), "--window", "16", "--export", "hf"])
+    assert planned.exit_code == 4 and "--widths uniform" in " ".join(planned.stderr.split())
+    (there / "small.gguf").write_text("data")
+    taken = minify(model, "--out", there / "small", "--export", "gguf")
+    assert taken.exit_code == 8 and "expected a new file, got a file" in taken.stderr
+    assert [path.name for path in there.iterdir()] == ["small.gguf"]
+
+
+def test_a_failed_export_says_that_the_result_is_complete(
+    model: Path, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OutputError("Output: disk full.")
+
+    monkeypatch.setattr("minisp.cli.exporting.export", fails)
+    done = minify(model, "--out", there / "small", "--export", "padded")
+    assert done.exit_code == 8
+    assert "disk full" in done.stderr and f"minisp export {there / 'small'} --to padded" in done.stderr
+    assert (there / "small" / MANIFEST_NAME).is_file()

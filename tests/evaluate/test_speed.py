@@ -212,8 +212,8 @@ def test_two_models_are_measured_side_by_side_and_it_is_said_how(
     monkeypatch.setattr(measure, "throughput", partial(throughput, generation=Generation(8, 2), budget=0.0))
     tokens = {"prose": torch.arange(200) % 64}
     seen: list[str] = []
-    found = measure.compare(
-        *folders, tokens, measure.Protocol(window=32), progress=lambda phase, done, total: seen.append(phase)
+    (found,) = measure.compare(
+        folders, tokens, measure.Protocol(window=32), progress=lambda phase, done, total: seen.append(phase)
     )
     alone = [measure.measure(folder, tokens, measure.Protocol(window=32), speed=False) for folder in folders]
     assert [own.perplexity["prose"].value for own in (found.first, found.second)] == [

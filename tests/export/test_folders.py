@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from minisp import fast
+from minisp.config import MinifyConfig
 from minisp.errors import CheckpointError, ConfigError, MinispError, OutputError, UnsupportedModelError
 from minisp.export.modeling import FILE_NAME
-from minisp.export.targets import TARGETS, export
+from minisp.export.targets import TARGETS, check_planned, export
 from minisp.models.skeleton import KEYS
 from minisp.store.writer import MANIFEST_NAME
 from tests.export.checkpoints import ROWS, WIDTHS, byte_tokenizer, write_checkpoint
@@ -187,3 +188,49 @@ def test_uneven_heads_are_for_the_modelling_file_alone(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True) for name in ("cut", "out")
     )
     assert torch.equal(first(ids).logits, second(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("target", "model_type", "options", "says"),
+    [
+        ("hf", "llama", {}, r"got widths from 1 to 48\. Use hf-per-layer"),
+        ("hf", "llama", {"widths": "uniform"}, None),
+        ("hf", "llama", {"keep": 1.0}, None),
+        ("hf-per-layer", "llama", {}, None),
+        ("hf-per-layer", "llama", {"widths": "uniform"}, r"got 24 in all of them\. Use hf"),
+        ("padded", "qwen3", {}, None),
+        ("nemotron-nas", "llama", {}, r"multiples of 256, got 1, 48\. Minify with --alignment 256"),
+        ("gguf", "llama", {}, None),
+        ("gguf", "qwen3", {}, r"got qwen3 with widths from 1 to 48"),
+        ("gguf", "qwen3", {"widths": "uniform"}, None),
+        ("gguf", "gpt2", {"widths": "uniform"}, "expected one of llama"),
+        ("hf", "llama", {"structures": ("attention",)}, r"expected as many heads .* Use hf-per-layer"),
+        ("hf", "llama", {"structures": ("attention",), "widths": "uniform"}, None),
+        ("hf-per-layer", "llama", {"structures": ("attention",)}, None),
+        ("hf", "gpt2", {"structures": ("attention",), "widths": "uniform"}, r"expected as many heads"),
+    ],
+)
+def test_a_plan_that_a_target_cannot_express_is_refused_before_the_run(
+    target: str, model_type: str, options: dict[str, Any], says: str | None, tmp_path: Path
+) -> None:
+    sizes = {"num_key_value_heads": 2} if model_type == "llama" else {}
+    write_checkpoint(tmp_path / "in", model_type, (48, 48, 48), tokenizer=byte_tokenizer(), **sizes)
+    config = MinifyConfig(**{"keep": 0.5, **options})
+    if says is None:
+        check_planned(tmp_path / "in", target, config)
+    else:
+        with pytest.raises(UnsupportedModelError, match=says):
+            check_planned(tmp_path / "in", target, config)
+
+
+def test_multiples_of_256_are_planned_for_nemotron_nas(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "in", "llama", (768,) * 3, intermediate_size=768)
+    check_planned(tmp_path / "in", "nemotron-nas", MinifyConfig(alignment=128, tp=2))
+    with pytest.raises(UnsupportedModelError, match="got 128"):
+        check_planned(tmp_path / "in", "nemotron-nas", MinifyConfig(alignment=128))
+
+
+def test_no_tokenizer_is_refused_for_gguf_before_the_run(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "in", "llama", (48,) * 3)
+    with pytest.raises(CheckpointError, match="expected a tokenizer"):
+        check_planned(tmp_path / "in", "gguf", MinifyConfig())

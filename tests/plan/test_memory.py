@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minisp import fast
-from minisp.config import Labels, MinifyConfig, parse_size
+from minisp.config import Labels, MinifyConfig
 from minisp.errors import CheckpointError, ConfigError
 from minisp.models.loader import Loader
 from minisp.models.objective import Objective
@@ -26,6 +26,7 @@ from minisp.plan.layout import choose_layout
 from minisp.plan.rooms import make_rooms, writes_behind
 from minisp.store.checkpoint import Checkpoint
 from minisp.store.files import WriteBehind
+from minisp.units import parse_size
 from tests.tiny import LAYERS, MODEL_TYPES, VOCABULARY, save_checkpoint, tiny_model
 
 CPU = torch.device("cpu")

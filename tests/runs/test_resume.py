@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from minisp import fast
 from minisp.cli.app import app
-from minisp.config import Resources
 from minisp.errors import ConfigError, OutputError
 from minisp.phases import sweep, trials
 from minisp.ranks import Ranks
+from minisp.resources import Resources
 from minisp.store import tiers
 from minisp.store.claim import open_scratch
 from minisp.store.names import ANY
