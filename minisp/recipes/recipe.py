@@ -1,9 +1,10 @@
 """A recipe: everything that decides a build, in one YAML file, checked before anything runs."""
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
@@ -12,6 +13,7 @@ from minisp.config import MinifyConfig, split_options
 from minisp.docstrings import documented
 from minisp.errors import ConfigError, one_line
 from minisp.resources import Resources
+from minisp.units import parse_count, parse_size
 
 MANIFEST_NAME = "minisp-build.json"
 BUDGETS = ("keep", "target_size", "target_params")
@@ -85,11 +87,23 @@ class Gates(_Part):
 
     max_bytes: str | int | None = Field(None, description="Bytes of the weights at most, such as 120MB.")
     max_parameters: str | int | None = Field(None, description="Parameters at most, such as 110M.")
-    max_perplexity_ratio: dict[str, float] = Field(
+    max_perplexity_ratio: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {}, description="Text (file, builtin:documentation or builtin:code) → perplexity at most, relative to before."
     )
     window: int = Field(1024, ge=2, description="Tokens per window of the perplexity.")
     max_windows: int | None = Field(20, ge=1, description="Windows at most, from the start of every text.")
+
+    @model_validator(mode="after")
+    def _are_readable(self) -> "Gates":
+        for name, parse, example in (("max_bytes", parse_size, "120MB"), ("max_parameters", parse_count, "110M")):
+            value = getattr(self, name)
+            try:
+                readable = value is None or parse(value) > 0
+            except ValueError:
+                readable = False
+            if not readable:
+                raise ValueError(f"expected {name} such as {example}, got {value!r}")
+        return self
 
 
 class Recipe(_Part):
@@ -179,7 +193,7 @@ def _fault(fault: Any) -> str:
         return f"{where}expected one of {', '.join(_keys_beside(fault['loc']))}, got an unknown key"
     if fault["type"] == "missing":
         return f"{where}expected a value, got none"
-    says = fault["msg"].removeprefix("Value error, ").replace("Input should", "expected to", 1)
+    says = re.sub(r"^(Value error, |\w+ should )", lambda m: "expected to " if "should" in m[0] else "", fault["msg"])
     says = says.replace("expected to be ", "expected ", 1)
     return f"{where}{says}" + ("" if fault["type"] == "value_error" else f", got {fault['input']!r:.80}")
 
