@@ -62,7 +62,7 @@ class DistributedError(MinispError):
 
 
 class GateError(MinispError):
-    """A model was made and does not pass a gate of its recipe.
+    """No result is as good as was asked for, or a model does not pass a gate of its recipe.
 
     Args:
         message: what was expected, what was got, and what to do.
@@ -71,9 +71,9 @@ class GateError(MinispError):
 
     exit_code = 11
 
-    def __init__(self, message: str, facts: dict[str, Any]) -> None:
+    def __init__(self, message: str, facts: dict[str, Any] | None = None) -> None:
         super().__init__(message)
-        self.facts = facts
+        self.facts = facts or {}
 
 
 def one_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "minisp"
 # the story backwards. "minisp" is the package's own __init__. A new folder has to take a place here.
 ROWS = (
     ("cli",),
-    ("recipes",),
+    ("recipes", "frontier"),
     ("fast",),
     ("export",),
     ("report", "evaluate"),

@@ -5,15 +5,15 @@ The options of `minify` and `plan` beside those that stand here come from `minis
 
 import os
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
-from minisp.cli import building, results
+from minisp.cli import building, results, sweeping
 from minisp.cli.arguments import Json, Model, Quiet
+from minisp.cli.calibration import Sources, sources_of
 from minisp.cli.console import errors, show
 from minisp.cli.options import with_config_options
 from minisp.config import MinifyConfig, Widths, split_options
@@ -34,12 +34,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-CALIBRATION_HELP = (
-    "Text to calibrate on: FILE.txt, FILE.jsonl, hf:NAME, or what is at hand: builtin:code, builtin:documentation, "
-    "builtin:model (written by the model itself); with a weight as FILE:0.3. Repeat it to mix sources. A share of "
-    "generic text (--generic) joins it, unless it names builtin: sources. Default: generic text alone."
-)
-Sources = Annotated[list[str] | None, typer.Option("--calibration", "-c", help=CALIBRATION_HELP, metavar="<source>")]
 Target = Literal["hf", "hf-per-layer", "padded", "gguf", "nemotron-nas"]
 TARGET_HELP = (
     "hf: stock class, one width. hf-per-layer: modelling file, widths per layer (transformers, vLLM). padded: stock "
@@ -88,7 +82,7 @@ def minify(
     console = Console(stderr=True, quiet=quiet or as_json)
     with errors(lambda: _left_behind(out, options["scratch"])):
         split_options(**options)
-        sources = _sources(calibration)
+        sources = sources_of(calibration)
         console.print(plan_table(fast.plan(model, **options), shares=_shares(sources, options)))
         if then is not None:
             path = check_export(model, then, options, out)
@@ -122,7 +116,7 @@ def plan(
     from minisp.store.hub import local_folder
 
     with errors():
-        shares = _shares(_sources(calibration), options)
+        shares = _shares(sources_of(calibration), options)
         planned = fast.plan(model, **options)
         if then is not None:
             check_planned(local_folder(model), then, planned.config)
@@ -131,6 +125,9 @@ def plan(
     show(values, as_json, quiet, plan_table(planned, seconds, shares), [])
 
 
+app.command(epilog="Example: minisp sweep ./llama --out ./llama-sweep --text test.txt -c wiki.txt --max-ppl-ratio 1.1")(
+    sweeping.sweep
+)
 app.command("eval", epilog="Example: minisp eval ./llama ./llama-70 --text test.txt --text prose/ --window 2048")(
     results.evaluate
 )
@@ -208,18 +205,6 @@ def main() -> None:
     # What a scheduler or torchrun ends stops as cleanly as what a person interrupts.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
-
-
-def _sources(calibration: Sequence[str] | None) -> list[tuple[str, float]] | None:
-    """(name, weight) of every source that the command line names; CalibrationError where a file is not there."""
-    from minisp.text.corpora import parse_source
-    from minisp.text.mixture import check_sources
-
-    if not calibration:
-        return None
-    sources = [parse_source(source) for source in calibration]
-    check_sources(name for name, _ in sources)
-    return sources
 
 
 def _shares(sources: list[tuple[str, float]] | None, options: dict[str, Any]) -> "Shares | None":

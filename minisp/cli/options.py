@@ -1,7 +1,7 @@
 """Options of `minify` and `plan`: the fields of `MinifyConfig` and `Resources`, with their documentation as help."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import Field, fields
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -12,8 +12,12 @@ from minisp.docstrings import documented
 from minisp.resources import Resources
 
 
-def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, which takes `**options`, one option per field of `MinifyConfig` and of `Resources`."""
+def with_config_options(command: Callable[..., None], without: Collection[str] = ()) -> Callable[..., None]:
+    """Give a command, which takes `**options`, one option per field of `MinifyConfig` and of `Resources`.
+
+    Args:
+        without: fields that it does not get.
+    """
     own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     added = [
         inspect.Parameter(
@@ -25,6 +29,7 @@ def with_config_options(command: Callable[..., None]) -> Callable[..., None]:
         for record, panel in ((MinifyConfig, "Method and calibration"), (Resources, "Resources"))
         for help_of in [documented(record)]
         for field in fields(record)
+        if field.name not in without
     ]
     command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in [*own, *added]}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from minisp import fast
@@ -45,6 +46,29 @@ def test_processes_share_the_windows_and_give_one_result(size: int, source: Path
     assert [layer["kept"] for layer in one["layers"]] == [layer["kept"] for layer in many["layers"]]
     for a, b in zip(one["layers"], many["layers"], strict=True):
         assert a["residual"] == pytest.approx(b["residual"], rel=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", text.name, "together"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "pattern"), [("surgeon", "unstructured"), ("surgeon", "rows-columns"), ("wanda", "2:4")]
+)
+def test_processes_share_the_maps_too(method: str, pattern: str, source: Path, text: Path, tmp_path: Path) -> None:
+    shots = ["--shots", "2"] if method == "surgeon" else []
+    options = ["--num-windows", "10", "--window", "32", "--dtype", "float32", "--keep", "0.5", "-c", str(text), "-q"]
+    command = ["-m", "minisp", "minify", str(source), *options, "--method", method, "--pattern", pattern, *shots]
+    alone = CliRunner().invoke(app, [*command[2:], "--out", str(tmp_path / "alone")])
+    assert alone.exit_code == 0, alone.output
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(fast.__file__).parents[1])}
+    done = subprocess.run(
+        [*launcher, *command, "--out", str(tmp_path / "together")], env=environment, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    one, many = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "together"))
+    same = sum(int(((one[name] == 0) == (many[name] == 0)).sum()) for name in one)
+    # Sums in another order: costs that are nearly equal may change places.
+    assert same > 0.99 * sum(tensor.numel() for tensor in one.values())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", text.name, "together"]
 
 
