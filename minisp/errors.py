@@ -4,8 +4,6 @@ The classes are few and follow what a caller can do about the failure; `exit_cod
 Codes 0 (success), 1 (a bug or an unforeseen error) and 2 (wrong command-line usage) keep their customary meaning.
 """
 
-from typing import Any
-
 
 class MinispError(Exception):
     """Base class. `exit_code` is the process exit status of the command line for this class of failure."""
@@ -71,7 +69,7 @@ class GateError(MinispError):
 
     exit_code = 11
 
-    def __init__(self, message: str, facts: dict[str, Any] | None = None) -> None:
+    def __init__(self, message: str, facts: dict[str, object] | None = None) -> None:
         super().__init__(message)
         self.facts = facts or {}
 

@@ -29,7 +29,9 @@ def _options(name: str, record: type, without: tuple[str, ...]) -> type[BaseMode
     """The options of a record as a part of the recipe, with their documentation and defaults."""
     help_of = documented(record)
     own = [field for field in fields(record) if field.name not in without]
-    keys: Any = {field.name: (field.type, Field(field.default, description=help_of[field.name])) for field in own}
+    keys: Any = {
+        field.name: (field.type, Field(default=field.default, description=help_of[field.name])) for field in own
+    }
     part: type[BaseModel] = create_model(name, __base__=_Part, **keys)
     return part
 
@@ -46,15 +48,17 @@ class Text(_Part):
     """One source of calibration text."""
 
     source: str = Field(min_length=1, description="FILE.txt, FILE.jsonl, hf:NAME, builtin:NAME, as for minisp minify.")
-    weight: float = Field(1.0, gt=0, description="Its share of the windows, relative to the other sources.")
+    weight: float = Field(default=1.0, gt=0, description="Its share of the windows, relative to the other sources.")
 
 
 class Budget(_Part):
     """What may stay: exactly one of these."""
 
-    keep: float | None = Field(None, gt=0, le=1, description="Share of the parameters that may be cut, and stays.")
-    target_size: str | int | None = Field(None, description="Bytes of the weights at most, such as 90MB.")
-    target_params: str | int | None = Field(None, description="Parameters at most, such as 110M.")
+    keep: float | None = Field(
+        default=None, gt=0, le=1, description="Share of the parameters that may be cut, and stays."
+    )
+    target_size: str | int | None = Field(default=None, description="Bytes of the weights at most, such as 90MB.")
+    target_params: str | int | None = Field(default=None, description="Parameters at most, such as 110M.")
 
     @model_validator(mode="after")
     def _is_one(self) -> "Budget":
@@ -67,7 +71,9 @@ class Export(_Part):
     """One form for a server, written beside the model."""
 
     to: Literal["hf", "hf-per-layer", "padded", "gguf", "nemotron-nas"] = Field(description="As for minisp export.")
-    dtype: Literal["f32", "f16", "bf16", "q8_0"] | None = Field(None, description="For gguf; default: as stored.")
+    dtype: Literal["f32", "f16", "bf16", "q8_0"] | None = Field(
+        default=None, description="For gguf; default: as stored."
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "Export":
@@ -85,13 +91,14 @@ class Export(_Part):
 class Gates(_Part):
     """What the model has to pass; a build that fails one leaves nothing."""
 
-    max_bytes: str | int | None = Field(None, description="Bytes of the weights at most, such as 120MB.")
-    max_parameters: str | int | None = Field(None, description="Parameters at most, such as 110M.")
+    max_bytes: str | int | None = Field(default=None, description="Bytes of the weights at most, such as 120MB.")
+    max_parameters: str | int | None = Field(default=None, description="Parameters at most, such as 110M.")
     max_perplexity_ratio: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        {}, description="Text (file, builtin:documentation or builtin:code) → perplexity at most, relative to before."
+        default={},
+        description="Text (file, builtin:documentation or builtin:code) → perplexity at most, relative to before.",
     )
-    window: int = Field(1024, ge=2, description="Tokens per window of the perplexity.")
-    max_windows: int | None = Field(20, ge=1, description="Windows at most, from the start of every text.")
+    window: int = Field(default=1024, ge=2, description="Tokens per window of the perplexity.")
+    max_windows: int | None = Field(default=20, ge=1, description="Windows at most, from the start of every text.")
 
     @model_validator(mode="after")
     def _are_readable(self) -> "Gates":
@@ -110,13 +117,15 @@ class Recipe(_Part):
     """A build of minisp. Paths are relative to the recipe's folder."""
 
     source: str = Field(min_length=1, description="A Hugging Face folder, a .gguf file, or a hub id.")
-    name: str = Field("model", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Of the model in the output.")
+    name: str = Field(
+        default="model", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Of the model in the output."
+    )
     budget: Budget
-    calibration: list[Text] = Field([], description="Text to calibrate on; none is generic text alone.")
-    method: Method = Field(Method(), description="How to cut and refit, as for minisp minify.")
-    resources: Limits = Field(Limits(), description="What the build may use, as for minisp minify.")
-    export: list[Export] = Field([], description="Forms for servers, beside the model itself.")
-    gates: Gates = Field(Gates(), description="What the model has to pass.")
+    calibration: list[Text] = Field(default=[], description="Text to calibrate on; none is generic text alone.")
+    method: Method = Field(default=Method(), description="How to cut and refit, as for minisp minify.")
+    resources: Limits = Field(default=Limits(), description="What the build may use, as for minisp minify.")
+    export: list[Export] = Field(default=[], description="Forms for servers, beside the model itself.")
+    gates: Gates = Field(default=Gates(), description="What the model has to pass.")
 
     @model_validator(mode="after")
     def _names_differ(self) -> "Recipe":
