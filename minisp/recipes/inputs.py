@@ -1,6 +1,7 @@
 """What a recipe names, found on disk, and what it is made of: checksums of every input, versions of what computes."""
 
 import hashlib
+import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,11 +74,7 @@ def versions() -> dict[str, str]:
 
 def recipe_sha256(recipe: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of the plain values of a recipe, whatever the file looks like."""
-    return hashlib.sha256(repr(_sorted(recipe)).encode()).hexdigest()
-
-
-def _sorted(value: Any) -> Any:
-    return sorted((key, _sorted(item)) for key, item in value.items()) if isinstance(value, Mapping) else value
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
 def _located(source: str, base: Path) -> str:

@@ -1,7 +1,9 @@
 """`build`: one output or none, gates, the same bytes, and what a second call does."""
 
+import fcntl
 import json
 import math
+import os
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -199,6 +201,17 @@ def test_a_failed_export_keeps_the_model_and_other_exports_go_on_from_it(
         with pytest.raises(OutputError):
             build(recipe, tmp_path / "b")
     assert list((tmp_path / ".b.build/parts").iterdir()) == []
+
+
+def test_two_builds_of_one_output_do_not_meet(tmp_path: Path) -> None:
+    recipe = write(tmp_path)
+    (tmp_path / ".r.build").mkdir()
+    descriptor = os.open(tmp_path / ".r.build", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(OutputError, match="another process builds there"):
+        build(recipe)
+    os.close(descriptor)
+    assert not build(recipe).unchanged
 
 
 def test_the_command_prints_a_schema_or_wants_a_recipe() -> None:
