@@ -134,7 +134,8 @@ def check_planned(folder: str | Path, target: str, config: MinifyConfig) -> None
     source = Source.open(Path(folder).expanduser())
     structures = structures_of(source.model, source.family, config.structures)
     varied = config.widths == "per-layer" and config.keep < 1
-    if "attention" in config.structures and (varied or (config.keep < 1 and not source.family.attention.has_head_dim)):
+    heads = {"attention", "queries"} & set(config.structures)
+    if heads and (varied or (config.keep < 1 and not source.family.attention.has_head_dim)):
         # Whatever the widths are.
         _check_heads(target)
         return
