@@ -51,9 +51,9 @@ def allocate(candidates: Sequence[Candidate], keep: float, *, min_keep: float) -
     """Numbers of units that keep the most saliency: at most `keep` of all parameters, none under its lower bound.
 
     With a structure's units sorted, its saliency as a function of their number is concave, and so it stays when read at
-    multiples of the step, and summed over a tie or over groups. Taking the next most valuable step per parameter is therefore optimal
-    among equal steps (Fox, 1966, "Discrete optimization via marginal analysis"). A step that no longer fits is passed
-    over.
+    multiples of the step, and summed over a tie or over groups. Taking the next most valuable step per parameter is
+    therefore optimal among equal steps (Fox, 1966, "Discrete optimization via marginal analysis"). A step that no
+    longer fits is passed over.
 
     Args:
         keep: share of the candidates' parameters, in (0, 1].
