@@ -92,8 +92,12 @@ def measure_row(kit: Kit, parts: list[Part], name: str, removed: float) -> dict[
     else:
         model = kit.fresh()
         cut_model_(model, attention_opponents.OPPONENTS[name](parts, keep), GROUPS)
+    left = Stream.from_module(model, GROUPS).structures
+    heads = [structure.heads(structure.num_units) for structure in left if structure.head_dim]
     kept = {
-        x: sum(s.num_units for s in Stream.from_module(model, (x,)).structures) for x in ("mlp", "attention", "queries")
+        "MLP units": sum(structure.num_units for structure in left if not structure.head_dim),
+        "query heads": sum(queries for queries, _ in heads),
+        "key heads": sum(keys for _, keys in heads),
     }
     parameters = sum(p.numel() for p in model.parameters())
     return {"parameters": parameters, "kept": kept, "perplexity": kit.perplexities(model)}
@@ -103,7 +107,7 @@ def show(result: dict[str, Any]) -> Iterator[list[object]]:
     """The rows of the table: ratios to the dense model by domain."""
     for key, row in result["rows"].items():
         values = (row["perplexity"][domain] / dense for domain, dense in result["dense"].items())
-        yield [key, *(f"{value:.3f}" for value in values), row["parameters"], row["kept"]["queries"]]
+        yield [key, *(f"{value:.3f}" for value in values), row["parameters"], *row["kept"].values()]
 
 
 def main() -> None:
@@ -132,7 +136,7 @@ def main() -> None:
                 place = [*OURS, *attention_opponents.OPPONENTS].index(method)
                 result["rows"][cell] = {"removed": removed, "place": place, **measure_row(kit, parts, method, removed)}
                 harness.write_json(name, result)
-    columns = ["removed, method", *result["dense"], "parameters", "query heads"]
+    columns = ["removed, method", *result["dense"], "parameters", "MLP units", "query heads", "key heads"]
     harness.print_table("Perplexity / dense", columns, show(result))
 
 
