@@ -103,11 +103,23 @@ def measure_row(kit: Kit, parts: list[Part], name: str, removed: float) -> dict[
     return {"parameters": parameters, "kept": kept, "perplexity": kit.perplexities(model)}
 
 
-def show(result: dict[str, Any]) -> Iterator[list[object]]:
-    """The rows of the table: ratios to the dense model by domain."""
+def cells(result: dict[str, Any]) -> Iterator[list[object]]:
+    """The rows of the table: ratios to the dense model by domain, and what is left."""
     for key, row in result["rows"].items():
         values = (row["perplexity"][domain] / dense for domain, dense in result["dense"].items())
         yield [key, *(f"{value:.3f}" for value in values), row["parameters"], *row["kept"].values()]
+
+
+def columns(result: dict[str, Any]) -> list[str]:
+    """The heads of the table."""
+    return ["removed, method", *result["dense"], "parameters", "MLP units", "query heads", "key heads"]
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    windows = ", ".join(f"{domain} {count}" for domain, count in DOMAINS.items())
+    head = f"Calibrated on {result['tokens']:,} tokens; windows of 1024 evaluated: {windows}. Share of the parameters "
+    return f"{head}outside of the embeddings that is removed:\n\n{harness.markdown(columns(result), cells(result))}"
 
 
 def main() -> None:
@@ -136,8 +148,7 @@ def main() -> None:
                 place = [*OURS, *attention_opponents.OPPONENTS].index(method)
                 result["rows"][cell] = {"removed": removed, "place": place, **measure_row(kit, parts, method, removed)}
                 harness.write_json(name, result)
-    columns = ["removed, method", *result["dense"], "parameters", "MLP units", "query heads", "key heads"]
-    harness.print_table("Perplexity / dense", columns, show(result))
+    harness.print_table("Perplexity / dense", columns(result), cells(result))
 
 
 if __name__ == "__main__":
