@@ -39,7 +39,7 @@ class MinifyConfig:
         gradient_damping: λ of the curvature's gradient side, relative to its mean diagonal, above 0; that of its input
             side is `damping`.
         structures: what may be cut: `mlp`, MLP units; `attention`, key/value groups with their queries; `queries`,
-            equally many query heads of every group, whose keys and values stay; `mlp` beside one of the others, too.
+            equally many query heads of every group. Either of the last two may stand beside `mlp`.
         saliency: score of a unit from p = x·g per token t: `taylor` mean |p|, `fisher` mean p², `signed` |mean p|.
         labels: of the loss whose gradient g is: `text`, the calibration text's next tokens; `sampled`, one drawn from
             the model's own distribution for each token (the true Fisher information instead of the empirical one);

@@ -114,10 +114,10 @@ def _head_keys(family: Family, config: Any, heads: Sequence[tuple[int, int]]) ->
     if set(heads) == {before}:
         return {}
     keys: dict[str, Any] = {"head_dim": head_dim} if family.attention.has_head_dim else {}
-    if any(of_layer != before[1] for _, of_layer in heads):
-        keys[KEYS["attention"]] = [of_layer for _, of_layer in heads]
-    if any(of_layer * before[1] != keys_of_layer * before[0] for of_layer, keys_of_layer in heads):
-        keys[KEYS["queries"]] = [of_layer for of_layer, _ in heads]
+    if any(count != before[1] for _, count in heads):
+        keys[KEYS["attention"]] = [count for _, count in heads]
+    if any(count * before[1] != shared * before[0] for count, shared in heads):
+        keys[KEYS["queries"]] = [count for count, _ in heads]
     return keys
 
 
