@@ -66,11 +66,11 @@ def look_at(model: Any, run: Run, means: Sequence[Tensor]) -> list[Layer]:
 
 
 @torch.no_grad()
-def cut_model_(model: Any, cuts: Sequence[Cut]) -> None:
-    """Cut a dense model in place."""
+def cut_model_(model: Any, cuts: Sequence[Cut], names: Sequence[str] = ("mlp",)) -> None:
+    """Cut the structures of these names of a dense model in place."""
     family = family_of(model.config)
     layers = decoder_layers(model, family)
-    for structure, cut in zip(structures_of(model, family), cuts, strict=True):
+    for structure, cut in zip(structures_of(model, family, names), cuts, strict=True):
         layer = layers[structure.layer]
         cut_(layer, structure, cut.kept, cut.down)
         if cut.bias is not None:

@@ -100,7 +100,7 @@ def collect(model: Any, windows: Tensor, cache: Path) -> tuple[Run, list[Tensor]
         saliency_sweep(stream, Batches.scoring(windows.split(1)), segments, run, gram=True)
     seconds = time.perf_counter() - start
     # The means, which FLAP alone needs, and its time has no share in.
-    means = _means(stream, windows)
+    means = mean_inputs(stream, windows)
     found = [run.statistics(structure, gram=True) for structure in stream.structures]
     layers = [(x.num_tokens, x.saliency, x.gram) for x in found]
     cache.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,8 @@ def with_own_labels(run: Run, model: Any, windows: Tensor, cache: Path) -> tuple
 
 
 @torch.no_grad()
-def _means(stream: Stream, windows: Tensor) -> list[Tensor]:
+def mean_inputs(stream: Stream, windows: Tensor) -> list[Tensor]:
+    """The mean input (u·c,) of every structure's consumer."""
     model = stream.model
     downs = [stream.layers[x.layer].get_submodule(x.consumer) for x in stream.structures]
     sums = [torch.zeros(down.in_features) for down in downs]
@@ -148,7 +149,7 @@ def _means(stream: Stream, windows: Tensor) -> list[Tensor]:
 def ours(kit: Kit, keep: float, options: dict[str, Any]) -> Any:
     """A copy of the model, minified by the engine with these options from the statistics at hand."""
     config, model = MinifyConfig(keep=keep, **options), kit.fresh()
-    stream = Stream.from_module(model)
+    stream = Stream.from_module(model, config.structures)
     for structure in stream.structures:
         kit.run.shared.drop(Record.RESULT.of(structure.layer, structure.name))
     batches = kit.windows[refit_windows(*kit.windows.shape, config)].split(1)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import attention_quality
 import crash
 import gpu_suite
 import memory
@@ -120,7 +121,7 @@ KINDS: dict[str, Callable[[Data], str | Iterator[str]]] = {
     "quality": quality, "peers": peers, "ablation": ablation, "blend": blend, "downstream_offline": downstream_offline,
     "minify_cpu": minify_cpu.table, "memory": memory.table, "crash": crash.table, "ridge": ridge.table,
     "gpu": gpu_suite.table, "serving_speed": serving_speed.table, "serving": serving.table,
-    "quantised": quantised.table, "sparse_quality": sparse_quality.table,
+    "quantised": quantised.table, "sparse_quality": sparse_quality.table, "attention_quality": attention_quality.table,
 }  # fmt: skip
 
 

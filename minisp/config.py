@@ -17,7 +17,7 @@ Allocation = Literal["score", "measured"]
 RefitOn = Literal["dense", "pruned"]
 Shrinkage = Literal["original", "zero"]
 Damping = float | Literal["auto"]
-StructureName = Literal["mlp", "attention"]
+StructureName = Literal["mlp", "attention", "queries"]
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -38,7 +38,8 @@ class MinifyConfig:
         shots: in how many equal steps the surgeon removes, with a curvature of its own for each.
         gradient_damping: λ of the curvature's gradient side, relative to its mean diagonal, above 0; that of its input
             side is `damping`.
-        structures: what may be cut: `mlp`, MLP units; `attention`, key/value groups with their queries; or both.
+        structures: what may be cut: `mlp`, MLP units; `attention`, key/value groups with their queries; `queries`,
+            equally many query heads of every group. Either of the last two may stand beside `mlp`.
         saliency: score of a unit from p = x·g per token t: `taylor` mean |p|, `fisher` mean p², `signed` |mean p|.
         labels: of the loss whose gradient g is: `text`, the calibration text's next tokens; `sampled`, one drawn from
             the model's own distribution for each token (the true Fisher information instead of the empirical one);
@@ -277,4 +278,9 @@ def _require_structures(names: Any) -> None:
         raise ConfigError(
             f"Option structures: expected a tuple of one or more of {', '.join(allowed)}, each once, got {names!r}. "
             "Check the spelling."
+        )
+    if {"attention", "queries"} <= set(names):
+        raise ConfigError(
+            "Option structures: expected one of attention and queries, which both cut query heads, got both. Leave one "
+            "out."
         )

@@ -56,6 +56,7 @@ def expected(table: Table) -> Cells:
     files = [json.loads((ROOT / f"benchmarks/results/{name}.json").read_text("utf-8")) for name in names.split(", ")]
     makers: dict[str, Callable[..., Cells]] = {
         "quality": _by_method,
+        "attention_quality": _by_method,
         "peers": _by_method,
         "ablation": _ideas,
         "blend": _ideas,

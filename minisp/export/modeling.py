@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from minisp.models.families import Family
+from minisp.models.families import Family, decoder_layers
 from minisp.models.skeleton import KEYS
-from minisp.models.structures import structures_of
+from minisp.models.structures import heads_of, structure_in
 
 FILE_NAME = "modeling_minisp.py"
 
@@ -33,39 +33,47 @@ from transformers.pytorch_utils import Conv1D
 # Key in config.json: parameters of a layer, the axis that is cut, and the places there for each unit that is kept.
 SIZES = {
 $sizes}
-ATTENTION, HEAD_DIM, GROUP = "$attention", $head_dim, $group
+ATTENTION, HEADS, KEY_HEADS = "$attention", $heads, $key_heads
 
 
 def resize(layers, config):
     """Replace what is cut by parameters of each layer's own size."""
     for key, parameters in SIZES.items():
         for layer, units in zip(layers, getattr(config, key, None) or (), strict=False):
+            # The last parameter is the one that reads all units.
+            reader, across, columns = parameters[-1]
+            gone = layer.get_parameter(reader).shape[across] // columns - units
             for name, axis, places in parameters:
                 path, _, leaf = name.rpartition(".")
                 module = layer.get_submodule(path)
                 old = getattr(module, leaf)
                 shape = list(old.shape)
-                shape[axis] = places * units
+                shape[axis] -= places * gone
                 new = torch.empty(shape, dtype=old.dtype, device=old.device)
                 setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
                 if isinstance(module, nn.Linear):
                     module.out_features, module.in_features = module.weight.shape
                 elif isinstance(module, Conv1D):
                     module.nx, module.nf = module.weight.shape
-            if key == "$heads_key":
-                tell_heads(layer.get_submodule(ATTENTION), units)
+    keys, queries = (getattr(config, name, None) for name in ("$keys_key", "$queries_key"))
+    if keys or queries:
+        for index, layer in enumerate(layers):
+            own = keys[index] if keys else KEY_HEADS
+            tell_heads(layer.get_submodule(ATTENTION), queries[index] if queries else HEADS // KEY_HEADS * own, own)
 
 
-def tell_heads(attention, units):
+def tell_heads(attention, queries, keys):
     """Tell an attention module how many heads it has, in the words that its family uses."""
-    heads = {"num_heads": GROUP * units, "num_key_value_heads": units, "split_size": GROUP * units * HEAD_DIM}
+    heads = {"num_heads": queries, "num_key_value_heads": keys, "num_key_value_groups": queries // keys}
     for name, value in heads.items():
         if hasattr(attention, name):
             setattr(attention, name, value)
+    if hasattr(attention, "split_size"):
+        attention.split_size = queries * attention.head_dim
     if $reads_config:
         attention.config = copy.copy(attention.config)
-        attention.config.num_attention_heads = GROUP * units
-        attention.config.num_key_value_heads = units
+        attention.config.num_attention_heads = queries
+        attention.config.num_key_value_heads = keys
 
 
 class MinispModel($base):
@@ -83,24 +91,28 @@ class MinispForCausalLM($causal):
 
 def modeling_source(model: Any, family: Family) -> str:
     """The text of the modelling file for a causal language model of this family."""
-    lines, first = [], {x.name: x for x in structures_of(model, family, tuple(KEYS)) if x.layer == 0}
-    for name, key in KEYS.items():
+    heads, _ = heads_of(model.config)
+    key_heads = getattr(model.config, "num_key_value_heads", None) or heads
+    # Where each query has a key of its own, query heads go with their keys alone.
+    names = [name for name in KEYS if name != "queries" or heads > key_heads]
+    layer, lines = decoder_layers(model, family)[0], []
+    for name in names:
         places: dict[tuple[str, int], int] = {}
-        for part in first[name].slices:
+        for part in (part for part in structure_in(layer, 0, name, family, model.config).slices if part.stride):
             places[part.parameter, part.axis] = places.get((part.parameter, part.axis), 0) + part.size
         rows = "".join(f"        {(*where, size)!r},\n" for where, size in places.items())
-        lines.append(f"    {key!r}: (\n{rows}    ),\n")
-    attention = first["attention"]
+        lines.append(f"    {KEYS[name]!r}: (\n{rows}    ),\n")
     return _SOURCE.substitute(
         causal=_stock(model),
         base=_stock(model, MODEL_MAPPING),
         prefix=model.base_model_prefix,
         layers=family.layers,
         sizes="".join(lines),
-        heads_key=KEYS["attention"],
-        attention=attention.consumer.rpartition(".")[0],
-        head_dim=attention.head_dim,
-        group=attention.columns // attention.head_dim,
+        keys_key=KEYS["attention"],
+        queries_key=KEYS["queries"],
+        attention=family.attention.out.rpartition(".")[0],
+        heads=heads,
+        key_heads=key_heads,
         reads_config=family.attention.reads_config,
     )
 
@@ -122,6 +134,8 @@ def sized_config(
     """
     config = dict(raw_config)
     stale = {"auto_map", "transformers_version", *(KEYS[name] for name in names)}
+    if set(names) & {"attention", "queries"}:
+        stale |= {KEYS["attention"], KEYS["queries"]}
     for key in [key for key in config if key in stale or "attn_impl" in key]:
         del config[key]
     config.update(keys)

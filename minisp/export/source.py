@@ -52,7 +52,7 @@ class Source:
     @property
     def has_uneven_heads(self) -> bool:
         """Whether the layers' numbers of heads are not the config's, which the modelling file alone can express."""
-        return KEYS["attention"] in self.checkpoint.raw_config
+        return any(KEYS[name] in self.checkpoint.raw_config for name in ("attention", "queries"))
 
     @property
     def is_uniform(self) -> bool:

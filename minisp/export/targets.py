@@ -135,7 +135,8 @@ def check_planned(folder: str | Path, target: str, config: MinifyConfig) -> None
     structures = structures_of(source.model, source.family, config.structures)
     cut = config.cuts and config.keep < 1
     varied = cut and config.widths == "per-layer"
-    if cut and "attention" in config.structures and (varied or not source.family.attention.has_head_dim):
+    heads = {"attention", "queries"} & set(config.structures)
+    if cut and heads and (varied or not source.family.attention.has_head_dim):
         # Whatever the widths are.
         _check_heads(target)
         return

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from heapq import heapify, heappop, heappush
-from math import floor
+from math import floor, lcm
 
 import torch
 from torch import Tensor
@@ -26,14 +26,16 @@ class Candidate:
     Attributes:
         scores: (u,) saliency, non-negative.
         parameters: of one unit.
-        step: units are kept in multiples of it, or all of them.
+        step: units are kept in multiples of it, or all of them; a multiple of `groups`.
         tie: structures of one tie keep equally many.
+        groups: the units are so many equal runs, which keep equally many.
     """
 
     scores: Tensor
     parameters: int
     step: int
     tie: str
+    groups: int = 1
 
 
 def default_alignment(width: int) -> int:
@@ -49,9 +51,9 @@ def allocate(candidates: Sequence[Candidate], keep: float, *, min_keep: float) -
     """Numbers of units that keep the most saliency: at most `keep` of all parameters, none under its lower bound.
 
     With a structure's units sorted, its saliency as a function of their number is concave, and so it stays when read at
-    multiples of the step, and summed over a tie. Taking the next most valuable step per parameter is therefore optimal
-    among equal steps (Fox, 1966, "Discrete optimization via marginal analysis"). A step that no longer fits is passed
-    over.
+    multiples of the step, and summed over a tie or over groups. Taking the next most valuable step per parameter is
+    therefore optimal among equal steps (Fox, 1966, "Discrete optimization via marginal analysis"). A step that no
+    longer fits is passed over.
 
     Args:
         keep: share of the candidates' parameters, in (0, 1].
@@ -96,13 +98,28 @@ def allocate(candidates: Sequence[Candidate], keep: float, *, min_keep: float) -
     return [found[candidate.tie] for candidate in candidates]
 
 
-def select(scores: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-    """Per structure (n,) sorted int64: the `sizes[i]` most salient units; of equal units the first ones stay."""
-    kept = []
-    for score, size in zip(scores, sizes, strict=True):
-        order = torch.sort(score, descending=True, stable=True).indices
-        kept.append(order[:size].sort().values.cpu())
-    return kept
+def select(scores: Sequence[Tensor], sizes: Sequence[int], groups: Sequence[int] | None = None) -> list[Tensor]:
+    """Per structure (n,) sorted int64: the `sizes[i]` most salient units; of equal units the first ones stay.
+
+    Args:
+        groups: per structure, in how many equal runs its units are; every run keeps sizes[i] / groups[i]. None is one.
+    """
+    runs = groups or [1] * len(scores)
+    chosen = zip(scores, sizes, runs, strict=True)
+    return [ranking(score, count)[:size].sort().values.cpu() for score, size, count in chosen]
+
+
+def ranking(scores: Tensor, groups: int = 1) -> Tensor:
+    """The units (u,) int64 in the order in which they stay: the best one of every run, then the second ones, and so on.
+
+    Args:
+        scores: (u,); of equal ones the first stays longer.
+        groups: number of equal runs of units.
+    """
+    runs = scores.view(groups, -1)
+    order = torch.sort(runs, descending=True, stable=True).indices
+    firsts = torch.arange(0, len(scores), runs.shape[1], device=scores.device)
+    return (order + firsts[:, None]).T.flatten()
 
 
 @dataclass(frozen=True)
@@ -127,8 +144,9 @@ class _Curve:
                 "Use widths='per-layer' for this model."
             )
         zero = torch.zeros(1, dtype=torch.float64)
-        worths = [torch.cat([zero, m.scores.double().cpu().sort(descending=True).values.cumsum(0)]) for m in members]
-        return cls(torch.stack(worths).sum(0), sum(m.parameters for m in members), members[0].step)
+        ranked = [m.scores[ranking(m.scores, m.groups)].double().cpu() for m in members]
+        worth = torch.stack([torch.cat([zero, worths.cumsum(0)]) for worths in ranked]).sum(0)
+        return cls(worth, sum(m.parameters for m in members), lcm(*(m.step for m in members)))
 
     @property
     def units(self) -> int:

@@ -59,7 +59,7 @@ def edits_of(structure: Structure, kept: Tensor, weight: Tensor | None = None) -
     places: dict[tuple[str, int], list[Tensor]] = {}
     for part in structure.slices:
         places.setdefault((part.parameter, part.axis), []).append(part.places(kept))
-    edits = [Edit(name, axis, torch.cat(parts).sort().values) for (name, axis), parts in places.items()]
+    edits = [Edit(name, axis, torch.cat(parts).unique()) for (name, axis), parts in places.items()]
     if weight is None:
         return edits
     return [edit if edit.parameter != structure.weight else _rewritten(edit, weight) for edit in edits]
@@ -106,21 +106,24 @@ def cut_(layer: nn.Module, structure: Structure, kept: Tensor, weight: Tensor | 
     """
     apply_(layer, edits_of(structure, kept, weight))
     if structure.head_dim:
-        _tell_heads_(layer.get_submodule(structure.consumer.rpartition(".")[0]), structure, len(kept))
+        _tell_heads_(layer.get_submodule(structure.consumer.rpartition(".")[0]), *structure.heads(len(kept)))
 
 
-def _tell_heads_(attention: nn.Module, structure: Structure, units: int) -> None:
+def _tell_heads_(attention: nn.Module, queries: int, keys: int) -> None:
     """Tell an attention module how many heads it has, in the words that its family uses."""
-    width = units * structure.columns
-    heads = {"num_heads": width // structure.head_dim, "num_key_value_heads": units, "split_size": width}
+    heads = {"num_heads": queries, "num_key_value_heads": keys, "num_key_value_groups": queries // keys}
     for name, value in heads.items():
         if hasattr(attention, name):
             setattr(attention, name, value)
+    if hasattr(attention, "split_size"):
+        # Of one of three equal parts.
+        size: Any = attention.head_dim
+        attention.split_size = queries * size
     config: Any = getattr(attention, "config", None)
     if config is not None and family_of(config).attention.reads_config:
         # A config of its own: the layers may differ.
         attention.config = own = copy.copy(config)
-        own.num_attention_heads, own.num_key_value_heads = heads["num_heads"], units
+        own.num_attention_heads, own.num_key_value_heads = queries, keys
 
 
 def resize_(model: CausalLM, structures: Sequence[Structure], sizes: Sequence[int]) -> None:

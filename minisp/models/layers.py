@@ -93,7 +93,7 @@ def autograd_bytes(
     repeated = heads if repeats_keys(dtype, capability_of(device)) else kv_heads
     width = max(structure.width for structure in structures_of(model, family))
     # Watched attention keeps the input of its output projection, which is a copy of what attention keeps.
-    watched = heads * dim if "attention" in structures else 0
+    watched = heads * dim if set(structures) & {"attention", "queries"} else 0
     kept = len(family.mlp.writers)
     if tapped or activation_kind(config, family) is None:
         # The generic way: the activation function keeps its input and output, the product both factors and x.

@@ -14,8 +14,9 @@ from minisp.models.families import CausalLM, Family, family_of
 from minisp.models.structures import Structure, heads_of, structures_of
 from minisp.store.checkpoint import FLOATING, Checkpoint
 
-# Keys in config.json that list, where layers differ, every layer's MLP width, and its key heads.
-KEYS = {"mlp": "minisp_widths", "attention": "minisp_kv_heads"}
+# Keys in config.json that list, where layers differ, every layer's MLP width, its key heads, and its query heads where
+# they are not so many for each key head as the config says. Key heads are cut before query heads.
+KEYS = {"mlp": "minisp_widths", "attention": "minisp_kv_heads", "queries": "minisp_query_heads"}
 
 
 def skeleton(checkpoint: Checkpoint) -> CausalLM:
@@ -40,10 +41,11 @@ def skeleton(checkpoint: Checkpoint) -> CausalLM:
     for name, key in KEYS.items():
         if (sizes := checkpoint.raw_config.get(key)) is not None:
             structures = structures_of(model, family, [name])
-            full = structures[0].num_units
-            if not isinstance(sizes, list) or [type(w) is int and 0 < w <= full for w in sizes] != [True] * count:
+            if not isinstance(sizes, list) or len(sizes) != count or not all(map(_is_size, sizes, structures)):
+                full, step = structures[0].num_units, structures[0].groups
+                steps = f", multiples of {step}" if step > 1 else ""
                 raise CheckpointError(
-                    f"{where}: expected {key} to list {count} sizes from 1 to {full}, got {sizes!r}. "
+                    f"{where}: expected {key} to list {count} sizes from {step} to {full}{steps}, got {sizes!r}. "
                     "It was written with the weights: restore it from there."
                 )
             resize_(model, structures, sizes)
@@ -52,6 +54,10 @@ def skeleton(checkpoint: Checkpoint) -> CausalLM:
     model.eval()
     stored_names(checkpoint, model, [name for name, _ in model.named_parameters()])
     return model
+
+
+def _is_size(size: Any, structure: Structure) -> bool:
+    return type(size) is int and 0 < size <= structure.num_units and size % structure.groups == 0
 
 
 def materialise_(
@@ -93,14 +99,25 @@ def size_keys(family: Family, config: Any, structures: Sequence[Structure], size
         keys[family.mlp.width_key] = max(widths)
         if len(set(widths)) > 1:
             keys[KEYS["mlp"]] = widths
-    if (units := by_name.get("attention")) is not None:
-        heads, head_dim = heads_of(config)
-        group = heads // (getattr(config, "num_key_value_heads", None) or heads)
-        if len(set(units)) == 1 and family.attention.has_head_dim:
-            keys |= {"num_attention_heads": group * units[0], "num_key_value_heads": units[0], "head_dim": head_dim}
-        elif set(units) != {heads // group}:
-            keys[KEYS["attention"]] = units
-            keys |= {"head_dim": head_dim} if family.attention.has_head_dim else {}
+    if heads := [x.heads(size) for x, size in zip(structures, sizes, strict=True) if x.head_dim]:
+        keys |= _head_keys(family, config, heads)
+    return keys
+
+
+def _head_keys(family: Family, config: Any, heads: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """What config.json says of the (H, H_kv) of every layer."""
+    queries, head_dim = heads_of(config)
+    before = queries, getattr(config, "num_key_value_heads", None) or queries
+    names = ("num_attention_heads", "num_key_value_heads")
+    if len(set(heads)) == 1 and family.attention.has_head_dim:
+        return {**dict(zip(names, heads[0], strict=True)), "head_dim": head_dim}
+    if set(heads) == {before}:
+        return {}
+    keys: dict[str, Any] = {"head_dim": head_dim} if family.attention.has_head_dim else {}
+    if any(count != before[1] for _, count in heads):
+        keys[KEYS["attention"]] = [count for _, count in heads]
+    if any(count * before[1] != shared * before[0] for count, shared in heads):
+        keys[KEYS["queries"]] = [count for count, _ in heads]
     return keys
 
 

@@ -20,7 +20,7 @@ from minisp.errors import UnsupportedModelError
 from minisp.models.families import Attention, CausalLM, Family, Mlp, Rows, decoder_layers, family_of
 
 # What a person calls the units of each kind of structure.
-UNITS = {"mlp": "MLP units", "attention": "attention groups"}
+UNITS = {"mlp": "MLP units", "attention": "attention groups", "queries": "query heads"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Slice:
         axis: the axis of the stored parameter that runs over units.
         size: neighbouring places of one unit.
         start: first place of the first unit.
-        stride: places from the start of a unit to the start of the next one.
+        stride: places from the start of a unit to the start of the next one; 0 where they are no unit's own and stay.
     """
 
     parameter: str
@@ -60,6 +60,7 @@ class Structure:
         consumer: path in the layer of the linear map that reads the units.
         parameters: of one unit, in all slices.
         head_dim: D, of attention; 0 of an MLP.
+        groups: the units are so many equal runs, which keep equally many units.
     """
 
     layer: int
@@ -70,6 +71,7 @@ class Structure:
     consumer: str
     parameters: int
     head_dim: int = 0
+    groups: int = 1
 
     def __str__(self) -> str:
         return f"Layer {self.layer}, {self.name}"
@@ -94,6 +96,11 @@ class Structure:
         """The slice of the consumer's weight."""
         return next(place for place in self.slices if place.parameter == self.weight)
 
+    def heads(self, units: int) -> tuple[int, int]:
+        """H and H_kv of an attention that keeps so many units."""
+        queries = units * self.columns // self.head_dim
+        return queries, units if self.name == "attention" else self.groups
+
     def columns_of(self, kept: Tensor) -> Tensor:
         """The columns (n·c,) int64 of the consumer's weight that read the units kept (n,)."""
         return self.consumer_slice.places(kept)
@@ -103,18 +110,33 @@ def structures_of(model: CausalLM, family: Family, names: Sequence[str] = ("mlp"
     """The structures of a model, whose weights may be on the meta device, in the order in which they compute.
 
     Args:
-        names: "mlp", "attention", or both.
+        names: "mlp", and of "attention" and "queries" one at most.
+
+    Raises:
+        UnsupportedModelError: attention whose heads have norms of their own; queries where each has a key of its own.
+    """
+    order = [name for name in ("attention", "queries", "mlp") if name in names]
+    layers = enumerate(decoder_layers(model, family))
+    found = [structure_in(layer, index, name, family, model.config) for index, layer in layers for name in order]
+    queries = [x for x in found if x.name == "queries"]
+    if queries and all(x.num_units == x.groups for x in queries):
+        raise UnsupportedModelError(
+            "Structure queries: expected several query heads for a key head, got one for each. Use attention, which "
+            "removes a key head, its value head and its query head together."
+        )
+    return found
+
+
+def structure_in(layer: nn.Module, index: int, name: str, family: Family, config: Any) -> Structure:
+    """The structure of this name in a layer.
 
     Raises:
         UnsupportedModelError: attention whose heads have norms of their own.
     """
-    found = []
-    for index, layer in enumerate(decoder_layers(model, family)):
-        if "attention" in names:
-            found.append(attention_structure(layer, index, family.attention, model.config))
-        if "mlp" in names:
-            found.append(mlp_structure(layer, index, family.mlp))
-    return found
+    if name == "mlp":
+        return mlp_structure(layer, index, family.mlp)
+    make = attention_structure if name == "attention" else queries_structure
+    return make(layer, index, family.attention, config)
 
 
 def mlp_structure(layer: nn.Module, index: int, mlp: Mlp) -> Structure:
@@ -128,18 +150,12 @@ def mlp_structure(layer: nn.Module, index: int, mlp: Mlp) -> Structure:
 def attention_structure(layer: nn.Module, index: int, attention: Attention, config: Any) -> Structure:
     """The attention of a layer: one unit is a key head, its value head, all queries that read them, columns of `out`.
 
-    How many queries share a key is the config's; how many keys there are is the layer's, which may have been cut.
+    Raises:
+        UnsupportedModelError: heads that have norms of their own.
     """
-    heads, size = heads_of(config)
-    group = heads // (getattr(config, "num_key_value_heads", None) or heads)
-    width = weight_view(layer.get_submodule(attention.out)).shape[1]
-    units = width // (group * size)
-    if any("norms." in name for name, _ in layer.get_submodule(attention.out.rpartition(".")[0]).named_parameters()):
-        raise UnsupportedModelError(
-            "Attention: expected heads that share their norms, got a norm for every head. Leave attention out of the "
-            "structures."
-        )
-    wide = group * size
+    size = heads_of(config)[1]
+    heads, units = heads_in(layer, attention, size)
+    wide, width = heads // units * size, heads * size
     parts = {"query": (wide, 0, wide), "key": (size, 0, size), "value": (size, 0, size)}
     if attention.fused == "blocks":
         parts = {"query": parts["query"], "key": (size, width, size), "value": (size, width + units * size, size)}
@@ -151,6 +167,46 @@ def attention_structure(layer: nn.Module, index: int, attention: Attention, conf
     slices.append(_columns(layer, attention.out, wide))
     parameters = _parameters(layer, slices)
     return Structure(index, "attention", units, wide, tuple(slices), attention.out, parameters, size)
+
+
+def queries_structure(layer: nn.Module, index: int, attention: Attention, config: Any) -> Structure:
+    """The query heads of a layer: one unit is a query head and its columns of `out`; keys and values stay.
+
+    The heads that read one key are a run, and every run keeps equally many, so that the attention stays regular.
+
+    Raises:
+        UnsupportedModelError: heads that have norms of their own.
+    """
+    size = heads_of(config)[1]
+    heads, keys = heads_in(layer, attention, size)
+    slices = _rows(layer, attention.query, size, 0, size)
+    if attention.fused == "blocks":
+        # Keys and values stay, behind the queries in the same map.
+        slices += _rows(layer, attention.query, 2 * keys * size, heads * size, 0)
+    if attention.norms is not None:
+        slices.append(Slice(f"{attention.norms[0]}.weight", 0, size, 0, size))
+    slices.append(_columns(layer, attention.out, size))
+    parameters = _parameters(layer, slices)
+    return Structure(index, "queries", heads, size, tuple(slices), attention.out, parameters, size, keys)
+
+
+def heads_in(layer: nn.Module, attention: Attention, size: int) -> tuple[int, int]:
+    """H and H_kv of a layer, which may have been cut, by its weights; heads of `size` dimensions.
+
+    Raises:
+        UnsupportedModelError: heads that have norms of their own.
+    """
+    if any("norms." in name for name, _ in layer.get_submodule(attention.out.rpartition(".")[0]).named_parameters()):
+        raise UnsupportedModelError(
+            "Attention: expected heads that share their norms, got a norm for every head. Leave attention out of the "
+            "structures."
+        )
+    width = weight_view(layer.get_submodule(attention.out)).shape[1]
+    keys = len(weight_view(layer.get_submodule(attention.key)))
+    if attention.fused is not None:
+        # Keys and values, and as many values as keys.
+        keys = (keys - width) // 2
+    return width // size, keys // size
 
 
 def heads_of(config: Any) -> tuple[int, int]:
@@ -176,7 +232,7 @@ def _columns(layer: nn.Module, path: str, size: int) -> Slice:
 
 def _parameters(layer: nn.Module, slices: Sequence[Slice]) -> int:
     """Of one unit."""
-    shapes = [(layer.get_parameter(part.parameter).shape, part) for part in slices]
+    shapes = [(layer.get_parameter(part.parameter).shape, part) for part in slices if part.stride]
     return sum(part.size * shape.numel() // shape[part.axis] for shape, part in shapes)
 
 

@@ -1,6 +1,7 @@
 """The decision: which units of every structure stay, from the statistics that the saliency sweep has left."""
 
 from collections.abc import Sequence
+from math import lcm
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ def decide(stream: Stream, windows: Tensor, config: MinifyConfig, run: Run) -> l
     if config.measures:
         ratios = trial_ratios(stream, windows, scores, config, run)
         scores = [score * ratio for score, ratio in zip(scores, ratios, strict=True)]
-    return select(scores, kept_sizes(stream.structures, scores, config))
+    sizes = kept_sizes(stream.structures, scores, config)
+    return select(scores, sizes, [structure.groups for structure in stream.structures])
 
 
 def _scores(stream: Stream, structure: Structure, config: MinifyConfig, run: Run) -> Tensor:
@@ -69,7 +71,7 @@ def kept_sizes(structures: Sequence[Structure], scores: Sequence[Tensor], config
     """
     uniform = config.widths == "uniform"
     candidates = [
-        Candidate(score, x.parameters, step_of(x, structures, config), x.name if uniform else str(x))
+        Candidate(score, x.parameters, step_of(x, structures, config), x.name if uniform else str(x), x.groups)
         for x, score in zip(structures, scores, strict=True)
     ]
     return allocate(candidates, config.keep, min_keep=config.min_keep)
@@ -78,6 +80,6 @@ def kept_sizes(structures: Sequence[Structure], scores: Sequence[Tensor], config
 def step_of(structure: Structure, structures: Sequence[Structure], config: MinifyConfig) -> int:
     """In multiples of how many units a structure is kept: an equal number of heads, or aligned units, per device."""
     if structure.name != "mlp":
-        return config.tp
+        return lcm(config.tp, structure.groups)
     widths = [x.num_units for x in structures if x.name == "mlp"]
     return config.tp * (config.alignment or default_alignment(min(widths)))

@@ -42,7 +42,7 @@ def with_target(
         item, show = _item(structures, parameters, bytes_, checkpoint), megabytes
     least = whole - cuttable * item
     if not least < wanted < whole:
-        more = "" if "attention" in config.structures else ", or cut attention too (structures)"
+        more = "" if set(config.structures) & {"attention", "queries"} else ", or cut attention too (structures)"
         raise ConfigError(
             f"Option {name}: expected more than {show(least)}, which is what lies outside of the structures that may "
             f"be cut ({', '.join(config.structures)}), and less than {show(whole)}, which the model has, got "

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minisp.errors import ConfigError
-from minisp.methods.selection import Candidate, allocate, default_alignment, select
+from minisp.methods.selection import Candidate, allocate, default_alignment, ranking, select
 from tests.toys import toy_examples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -251,3 +251,23 @@ def test_permuting_units_permutes_what_stays(points: list[int], data: st.DataObj
 def test_scores_and_widths_are_as_many() -> None:
     with pytest.raises(ValueError, match="zip"):
         select([torch.ones(3), torch.ones(3)], [2])
+
+
+@toy_examples
+@given(st.integers(1, 3), st.integers(1, 4), st.data())
+def test_groups_keep_equally_many_and_the_most_that_this_allows(groups: int, units: int, data: st.DataObject) -> None:
+    points = data.draw(st.lists(POINTS, min_size=groups * units, max_size=groups * units))
+    score, kept = torch.tensor(points, dtype=torch.float64), data.draw(st.integers(1, units))
+    (found,) = select([score], [groups * kept], [groups])
+    assert torch.bincount(found // units, minlength=groups).tolist() == [kept] * groups
+    assert float(score[found].sum()) == sum(worth(run, kept) for run in score.view(groups, units))
+    assert sorted(ranking(score, groups).tolist()) == list(range(groups * units))
+
+
+def test_a_step_of_groups_is_worth_the_next_unit_of_each() -> None:
+    # Steps of the groups are worth 9 + 1 and 1 + 1; ranked alone, the units would go as 9, 1, 1, 1.
+    grouped = Candidate(torch.tensor([9.0, 1.0, 1.0, 1.0]), 1, 2, "queries", 2)
+    other = Candidate(torch.tensor([4.0, 4.0]), 2, 1, "mlp")
+    # Of 8 parameters 4 stay: a step of each is worth 5 and 2 for each parameter.
+    assert allocate([grouped, other], 0.5, min_keep=0) == [2, 1]
+    assert allocate([grouped, other], 0.75, min_keep=0) == [2, 2]

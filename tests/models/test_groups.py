@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from minisp import fast
@@ -19,7 +18,8 @@ from minisp.models.stream import Stream
 from minisp.models.structures import Structure, structures_of
 from minisp.models.watch import watch
 from minisp.store.checkpoint import Checkpoint
-from tests.tiny import HIDDEN, LAYERS, MODEL_TYPES, OTHER_TYPES, VOCABULARY, WIDTH, save_checkpoint, tiny_model
+from tests.heads import ALL, HEAD, IDS, MULTI_HEAD, OPTIONS, grouped, logits, out_columns
+from tests.tiny import HIDDEN, LAYERS, WIDTH, save_checkpoint
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -27,41 +27,11 @@ pytestmark = [
 ]
 
 CPU = torch.device("cpu")
-IDS = torch.randint(VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(1))
-OPTIONS: dict[str, Any] = {"keep": 0.6, "alignment": 4, "batch": 2, "dtype": "float32", "calibration": IDS}
 BOTH = ("mlp", "attention")
-# Families whose queries have keys of their own, and whose heads divide the hidden size.
-MULTI_HEAD = ("opt", "gpt2", "gpt_neox", "stablelm")
-ALL = MODEL_TYPES + OTHER_TYPES
-HEAD = 4
-
-
-def grouped(model_type: str, **overrides: Any) -> Any:
-    """A tiny model of four heads of four dimensions: two groups of two, or four of one."""
-    name = {"gpt2": "n_head"}.get(model_type, "num_attention_heads")
-    sizes: dict[str, Any] = {name: 4}
-    if model_type not in MULTI_HEAD:
-        sizes |= {"num_key_value_heads": 2, "head_dim": HEAD}
-    if model_type == "stablelm":
-        sizes |= {"num_key_value_heads": 2}
-    return tiny_model(model_type, **{**sizes, **overrides})
 
 
 def groups_of(model: Any) -> list[Structure]:
     return structures_of(model, family_of(model.config), ("attention",))
-
-
-def out_columns(model: Any, structure: Structure) -> Tensor:
-    """A view (u·c, d) of what reads the heads of a layer, one row for each place."""
-    layer = decoder_layers(model, family_of(model.config))[structure.layer]
-    weight = layer.get_parameter(structure.weight).data
-    return weight if structure.transposed else weight.T
-
-
-def logits(model: Any, ids: Tensor = IDS) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(input_ids=ids, use_cache=False).logits
-    return found
 
 
 @pytest.mark.parametrize("model_type", ALL)
