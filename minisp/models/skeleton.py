@@ -108,9 +108,9 @@ def _head_keys(family: Family, config: Any, heads: Sequence[tuple[int, int]]) ->
     """What config.json says of the (H, H_kv) of every layer."""
     queries, head_dim = heads_of(config)
     before = queries, getattr(config, "num_key_value_heads", None) or queries
-    names = ("num_attention_heads", "num_key_value_heads")
-    if len(set(heads)) == 1 and family.attention.has_head_dim:
-        return {**dict(zip(names, heads[0], strict=True)), "head_dim": head_dim}
+    whole = {"num_attention_heads": heads[0][0], "num_key_value_heads": heads[0][1], "head_dim": head_dim}
+    if len(set(heads)) == 1 and family.attention.has_head_dim and _is_accepted(config, whole):
+        return whole
     if set(heads) == {before}:
         return {}
     keys: dict[str, Any] = {"head_dim": head_dim} if family.attention.has_head_dim else {}
@@ -119,6 +119,15 @@ def _head_keys(family: Family, config: Any, heads: Sequence[tuple[int, int]]) ->
     if any(count * before[1] != shared * before[0] for count, shared in heads):
         keys[KEYS["queries"]] = [count for count, _ in heads]
     return keys
+
+
+def _is_accepted(config: Any, keys: Mapping[str, Any]) -> bool:
+    """Whether the stock config class takes these values: some want heads that divide the hidden size."""
+    try:
+        type(config).from_dict({**config.to_dict(), **keys})
+    except Exception:
+        return False
+    return True
 
 
 @contextmanager

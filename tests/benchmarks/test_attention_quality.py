@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_every_row_meets_its_budget(script: Any, tmp_path: Path) -> None:
     quality = script("attention_quality")
-    model = grouped("llama", num_attention_heads=6)
+    model = grouped("mistral", num_attention_heads=6)
     run, means = quality.collect(model, IDS, tmp_path)
     cached, _ = quality.collect(model, IDS, tmp_path)
     for name in ("mlp", "attention", "queries"):
