@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from minisp.models.structures import UNITS
 from minisp.report.charts import Axis, Chart, Mark, axis_for
-from minisp.report.report import LayerReport, MapReport
+from minisp.report.report import StructureReport, MapReport
 from minisp.report.result import WrittenResult
 
 WIDE, NARROW = 540, 340
@@ -41,7 +41,7 @@ def panels(result: WrittenResult) -> list[Panel]:
     return found
 
 
-def _fits(layers: Sequence[LayerReport], names: Sequence[str]) -> Iterator[Panel]:
+def _fits(layers: Sequence[StructureReport], names: Sequence[str]) -> Iterator[Panel]:
     """How the refits went."""
     yield _residuals(layers, names)
     if any(layer.drift_explained for layer in layers):
@@ -56,16 +56,16 @@ def units(name: str) -> str:
     return UNITS.get(name, name)
 
 
-def _of(layers: Sequence[LayerReport], name: str) -> list[LayerReport]:
+def _of(layers: Sequence[StructureReport], name: str) -> list[StructureReport]:
     return [layer for layer in layers if layer.structure == name]
 
 
-def _layer_axis(layers: Sequence[LayerReport] | Sequence[MapReport]) -> Axis:
+def _layer_axis(layers: Sequence[StructureReport] | Sequence[MapReport]) -> Axis:
     last = max(layer.layer for layer in layers)
     return Axis("layer", -0.6, last + 0.6, whole=True)
 
 
-def _widths(name: str, layers: Sequence[LayerReport]) -> Panel:
+def _widths(name: str, layers: Sequence[StructureReport]) -> Panel:
     kept, width = sum(x.kept for x in layers), sum(x.width for x in layers)
     words = [f"layer {x.layer}: {x.kept:,} of {x.width:,} kept ({x.kept / x.width:.0%})" for x in layers]
     marks = [
@@ -82,7 +82,7 @@ def _widths(name: str, layers: Sequence[LayerReport]) -> Panel:
     )
 
 
-def _saliency(name: str, layers: Sequence[LayerReport]) -> Panel:
+def _saliency(name: str, layers: Sequence[StructureReport]) -> Panel:
     bands = {(1, 5): "fill0 light", (2, 4): "fill0 middle"}
     values = [value for x in layers for value in x.saliency.quantiles[1:6]]
     cut = [x.saliency.highest_cut or MISSING for x in layers]
@@ -112,7 +112,7 @@ def _saliency(name: str, layers: Sequence[LayerReport]) -> Panel:
     )
 
 
-def _residuals(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
+def _residuals(layers: Sequence[StructureReport], names: Sequence[str]) -> Panel:
     marks, legend, values = [], [], []
     for place, name in enumerate(names):
         mine = _of(layers, name)
@@ -132,7 +132,7 @@ def _residuals(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
     )
 
 
-def _drift(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
+def _drift(layers: Sequence[StructureReport], names: Sequence[str]) -> Panel:
     marks = []
     for place, name in enumerate(names):
         mine = _of(layers, name)
@@ -154,7 +154,7 @@ def _drift(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
     )
 
 
-def _damping(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
+def _damping(layers: Sequence[StructureReport], names: Sequence[str]) -> Panel:
     marks, values = [], []
     for place, name in enumerate(names):
         mine = [x for x in _of(layers, name) if x.kept < x.width]
@@ -169,7 +169,7 @@ def _damping(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
     )
 
 
-def _curves(layers: Sequence[LayerReport]) -> Panel:
+def _curves(layers: Sequence[StructureReport]) -> Panel:
     last = max(1, *(x.layer for x in layers))
     marks, values, dampings = [], [], []
     for x in layers:

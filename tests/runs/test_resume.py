@@ -300,3 +300,11 @@ def test_an_interrupted_command_names_the_folder_if_something_waits_there(
     result = CliRunner(env={"COLUMNS": "2000"}).invoke(app, command)
     assert result.exit_code == 130
     assert says.format(folder=tmp_path / ".out.scratch") in result.stderr.replace("\n", "")
+
+
+def test_auto_and_what_it_was_resolved_to_are_one_run(source: Path, tmp_path: Path) -> None:
+    auto: dict[str, Any] = {"device": "auto", "dtype": "auto", "batch": None, "scratch": str(tmp_path / "work")}
+    first = run(source, tmp_path / "a", keep=0.6, **auto)
+    named = {"device": first.plan.device, "dtype": first.plan.dtype, "batch": first.plan.batch}
+    run(source, tmp_path / "b", keep=0.6, **{**auto, **named}, reuse=True)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
