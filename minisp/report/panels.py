@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from minisp.models.structures import UNITS
 from minisp.report.charts import Axis, Chart, Mark, axis_for
-from minisp.report.report import StructureReport, MapReport
+from minisp.report.report import MapReport, StructureReport
 from minisp.report.result import WrittenResult
 
 WIDE, NARROW = 540, 340

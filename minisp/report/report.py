@@ -25,9 +25,10 @@ from minisp.units import as_text, megabytes, millions
 class StructureReport:
     """One structure of a layer: units before and after, its residual with and without refitting, its solve.
 
-    `structure` is its name in the layer, `width` the number of its units before. `damping_curve` lists (damping, cross-validated relative residual) where damping was chosen; `backward_error` and
-    `shift` are those of `minisp.ops.cholesky.Solved`; `drift_explained` is the share of the drift that was corrected.
-    `saliency` is the distribution of the scores, before trial cuts scale them.
+    `structure` is its name in the layer, `width` the number of its units before. `damping_curve` lists (damping,
+    cross-validated relative residual) where damping was chosen; `backward_error` and `shift` are those of
+    `minisp.ops.cholesky.Solved`; `drift_explained` is the share of the drift that was corrected. `saliency` is the
+    distribution of the scores, before trial cuts scale them.
     """
 
     layer: int

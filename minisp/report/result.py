@@ -8,7 +8,7 @@ from typing import Any
 
 from minisp.errors import CheckpointError
 from minisp.report.record import RUN_NAME
-from minisp.report.report import StructureReport, MapReport
+from minisp.report.report import MapReport, StructureReport
 from minisp.report.saliency import LEVELS, Saliency
 from minisp.store.writer import MANIFEST_NAME
 

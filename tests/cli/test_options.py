@@ -28,7 +28,7 @@ def test_structures_are_listed_or_the_option_is_repeated(
     words: tuple[str, ...], structures: list[str], model: Path
 ) -> None:
     options = [part for word in words for part in ("--structures", word)]
-    result = CliRunner().invoke(app, ["plan", str(model), "--json", *options])
+    result = CliRunner().invoke(app, ["plan", str(model), "--window=32", "--json", *options])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["config"]["structures"] == structures
 
@@ -36,5 +36,5 @@ def test_structures_are_listed_or_the_option_is_repeated(
 @pytest.mark.parametrize("words", [("mlp", "mlp"), ("mlp,mlp",), ("mlp,heads",), ("",)])
 def test_a_structure_twice_or_unknown_is_refused(words: tuple[str, ...], model: Path) -> None:
     options = [part for word in words for part in ("--structures", word)]
-    result = CliRunner().invoke(app, ["plan", str(model), *options])
+    result = CliRunner().invoke(app, ["plan", str(model), "--window=32", *options])
     assert result.exit_code == 3 and "structures: expected a tuple" in result.stderr

@@ -13,21 +13,12 @@ from torch import Tensor
 from minisp import ops
 from minisp.errors import BackendError, NumericalError
 from minisp.ops import native, portable, reference
+from tests.tolerance import check, error
 
 DTYPES = (torch.float32, torch.bfloat16)
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 HAS_EXTENSION = native.serves(torch.zeros(1, 1))
 IMPLS = ("torch", pytest.param("native", marks=pytest.mark.skipif(not HAS_EXTENSION, reason="extension not built")))
-
-
-def error(value: Tensor, exact: Tensor) -> float:
-    return float((value.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
-
-
-def check(value: Tensor, eager: Tensor, exact: Tensor, terms: int = 1) -> None:
-    assert torch.isfinite(value).all()
-    bound = error(eager, exact) + torch.finfo(value.dtype).eps * terms**0.5
-    assert error(value, exact) <= bound
 
 
 def skip_unless_served(impl: ops.Impl, served: bool) -> None:
