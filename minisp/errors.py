@@ -60,9 +60,18 @@ class DistributedError(MinispError):
 
 
 class GateError(MinispError):
-    """No result is as good as was asked for."""
+    """No result is as good as was asked for, or a model does not pass a gate of its recipe.
+
+    Args:
+        message: what was expected, what was got, and what to do.
+        facts: the same as plain values, for programs.
+    """
 
     exit_code = 11
+
+    def __init__(self, message: str, facts: dict[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.facts = facts or {}
 
 
 def one_line(error: Exception) -> str:

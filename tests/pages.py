@@ -209,6 +209,8 @@ def _quantised(table: Table, files: Sequence[Any], detail: str) -> Cells:
             cells[kind, model] = _spread(rates[detail], 0)
         return cells
     dense = data["rows"]["dense, bf16"]["perplexity"]
+    models, kinds = zip(*(key.split(", ") for key in data["rows"]), strict=True)
+    cells = {(kind, model): "–" for kind in kinds for model in models}
     for key, row in data["rows"].items():
         model, kind = key.split(", ")
         cells[kind, model] = f"{_ratio(row['perplexity'] / dense)} · {row['bytes'] / 1e6:.0f}"

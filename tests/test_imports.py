@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "minisp"
 # the story backwards. "minisp" is the package's own __init__. A new folder has to take a place here.
 ROWS = (
     ("cli",),
-    ("frontier",),
+    ("recipes", "frontier"),
     ("fast",),
     ("export",),
     ("report", "evaluate"),
@@ -22,7 +22,7 @@ ROWS = (
     ("models", "methods", "text"),
     ("store", "ops"),
     # Leaves, which everything may import, each other included.
-    ("config", "resources", "checks", "errors", "device", "ranks", "units", "kernels", "_C", "minisp"),
+    ("config", "resources", "checks", "docstrings", "errors", "device", "ranks", "units", "kernels", "_C", "minisp"),
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 LEAVES = ROWS[-1]

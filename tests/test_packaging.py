@@ -64,6 +64,7 @@ def test_the_wheel_holds_every_module_and_nothing_beside_minisp(archives: Path) 
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "minisp").rglob("*.py")}
     modules |= {f"minisp/kernels/{name}.py" for name in KERNELS}
+    modules |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "minisp").rglob("*.jinja")}
     assert modules | {"minisp/py.typed", "minisp/_C.pyi"} <= names
     assert [name for name in names if name.startswith("minisp/_C.") and name.endswith((".so", ".pyd"))]
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"minisp"}
@@ -109,6 +110,11 @@ import torch
 assert not torch.cuda.is_initialized()
 print(minisp.__file__)
 """
+    assert run_python(code, cwd=installed.parent, path=installed).strip().startswith(str(installed))
+
+
+def test_an_installed_page_finds_its_template(installed: Path) -> None:
+    code = "from minisp.report.page import environment; print(environment().get_template('page.html.jinja').filename)"
     assert run_python(code, cwd=installed.parent, path=installed).strip().startswith(str(installed))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from minisp.cli import results, sweeping
+from minisp.cli import building, results, sweeping
 from minisp.cli.arguments import Json, Model, Quiet
 from minisp.cli.calibration import Sources, sources_of
 from minisp.cli.console import errors, show
@@ -27,7 +27,7 @@ app = typer.Typer(
     help="Makes Transformer language models physically smaller: cuts the MLP units that matter least, refits the rest.",
     epilog="Exit codes: 0 done, 1 unforeseen error, 2 wrong usage, 3 option out of range, 4 model not supported, "
     "5 bad checkpoint, 6 bad text, 7 numerical failure, 8 cannot write, 9 backend missing, 10 another process "
-    "lost, 11 no result holds the gate, 130 interrupted.",
+    "lost, 11 gate failed, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -83,9 +83,10 @@ def minify(
     with errors(lambda: _left_behind(out, options["scratch"])):
         split_options(**options)
         sources = sources_of(calibration)
-        console.print(plan_table(fast.plan(model, **options), shares=_shares(sources, options)))
+        planned = fast.plan(model, **options)
+        console.print(plan_table(planned, shares=_shares(sources, options)))
         if then is not None:
-            path = check_export(model, then, options, out)
+            path = check_export(model, then, planned.config, out)
             console.print(f"Then for a server: {path}", markup=False, highlight=False, soft_wrap=True)
         with progress_bar(quiet, lines=not as_json) as progress:
             result = fast.minify(model, out=out, calibration=sources, progress=progress, **options)
@@ -132,6 +133,7 @@ app.command("eval", epilog="Example: minisp eval ./llama ./llama-70 --text test.
     results.evaluate
 )
 app.command(epilog="Example: minisp compare ./llama ./llama-80 ./llama-70 --text test.txt")(results.compare)
+app.command(epilog="Example: minisp build llama-70.yaml --out ./llama-70")(building.build)
 app.command(epilog="Example: minisp report ./llama-70 --out llama-70.html --samples --dense ./llama")(results.report)
 
 

@@ -1,7 +1,6 @@
 """Options of `minify` and `plan`: the fields of `MinifyConfig` and `Resources`, with their documentation as help."""
 
 import inspect
-import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, fields
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -9,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from minisp.config import MinifyConfig
+from minisp.docstrings import documented
 from minisp.resources import Resources
 
 
@@ -27,20 +27,13 @@ def with_config_options(command: Callable[..., None], without: Collection[str] =
             annotation=_option(field, help_of[field.name], panel),
         )
         for record, panel in ((MinifyConfig, "Method and calibration"), (Resources, "Resources"))
-        for help_of in [_documented(record)]
+        for help_of in [documented(record)]
         for field in fields(record)
         if field.name not in without
     ]
     command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
     return command
-
-
-def _documented(record: type) -> dict[str, str]:
-    """What the docstring of a record says about each of its fields."""
-    text = inspect.cleandoc(record.__doc__ or "").replace("\n    ", "\n        ")
-    parts = re.split(r"\n {8}(\w+): ", text)
-    return {name: " ".join(part.split("\n\n")[0].split()) for name, part in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 def _option(field: Field[Any], text: str, panel: str) -> Any:

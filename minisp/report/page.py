@@ -10,12 +10,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from minisp.config import MinifyConfig
-from minisp.report.panels import NARROW, WIDE, panels, units
+from minisp.report.panels import COLOURS, NARROW, WIDE, panels, units
 from minisp.report.report import load_line
 from minisp.report.result import RunRecord, WrittenResult
 from minisp.units import megabytes, millions
 
 TEMPLATE = "page.html.jinja"
+NOT_ZERO = "weights that are not 0"
 
 
 @dataclass(frozen=True)
@@ -38,26 +39,36 @@ class Row:
 
 def result_page(result: WrittenResult, samples: Sequence[Sample] = ()) -> str:
     """The page of a result, with texts that models wrote where there are some."""
-    environment = Environment(
+    return (
+        environment()
+        .get_template(TEMPLATE)
+        .render(
+            result=result,
+            samples=samples,
+            rows=rows(result),
+            tiles=_tiles(result),
+            panels=panels(result),
+            options=_options(result),
+            units=units,
+            load_line=load_line(str(result.folder), needs_code=result.needs_code),
+            bars=_bars(result.run) if result.run else {},
+            sizes=(WIDE, NARROW),
+            colours=COLOURS,
+        )
+    )
+
+
+def environment() -> Environment:
+    """Where the template is found and how it is filled: every value is escaped, and none may be missing."""
+    found = Environment(
         loader=PackageLoader("minisp.report", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"megabytes": megabytes, "seconds": _seconds}
-    return environment.get_template(TEMPLATE).render(
-        result=result,
-        samples=samples,
-        rows=rows(result),
-        tiles=_tiles(result),
-        panels=panels(result),
-        options=_options(result),
-        units=units,
-        load_line=load_line(str(result.folder), needs_code=result.needs_code),
-        bars=_bars(result.run) if result.run else {},
-        sizes=(WIDE, NARROW),
-    )
+    found.filters |= {"megabytes": megabytes, "seconds": _seconds}
+    return found
 
 
 def rows(result: WrittenResult) -> list[Row]:
@@ -70,7 +81,7 @@ def rows(result: WrittenResult) -> list[Row]:
     if result.maps:
         weights = max(1, sum(x.weights for x in result.maps))
         rest = weights - sum(x.zeros for x in result.maps)
-        found.append(Row("weights that are not 0", f"{weights:,}", f"{rest:,}", rest / weights))
+        found.append(Row(NOT_ZERO, f"{weights:,}", f"{rest:,}", rest / weights))
     for label, (before, after), shown in (
         ("parameters", result.parameters, millions),
         ("weights on disk", result.bytes, megabytes),
@@ -81,7 +92,8 @@ def rows(result: WrittenResult) -> list[Row]:
 
 def _tiles(result: WrittenResult) -> list[tuple[str, str]]:
     """(figure, what it is): what a reader looks for first."""
-    tiles = [(f"{row.ratio:.1%}", f"of the {row.label} left") for row in rows(result)]
+    left = {row.label: f"of the {row.label} left" for row in rows(result)} | {NOT_ZERO: "of the weights are not 0"}
+    tiles = [(f"{row.ratio:.1%}", left[row.label]) for row in rows(result)]
     cut = [layer for layer in result.layers if layer.kept < layer.width]
     if cut:
         sliced, refitted = (

@@ -9,6 +9,8 @@ from minisp.report.report import MapReport, StructureReport
 from minisp.report.result import WrittenResult
 
 WIDE, NARROW = 540, 340
+# Of lines and dots; the page has as many.
+COLOURS = 8
 MISSING = float("nan")
 
 
@@ -32,7 +34,8 @@ def panels(result: WrittenResult) -> list[Panel]:
     layers = result.layers
     names = list(dict.fromkeys(layer.structure for layer in layers))
     found = [_widths(name, _of(layers, name)) for name in names]
-    found += [_saliency(name, _of(layers, name)) for name in names]
+    by_costs = result.config.get("method") == "surgeon"
+    found += [_saliency(name, _of(layers, name), by_costs=by_costs) for name in names]
     refitted = [name for name in names if any(x.kept < x.width for x in _of(layers, name))]
     if refitted:
         found += _fits(layers, refitted)
@@ -44,8 +47,9 @@ def panels(result: WrittenResult) -> list[Panel]:
 def _fits(layers: Sequence[StructureReport], names: Sequence[str]) -> Iterator[Panel]:
     """How the refits went."""
     yield _residuals(layers, names)
-    if any(layer.drift_explained for layer in layers):
-        yield _drift(layers, names)
+    corrected = [name for name in names if any(x.drift_explained for x in _of(layers, name))]
+    if corrected:
+        yield _drift(layers, corrected)
     if any(layer.damping_curve for layer in layers):
         yield _damping(layers, names)
         yield _curves(layers)
@@ -54,6 +58,11 @@ def _fits(layers: Sequence[StructureReport], names: Sequence[str]) -> Iterator[P
 def units(name: str) -> str:
     """What a person calls the units of a kind of structure."""
     return UNITS.get(name, name)
+
+
+def _colour(name: str) -> int:
+    """The same for a kind of structure in every figure."""
+    return list(UNITS).index(name) if name in UNITS else len(UNITS)
 
 
 def _of(layers: Sequence[StructureReport], name: str) -> list[StructureReport]:
@@ -73,7 +82,7 @@ def _widths(name: str, layers: Sequence[StructureReport]) -> Panel:
         Mark("bar", "fill0", [(x.layer, x.kept) for x in layers], words),
     ]
     most = max(x.width for x in layers)
-    chart = Chart(f"{units(name)} by layer", _layer_axis(layers), Axis(units(name), 0, 1.05 * most), marks)
+    chart = Chart(f"{units(name)} by layer", _layer_axis(layers), Axis(units(name), 0, 1.05 * most, whole=True), marks)
     return Panel(
         f"{units(name)[0].upper()}{units(name)[1:]} by layer",
         chart,
@@ -82,7 +91,7 @@ def _widths(name: str, layers: Sequence[StructureReport]) -> Panel:
     )
 
 
-def _saliency(name: str, layers: Sequence[StructureReport]) -> Panel:
+def _saliency(name: str, layers: Sequence[StructureReport], *, by_costs: bool) -> Panel:
     bands = {(1, 5): "fill0 light", (2, 4): "fill0 middle"}
     values = [value for x in layers for value in x.saliency.quantiles[1:6]]
     cut = [x.saliency.highest_cut or MISSING for x in layers]
@@ -107,22 +116,29 @@ def _saliency(name: str, layers: Sequence[StructureReport]) -> Panel:
             ("fill0 light", "90 % of them"),
             ("fill1 round", "largest that was cut"),
         ],
-        "What the loss would feel if a unit went, on a logarithmic scale. Units below the dots went. A layer whose dot "
-        "lies high in its band lost much of what it had.",
+        "What the loss would feel if a unit went, on a logarithmic scale. "
+        + (
+            "The Surgeon chose by costs of its own, so units on both sides of the dots went."
+            if by_costs
+            else "Units below the dots went. A layer whose dot lies high in its band lost much of what it had."
+        ),
     )
 
 
 def _residuals(layers: Sequence[StructureReport], names: Sequence[str]) -> Panel:
     marks, legend, values = [], [], []
-    for place, name in enumerate(names):
+    for name in names:
         mine = _of(layers, name)
         for key, words, dash in (("residual_sliced", "sliced", "dashed"), ("residual", "refitted", "")):
             # A layer that lost nothing has no residual: a gap.
             points = [(x.layer, getattr(x, key) if x.kept < x.width else MISSING) for x in mine]
             values += [value for _, value in points]
             told = [f"layer {x}: {value:.3f} {words}" for x, value in points]
-            marks += [Mark("line", f"line{place % 4} {dash}", points), Mark("dots", f"fill{place % 4}", points, told)]
-            legend.append((f"line{place % 4} {dash}", words if len(names) == 1 else f"{units(name)}, {words}"))
+            marks += [
+                Mark("line", f"line{_colour(name)} {dash}", points),
+                Mark("dots", f"fill{_colour(name)}", points, told),
+            ]
+            legend.append((f"line{_colour(name)} {dash}", words if len(names) == 1 else f"{units(name)}, {words}"))
     return Panel(
         "Residual of each layer",
         Chart("Residual by layer", _layer_axis(layers), axis_for("relative residual", values, zero=True), marks),
@@ -134,12 +150,12 @@ def _residuals(layers: Sequence[StructureReport], names: Sequence[str]) -> Panel
 
 def _drift(layers: Sequence[StructureReport], names: Sequence[str]) -> Panel:
     marks = []
-    for place, name in enumerate(names):
+    for name in names:
         mine = _of(layers, name)
         points = [(x.layer, x.drift_explained) for x in mine]
         told = [f"layer {x.layer}: {x.drift_explained:.2%}" for x in mine]
-        marks += [Mark("line", f"line{place % 4}", points), Mark("dots", f"fill{place % 4}", points, told)]
-    values = [x.drift_explained for x in layers]
+        marks += [Mark("line", f"line{_colour(name)}", points), Mark("dots", f"fill{_colour(name)}", points, told)]
+    values = [x.drift_explained for x in layers if x.structure in names]
     return Panel(
         "Drift that each layer took over",
         Chart(
@@ -148,23 +164,23 @@ def _drift(layers: Sequence[StructureReport], names: Sequence[str]) -> Panel:
             axis_for("share of the drift", values, zero=True),
             marks,
         ),
-        [(f"line{place % 4}", units(name)) for place, name in enumerate(names)],
+        [(f"line{_colour(name)}", units(name)) for name in names],
         "Behind each layer the pruned model's states differ from the dense one's. This is the share of that difference "
-        "that the layer's correction took away. Little in one layer adds up over all.",
+        "that the layer's correction took away.",
     )
 
 
 def _damping(layers: Sequence[StructureReport], names: Sequence[str]) -> Panel:
     marks, values = [], []
-    for place, name in enumerate(names):
+    for name in names:
         mine = [x for x in _of(layers, name) if x.kept < x.width]
         points = [(x.layer, x.damping) for x in mine]
         values += [x.damping for x in mine]
-        marks.append(Mark("dots", f"fill{place % 4}", points, [f"layer {x.layer}: λ {x.damping:g}" for x in mine]))
+        marks.append(Mark("dots", f"fill{_colour(name)}", points, [f"layer {x.layer}: λ {x.damping:g}" for x in mine]))
     return Panel(
         "Damping of each refit",
         Chart("Damping by layer", _layer_axis(layers), axis_for("damping λ", values, log=True), marks),
-        [(f"fill{place % 4} round", units(name)) for place, name in enumerate(names)],
+        [(f"fill{_colour(name)} round", units(name)) for name in names],
         "The ridge λ, relative to the mean diagonal of the Gram matrix, as it was chosen for each layer.",
     )
 
@@ -199,7 +215,10 @@ def _zeros(maps: Sequence[MapReport]) -> Panel:
         mine = [x for x in maps if x.path == path]
         points = [(x.layer, x.zeros / max(1, x.weights)) for x in mine]
         told = [f"layer {x.layer}, {path}: {x.zeros:,} of {x.weights:,} weights are 0" for x in mine]
-        marks += [Mark("line", f"line{place % 4} thin", points), Mark("dots", f"fill{place % 4}", points, told)]
+        marks += [
+            Mark("line", f"line{place % COLOURS} thin", points),
+            Mark("dots", f"fill{place % COLOURS}", points, told),
+        ]
     values = [x.zeros / max(1, x.weights) for x in maps]
     return Panel(
         "Zeros in the linear maps",
@@ -209,6 +228,6 @@ def _zeros(maps: Sequence[MapReport]) -> Panel:
             axis_for("share of weights that are 0", values, zero=True),
             marks,
         ),
-        [(f"line{place % 4}", path) for place, path in enumerate(paths)],
+        [(f"line{place % COLOURS}", path) for place, path in enumerate(paths)],
         f"The pattern is {maps[0].pattern}. The model keeps its shape: what is 0 is stored as 0.",
     )

@@ -20,7 +20,7 @@ PARTS: dict[str, tuple[Phase, ...]] = {
     "loading": (),
     "calibration text": (Phase.TEXT,),
     "saliency sweep": (Phase.SWEEP, Phase.HEAD),
-    "decision": (Phase.TRIALS, Phase.TRIAL_OUTPUTS),
+    "decision": (Phase.DECISION, Phase.TRIALS, Phase.TRIAL_OUTPUTS),
     "refit": (Phase.REFIT, Phase.REFIT_SWEEP),
     "sweeps and updates": (Phase.SWEEP, Phase.HEAD, Phase.UPDATE),
     "writing": (Phase.WRITING,),

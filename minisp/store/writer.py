@@ -111,6 +111,21 @@ def output_folder(out: Path, *, remedy: str = "run again with --resume") -> Iter
             _sync(out.parent)
 
 
+def publish(folder: Path, out: Path) -> None:
+    """Let a folder, whose own folders are durable, appear at `out` at once.
+
+    Raises:
+        OutputError: something is at `out`, or it cannot be written; `folder` is then left as it was.
+    """
+    with _told(out, "run again"):
+        for path in folder.iterdir():
+            _sync(path)
+        _sync(folder)
+        os.rename(folder, out)
+    with suppress(OSError):
+        _sync(out.parent)
+
+
 @contextmanager
 def output_file(out: Path) -> Iterator[Path]:
     """A path to write a file to, in a folder `NAME.partial`, renamed to `out` when the block ends well.

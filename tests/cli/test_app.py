@@ -83,7 +83,7 @@ def test_help_names_every_choice(name: str, option: str) -> None:
 def test_the_main_help_lists_commands_and_exit_codes() -> None:
     result = run("--help")
     assert result.exit_code == 0
-    assert set(COMMANDS) == {"minify", "plan", "eval", "export", "demo", "check", "report", "compare", "sweep"}
+    assert set(COMMANDS) == {"build", "minify", "plan", "eval", "export", "demo", "check", "report", "compare", "sweep"}
     assert all(name in result.stdout for name in COMMANDS)
     codes = {int(code) for code in re.findall(r"(\d+) [a-z]", result.stdout.split("Exit codes:")[1])}
     raised = {error.exit_code for error in vars(errors).values() if isinstance(error, type)}

@@ -13,6 +13,7 @@ import torch
 
 from minisp import fast
 from minisp.errors import CheckpointError
+from minisp.phases.run import Phase
 from minisp.report import record as record_module
 from minisp.report.page import Sample, result_page
 from minisp.report.record import RUN_NAME, record_run
@@ -33,6 +34,7 @@ KINDS = {
     "given damping": {"keep": 0.6},
     "zeros": {"keep": 0.5, "method": "wanda", "pattern": "2:4"},
     "nothing": {"keep": 1.0},
+    "costs": {"keep": 0.6, "method": "surgeon"},
 }
 
 
@@ -137,6 +139,8 @@ def test_every_layer_is_drawn(reports: dict[str, MinifyReport]) -> None:
     zeros = page_of(reports["zeros"].out)
     assert "Zeros in the linear maps" in zeros and zeros.count("weights are 0</title>") == 2 * 7 * LAYERS
     assert "Residual of each layer" not in page_of(reports["nothing"].out)
+    for kind, expected in (("costs", "The Surgeon chose by costs"), ("units", "Units below the dots went")):
+        assert (expected in page_of(reports[kind].out)) and (expected not in page_of(reports["zeros"].out))
 
 
 def strings(values: Any, spoil: Any) -> Any:
@@ -234,6 +238,10 @@ def test_the_record_holds_what_the_run_took_beside_the_plan(
     assert expected["saliency sweep"] > 0 and expected["refit"] > 0 and expected["loading"] is None
     assert f"{expected['refit']:.1f} s" in page_of(report.out)
     assert RUN_NAME not in json.loads((report.out / MANIFEST_NAME).read_text())["sha256"]
+
+
+def test_every_phase_of_a_plan_is_part_of_what_is_measured() -> None:
+    assert {phase for parts in record_module.PARTS.values() for phase in parts} == set(Phase)
 
 
 def test_what_is_read_is_what_was_reported(reports: dict[str, MinifyReport]) -> None:
