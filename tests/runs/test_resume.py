@@ -17,8 +17,6 @@ from minisp.ranks import Ranks
 from minisp.resources import Resources
 from minisp.store import tiers
 from minisp.store.claim import open_scratch
-from minisp.store.names import ANY
-from minisp.store.records import Folder
 from tests.tiny import LAYERS, save_checkpoint, tiny_model
 
 WINDOWS = torch.arange(128).reshape(4, 32) * 37 % 64
@@ -260,28 +258,6 @@ def test_a_folder_that_is_refused_stays_as_it_is(source: Path, tmp_path: Path) -
     assert sorted(path.name for path in hidden.iterdir()) == left
     with pytest.raises(ConfigError, match="expected a folder apart from the output"):
         run(source, tmp_path / "d", scratch=str(tmp_path / "d" / "work"))
-
-
-def test_a_record_exists_only_when_it_is_whole(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    value = torch.randn(5, 3).to(torch.bfloat16)
-    with folder.writing("states_0001", note="x") as append:
-        append("0", value)
-        append("1", value[:0])
-        append("2", torch.tensor(7))
-    with pytest.raises(RuntimeError), folder.writing("states_0002") as append:
-        append("0", value)
-        raise RuntimeError
-    folder.settle()
-    assert folder.names(ANY) == ["states_0001"] and not folder.has("states_0002")
-    again = Folder(tmp_path)
-    assert again.keys("states_0001") == ["0", "1", "2"] and again.facts("states_0001") == {"note": "x"}
-    assert torch.equal(again.read("states_0001", "0"), value) and int(again.read("states_0001", "2")) == 7
-    assert again.read("states_0001", "1").shape == (0, 3)
-    (tmp_path / "states_0001.data").write_bytes(b"\0" * (tmp_path / "states_0001.data").stat().st_size)
-    with pytest.raises(OutputError, match="expected 0 as it was written, got other bytes"):
-        again.read("states_0001", "0")
-    assert not again.intact("states_0001")
 
 
 @pytest.mark.parametrize(
