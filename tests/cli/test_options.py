@@ -12,7 +12,7 @@ from tests.tiny import save_checkpoint, tiny_model
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("model") / "tiny-llama", tiny_model("llama"))
+    return save_checkpoint(tmp_path_factory.mktemp("model") / "tiny-llama", tiny_model("llama", num_key_value_heads=2))
 
 
 @pytest.mark.parametrize(
