@@ -203,7 +203,10 @@ class MinifyConfig:
 
     @property
     def collects_gram(self) -> bool:
-        """Whether the saliency sweep collects Gram matrices."""
+        """Whether the saliency sweep collects Gram matrices.
+
+        It does with keep=1 too, where nothing is refitted: a later run with another ratio reuses them.
+        """
         return self.refit_on == "dense" or self.measures or not self.refit_sweep or self.method == "surgeon"
 
     @property
@@ -268,6 +271,9 @@ def split_options(**options: Any) -> tuple[MinifyConfig, Resources]:
             f"Option keep: expected it to be left out beside a target, got keep={options['keep']} and {target!r}. Pass "
             "one of them."
         )
+    if isinstance(options.get("structures"), list):
+        # As command lines and files bring it.
+        options["structures"] = tuple(options["structures"])
     method, resources = ({name: options[name] for name in names if name in options} for names in known)
     return MinifyConfig(**method), Resources(**resources)
 

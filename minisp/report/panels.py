@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from minisp.models.structures import UNITS
 from minisp.report.charts import Axis, Chart, Mark, axis_for
-from minisp.report.report import LayerReport, MapReport
+from minisp.report.report import MapReport, StructureReport
 from minisp.report.result import WrittenResult
 
 WIDE, NARROW = 540, 340
@@ -44,7 +44,7 @@ def panels(result: WrittenResult) -> list[Panel]:
     return found
 
 
-def _fits(layers: Sequence[LayerReport], names: Sequence[str]) -> Iterator[Panel]:
+def _fits(layers: Sequence[StructureReport], names: Sequence[str]) -> Iterator[Panel]:
     """How the refits went."""
     yield _residuals(layers, names)
     corrected = [name for name in names if any(x.drift_explained for x in _of(layers, name))]
@@ -65,16 +65,16 @@ def _colour(name: str) -> int:
     return list(UNITS).index(name) if name in UNITS else len(UNITS)
 
 
-def _of(layers: Sequence[LayerReport], name: str) -> list[LayerReport]:
+def _of(layers: Sequence[StructureReport], name: str) -> list[StructureReport]:
     return [layer for layer in layers if layer.structure == name]
 
 
-def _layer_axis(layers: Sequence[LayerReport] | Sequence[MapReport]) -> Axis:
+def _layer_axis(layers: Sequence[StructureReport] | Sequence[MapReport]) -> Axis:
     last = max(layer.layer for layer in layers)
     return Axis("layer", -0.6, last + 0.6, whole=True)
 
 
-def _widths(name: str, layers: Sequence[LayerReport]) -> Panel:
+def _widths(name: str, layers: Sequence[StructureReport]) -> Panel:
     kept, width = sum(x.kept for x in layers), sum(x.width for x in layers)
     words = [f"layer {x.layer}: {x.kept:,} of {x.width:,} kept ({x.kept / x.width:.0%})" for x in layers]
     marks = [
@@ -91,7 +91,7 @@ def _widths(name: str, layers: Sequence[LayerReport]) -> Panel:
     )
 
 
-def _saliency(name: str, layers: Sequence[LayerReport], *, by_costs: bool) -> Panel:
+def _saliency(name: str, layers: Sequence[StructureReport], *, by_costs: bool) -> Panel:
     bands = {(1, 5): "fill0 light", (2, 4): "fill0 middle"}
     values = [value for x in layers for value in x.saliency.quantiles[1:6]]
     cut = [x.saliency.highest_cut or MISSING for x in layers]
@@ -125,7 +125,7 @@ def _saliency(name: str, layers: Sequence[LayerReport], *, by_costs: bool) -> Pa
     )
 
 
-def _residuals(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
+def _residuals(layers: Sequence[StructureReport], names: Sequence[str]) -> Panel:
     marks, legend, values = [], [], []
     for name in names:
         mine = _of(layers, name)
@@ -148,7 +148,7 @@ def _residuals(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
     )
 
 
-def _drift(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
+def _drift(layers: Sequence[StructureReport], names: Sequence[str]) -> Panel:
     marks = []
     for name in names:
         mine = _of(layers, name)
@@ -170,7 +170,7 @@ def _drift(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
     )
 
 
-def _damping(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
+def _damping(layers: Sequence[StructureReport], names: Sequence[str]) -> Panel:
     marks, values = [], []
     for name in names:
         mine = [x for x in _of(layers, name) if x.kept < x.width]
@@ -185,7 +185,7 @@ def _damping(layers: Sequence[LayerReport], names: Sequence[str]) -> Panel:
     )
 
 
-def _curves(layers: Sequence[LayerReport]) -> Panel:
+def _curves(layers: Sequence[StructureReport]) -> Panel:
     last = max(1, *(x.layer for x in layers))
     marks, values, dampings = [], [], []
     for x in layers:

@@ -1,4 +1,4 @@
-"""What a person sees: progress while it runs, the table and the plot after; and the same as JSON."""
+"""The report of a run: a record of plain values, its table for the terminal, and its JSON."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -22,12 +22,13 @@ from minisp.units import as_text, megabytes, millions
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class StructureReport:
     """One structure of a layer: units before and after, its residual with and without refitting, its solve.
 
-    `damping_curve` lists (damping, cross-validated relative residual) where damping was chosen; `backward_error` and
-    `shift` are those of `minisp.ops.cholesky.Solved`; `drift_explained` is the share of the drift that was corrected.
-    `saliency` is the distribution of the scores, before trial cuts scale them.
+    `structure` is its name in the layer, `width` the number of its units before. `damping_curve` lists (damping,
+    cross-validated relative residual) where damping was chosen; `backward_error` and `shift` are those of
+    `minisp.ops.cholesky.Solved`; `drift_explained` is the share of the drift that was corrected. `saliency` is the
+    distribution of the scores, before trial cuts scale them.
     """
 
     layer: int
@@ -66,9 +67,9 @@ class MinifyReport:
 
     Attributes:
         plan: what it set out to do; `plan.config` are the options.
-        layers: one line per layer.
+        layers: one record per structure, in the order in which they compute; none where weights were set to zero.
         maps: one line per linear map where weights were set to zero; none where units were cut.
-        kept: per layer (n,) int64, the units that stayed.
+        kept: per structure (n,) int64, the units that stayed.
         parameters: number of parameters after.
         bytes: size of the written weights, or of the model in memory.
         calibration: what the calibration consisted of; `calibration_fingerprint` is its SHA-256.
@@ -84,7 +85,7 @@ class MinifyReport:
     """
 
     plan: Plan
-    layers: tuple[LayerReport, ...]
+    layers: tuple[StructureReport, ...]
     maps: tuple[MapReport, ...]
     kept: tuple[Tensor, ...] = field(repr=False)
     parameters: int
@@ -105,7 +106,7 @@ class MinifyReport:
         return as_text(report_table(self), summary_lines(self))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; the kept indices and the model are left out."""
+        """Plain values for JSON. It leaves out `kept`, `needs_code` and `model`."""
         return {
             "plan": plan_dict(self.plan),
             "layers": [asdict(layer) for layer in self.layers],
@@ -131,7 +132,7 @@ def make_report(
     results = [run.result(structure) for structure in stream.structures] if config.cuts else []
     sparse = sparse_results(run, plan.maps, config.shots)
     layers = tuple(
-        LayerReport(
+        StructureReport(
             layer=result.structure.layer,
             structure=result.structure.name,
             width=result.structure.num_units,

@@ -8,7 +8,7 @@ from typing import Any
 
 from minisp.errors import CheckpointError
 from minisp.report.record import RUN_NAME
-from minisp.report.report import LayerReport, MapReport
+from minisp.report.report import MapReport, StructureReport
 from minisp.report.saliency import LEVELS, Saliency
 from minisp.store.writer import MANIFEST_NAME
 
@@ -60,7 +60,7 @@ class WrittenResult:
     config: Mapping[str, Any]
     calibration: tuple[str, ...]
     calibration_fingerprint: str
-    layers: tuple[LayerReport, ...]
+    layers: tuple[StructureReport, ...]
     maps: tuple[MapReport, ...]
     checksums: Mapping[str, str]
     run: RunRecord | None
@@ -128,13 +128,13 @@ def _result(folder: Path, facts: Mapping[str, Any], run: RunRecord | None) -> Wr
     )
 
 
-def _layer(values: Mapping[str, Any]) -> LayerReport:
+def _layer(values: Mapping[str, Any]) -> StructureReport:
     saliency = values["saliency"]
     highest = saliency["highest_cut"]
     if not 0 < int(values["kept"]) <= int(values["width"]) or len(saliency["quantiles"]) != len(LEVELS):
         raise ValueError("units or quantiles of a layer that cannot be")
     numbers = ("residual", "residual_sliced", "damping", "backward_error", "shift", "drift_explained")
-    return LayerReport(
+    return StructureReport(
         layer=int(values["layer"]),
         structure=str(values["structure"]),
         width=int(values["width"]),

@@ -181,3 +181,25 @@ def _fill(descriptor: int, memory: list[memoryview], offset: int) -> None:
             count -= taken
             if not len(memory[0]):
                 memory.pop(0)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def publish_folder(partial: Path, folder: Path) -> None:
+    """Rename a complete folder to its final name; where another process was faster, that one's folder stays.
+
+    Raises:
+        OSError: it cannot be renamed, and no folder of that name is there.
+    """
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise

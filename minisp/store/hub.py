@@ -1,6 +1,5 @@
 """From what the user names to a folder on disk: a folder, a GGUF file, or a hub id. No code of a model is ever run."""
 
-import hashlib
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minisp.errors import CalibrationError, CheckpointError, one_line
+from minisp.store.files import publish_folder, sha256
 
 # What a download needs: weights that cannot run code, configuration, tokenizer.
 PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -66,9 +66,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 def cache_folder() -> Path:
     """Where converted models are kept: $MINISP_CACHE, or minisp/ in the user's cache folder."""
-    if "MINISP_CACHE" in os.environ:
-        return Path(os.environ["MINISP_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "minisp"
+    named = os.environ.get("MINISP_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/minisp"
+    return Path(named).expanduser()
 
 
 def convert_gguf(path: Path, folder: Path) -> Path:
@@ -96,20 +95,12 @@ def convert_gguf(path: Path, folder: Path) -> Path:
         model.config.__dict__.pop("quantization_config", None)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
+        publish_folder(partial, folder)
     return folder
 
 
 def _converted(path: Path) -> Path:
     if not path.is_file():
         raise CheckpointError(f"Model: expected a GGUF file, found none at {path}. Check the path.")
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(2**20):
-            digest.update(block)
-    folder = cache_folder() / f"{path.stem}-{digest.hexdigest()[:12]}"
+    folder = cache_folder() / f"{path.stem}-{sha256(path)[:12]}"
     return folder if folder.is_dir() else convert_gguf(path, folder)

@@ -9,18 +9,11 @@ from torch import Tensor
 from minisp.kernels import norm as kernel
 from minisp.kernels import rotary
 from minisp.ops import norms, reference
+from tests.tolerance import check
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EPS = 1e-5
-
-
-def check(ours: Tensor, eager: Tensor, exact: Tensor, terms: int = 1, least: float = 1e-30) -> None:
-    """`least`: of the scale that errors are measured by, where larger numbers cancel."""
-    scale = exact.abs().max().clamp_min(least)
-    error = (ours.double().cpu() - exact).abs().max() / scale
-    theirs = (eager.double() - exact).abs().max() / scale
-    assert error <= theirs + torch.finfo(ours.dtype).eps * terms**0.5
 
 
 def norm_of(hidden: Tensor, weight: Tensor, grad: Tensor, offset: float) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from minisp.kernels import saliency as kernel
 from minisp.ops import reference
+from tests.tolerance import check
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -25,13 +26,6 @@ def tensors(num_tokens: int, width: int, dtype: torch.dtype, device: str, paddin
     return made
 
 
-def assert_close(ours: Tensor, exact: Tensor, eager: Tensor, terms: int = 1) -> None:
-    scale = exact.abs().max().clamp_min(1e-30)
-    error = (ours.double().cpu() - exact).abs().max() / scale
-    theirs = (eager.double() - exact).abs().max() / scale
-    assert error <= theirs + torch.finfo(ours.dtype).eps * terms**0.5
-
-
 @pytest.mark.kernel
 @pytest.mark.parametrize("has_up", [True, False])
 @pytest.mark.parametrize("kind", kernel.KINDS)
@@ -47,13 +41,13 @@ def test_backward_is_right(
     eager = reference.activation_backward(eager_inputs[0], eager_inputs[1] if has_up else None, eager_inputs[2], kind)
     sums = kernel.activation_backward_(gate, up if has_up else None, grad, kind)
     assert sums.dtype == torch.float32
-    assert_close(grad, exact[0], eager[0])
-    assert_close(gate, exact[1], eager[1])
+    check(grad, eager[0], exact[0])
+    check(gate, eager[1], exact[1])
     if has_up:
         assert exact[2] is not None and eager[2] is not None
-        assert_close(up, exact[2], eager[2])
+        check(up, eager[2], exact[2])
     for ours, true, theirs in zip(sums, exact[3], eager[3].float(), strict=True):
-        assert_close(ours, true, theirs, terms=num_tokens)
+        check(ours, theirs, true, terms=num_tokens)
     for tensor in (gate, up, grad):
         rest = tensor.as_strided((num_tokens, 16), (width + 16, 1), width)
         assert (rest == POISON).all(), "something was written beside the matrix"
@@ -77,7 +71,7 @@ def test_forward_is_right(
     room = torch.full((num_tokens, width + 9), torch.nan, dtype=dtype, device=device)
     out = gate if in_place else room[:, :width]
     assert kernel.activation(gate, factor, kind, out=out) is out
-    assert_close(out, exact, eager)
+    check(out, eager, exact)
     assert torch.equal(up, before[1])
     assert in_place or torch.equal(gate, before[0])
     assert room[:, width:].isnan().all(), "something was written beside the matrix"

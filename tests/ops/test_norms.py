@@ -14,20 +14,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from minisp import ops
 from minisp.errors import BackendError
 from minisp.ops import native, portable, reference
+from tests.tolerance import check
 
 DTYPES = (torch.float32, torch.bfloat16)
 HAS_EXTENSION = native.serves(torch.zeros(1, 1))
 IMPLS = ("torch", pytest.param("native", marks=pytest.mark.skipif(not HAS_EXTENSION, reason="extension not built")))
 EPS = 1e-5
-
-
-def error(value: Tensor, exact: Tensor) -> float:
-    return float((value.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
-
-
-def check(value: Tensor, eager: Tensor, exact: Tensor, terms: int = 1) -> None:
-    assert torch.isfinite(value).all()
-    assert error(value, exact) <= error(eager, exact) + torch.finfo(value.dtype).eps * terms**0.5
 
 
 def with_gradients(function: Callable[..., Any], inputs: list[Tensor], grads: list[Tensor], to: Any) -> list[Tensor]:

@@ -94,3 +94,18 @@ def test_what_was_written_is_not_written_again(source: Path, tmp_path: Path, mon
     assert calls == [2]
     assert again.calibration_fingerprint == first.calibration_fingerprint
     assert again.calibration == first.calibration
+
+
+def test_text_that_an_earlier_run_wrote_is_not_described_where_none_joins(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is stopped when the model has written, and goes on without generic text."""
+    work = tmp_path / "work"
+    with monkeypatch.context() as patched:
+        patched.setattr(calibrate, "narrowness", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            minify(source, out=tmp_path / "a", calibration=TEXT, scratch=str(work))
+    assert (work / "written.data").exists() and not (work / "windows.data").exists()
+    report = minify(source, out=tmp_path / "b", calibration=TEXT, scratch=str(work), resume=True, generic=0.0)
+    assert sources(report) == {"the given documents": 16}
+    assert not any("wrote" in line for line in report.calibration)

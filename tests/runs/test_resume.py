@@ -17,8 +17,6 @@ from minisp.ranks import Ranks
 from minisp.resources import Resources
 from minisp.store import tiers
 from minisp.store.claim import open_scratch
-from minisp.store.names import ANY
-from minisp.store.records import Folder
 from tests.tiny import LAYERS, save_checkpoint, tiny_model
 
 WINDOWS = torch.arange(128).reshape(4, 32) * 37 % 64
@@ -262,28 +260,6 @@ def test_a_folder_that_is_refused_stays_as_it_is(source: Path, tmp_path: Path) -
         run(source, tmp_path / "d", scratch=str(tmp_path / "d" / "work"))
 
 
-def test_a_record_exists_only_when_it_is_whole(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    value = torch.randn(5, 3).to(torch.bfloat16)
-    with folder.writing("states_0001", note="x") as append:
-        append("0", value)
-        append("1", value[:0])
-        append("2", torch.tensor(7))
-    with pytest.raises(RuntimeError), folder.writing("states_0002") as append:
-        append("0", value)
-        raise RuntimeError
-    folder.settle()
-    assert folder.names(ANY) == ["states_0001"] and not folder.has("states_0002")
-    again = Folder(tmp_path)
-    assert again.keys("states_0001") == ["0", "1", "2"] and again.facts("states_0001") == {"note": "x"}
-    assert torch.equal(again.read("states_0001", "0"), value) and int(again.read("states_0001", "2")) == 7
-    assert again.read("states_0001", "1").shape == (0, 3)
-    (tmp_path / "states_0001.data").write_bytes(b"\0" * (tmp_path / "states_0001.data").stat().st_size)
-    with pytest.raises(OutputError, match="expected 0 as it was written, got other bytes"):
-        again.read("states_0001", "0")
-    assert not again.intact("states_0001")
-
-
 @pytest.mark.parametrize(
     ("step", "says"), [("decide", "{folder}: the same command with --resume"), ("plan", "was left.")]
 )
@@ -300,3 +276,11 @@ def test_an_interrupted_command_names_the_folder_if_something_waits_there(
     result = CliRunner(env={"COLUMNS": "2000"}).invoke(app, command)
     assert result.exit_code == 130
     assert says.format(folder=tmp_path / ".out.scratch") in result.stderr.replace("\n", "")
+
+
+def test_auto_and_what_it_was_resolved_to_are_one_run(source: Path, tmp_path: Path) -> None:
+    auto: dict[str, Any] = {"device": "auto", "dtype": "auto", "batch": None, "scratch": str(tmp_path / "work")}
+    first = run(source, tmp_path / "a", keep=0.6, **auto)
+    named = {"device": first.plan.device, "dtype": first.plan.dtype, "batch": first.plan.batch}
+    run(source, tmp_path / "b", keep=0.6, **{**auto, **named}, reuse=True)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
