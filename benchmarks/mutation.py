@@ -9,10 +9,8 @@ file is ever written. `docs/mutation.md` explains the survivors.
 
 import argparse
 import ast
+import copy
 import gc
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import os
 import random
 import signal
@@ -21,10 +19,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from copy import deepcopy
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType
+from typing import Any
 
 import pytest
 from hypothesis import Phase, settings
@@ -38,43 +37,20 @@ _EDITS = (
     f"{_GROUPS}cut_model_computes_what_zero_columns_compute",
 )
 # The tests that each module is held to: its own file, and where that is thin the nearest one.
+METHODS = ("curvature", "reconstruction", "selection", "sparse", "statistics", "surgeon", "thresholds")
 TESTS: dict[str, tuple[str, ...]] = {
-    "methods/statistics": ("tests/methods/test_statistics.py",),
-    "methods/selection": ("tests/methods/test_selection.py",),
-    "methods/reconstruction": ("tests/methods/test_reconstruction.py",),
+    **{f"methods/{name}": (f"tests/methods/test_{name}.py",) for name in METHODS},
     "methods/damping": ("tests/methods/test_damping.py", "tests/methods/test_reconstruction.py"),
-    "methods/thresholds": ("tests/methods/test_thresholds.py",),
-    "methods/sparse": ("tests/methods/test_sparse.py",),
-    "methods/surgeon": ("tests/methods/test_surgeon.py",),
-    "methods/curvature": ("tests/methods/test_curvature.py",),
     "models/edits": _EDITS,
     "models/structures": _EDITS,
 }
-
-COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
-    ast.Lt: (ast.LtE, ast.GtE),
-    ast.LtE: (ast.Lt, ast.Gt),
-    ast.Gt: (ast.GtE, ast.LtE),
-    ast.GtE: (ast.Gt, ast.Lt),
-    ast.Eq: (ast.NotEq,),
-    ast.NotEq: (ast.Eq,),
-    ast.Is: (ast.IsNot,),
-    ast.IsNot: (ast.Is,),
-    ast.In: (ast.NotIn,),
-    ast.NotIn: (ast.In,),
-}
-OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Div,
-    ast.Div: ast.Mult,
-    ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.Mult,
-    ast.Pow: ast.Mult,
-    ast.LShift: ast.RShift,
-    ast.BitAnd: ast.BitOr,
-    ast.BitOr: ast.BitAnd,
-}
+_OPERATORS = (
+    "Lt LtE GtE, LtE Lt Gt, Gt GtE LtE, GtE Gt Lt, Eq NotEq, NotEq Eq, Is IsNot, IsNot Is, In NotIn, NotIn In, "
+    "Add Sub, Sub Add, Mult Div, Div Mult, FloorDiv Mult, Mod Mult, Pow Mult, LShift RShift, "
+    "BitAnd BitOr, BitOr BitAnd, And Or, Or And"
+)
+# The name of each operator in `ast`, and what may stand in its place.
+OPERATORS = {first: others for first, *others in (row.split() for row in _OPERATORS.split(", "))}
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any", "minimum": "maximum", "maximum": "minimum"}
 # Types are not run, a decorator changes the meaning of all that it decorates, and the text of messages is prose.
 SKIPPED_FIELDS = ("annotation", "returns", "decorator_list", "exc", "type")
@@ -82,15 +58,7 @@ SKIPPED_NODES = (ast.JoinedStr, ast.Import, ast.ImportFrom)
 # Exit codes: wrong arguments or no tests (pytest), the original module was loaded (ours).
 NOT_RUN = (4, 5, 99)
 # Modules that import none of those above, which stay imported.
-UNCHANGED = (
-    "minisp._C",
-    "minisp.ops",
-    "minisp.kernels",
-    "minisp.config",
-    "minisp.errors",
-    "minisp.device",
-    "minisp.ranks",
-)
+UNCHANGED = tuple(f"minisp.{name}" for name in ("_C", "ops", "kernels", "config", "errors", "device", "ranks"))
 
 
 @dataclass(frozen=True)
@@ -106,43 +74,49 @@ class Mutant:
 def variants(node: ast.AST) -> Iterator[ast.AST]:
     """What may stand in the place of a node."""
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
-        for operation in COMPARISONS[type(node.ops[0])]:
-            yield ast.Compare(node.left, [operation()], node.comparators)
-    elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        yield ast.BinOp(node.left, OPERATORS[type(node.op)](), node.right)
-    elif isinstance(node, ast.BoolOp):
-        yield ast.BoolOp(ast.Or() if isinstance(node.op, ast.And) else ast.And(), node.values)
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub, ast.Invert)):
+        for operation in _others(node.ops[0]):
+            yield _with(node, ops=[operation])
+    elif isinstance(node, (ast.BinOp, ast.BoolOp)):
+        for operation in _others(node.op):
+            yield _with(node, op=operation)
+    elif isinstance(node, ast.UnaryOp):
         yield node.operand
     elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
         yield ast.Constant(not node.value)
     elif isinstance(node, ast.Constant) and isinstance(node.value, int):
-        yield ast.Constant(node.value + 1)
-        yield ast.Constant(node.value - 1)
+        yield from (ast.Constant(node.value + 1), ast.Constant(node.value - 1))
     elif isinstance(node, ast.Name) and node.id in NAMES:
-        yield ast.Name(NAMES[node.id], node.ctx)
+        yield _with(node, id=NAMES[node.id])
     elif isinstance(node, ast.Attribute) and node.attr in NAMES:
-        yield ast.Attribute(node.value, NAMES[node.attr], node.ctx)
-    elif isinstance(node, (ast.If, ast.IfExp, ast.While)) and not isinstance(node.test, (ast.Compare, ast.UnaryOp)):
-        changed = deepcopy(node)
-        changed.test = ast.UnaryOp(ast.Not(), changed.test)
-        yield changed
+        yield _with(node, attr=NAMES[node.attr])
     else:
         yield from _statements(node)
 
 
+def _others(operation: ast.AST) -> list[Any]:
+    return [getattr(ast, name)() for name in OPERATORS.get(type(operation).__name__, ())]
+
+
+def _with(node: ast.AST, **fields: Any) -> ast.AST:
+    """A copy of the node with other fields."""
+    changed = copy.copy(node)
+    for name, value in fields.items():
+        setattr(changed, name, value)
+    return changed
+
+
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+    is_call = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    if is_call or isinstance(node, (ast.Raise, ast.Continue, ast.AugAssign)):
         yield ast.Pass()
-    elif isinstance(node, (ast.Raise, ast.Continue)):
-        yield ast.Pass()
-    elif isinstance(node, ast.AugAssign):
-        yield ast.Pass()
-        if type(node.op) in OPERATORS:
-            yield ast.AugAssign(node.target, OPERATORS[type(node.op)](), node.value)
+    if isinstance(node, ast.AugAssign):
+        for operation in _others(node.op):
+            yield _with(node, op=operation)
+    # A comparison, or a `not`, is changed where it stands.
+    elif isinstance(node, (ast.If, ast.IfExp, ast.While)) and not isinstance(node.test, (ast.Compare, ast.UnaryOp)):
+        yield _with(node, test=ast.UnaryOp(ast.Not(), node.test))
     elif isinstance(node, ast.Return) and node.value is not None:
-        for operand in _operands(node.value):
-            yield ast.Return(operand)
+        yield from (ast.Return(operand) for operand in _operands(node.value))
 
 
 def _operands(value: ast.expr) -> Iterator[ast.expr]:
@@ -158,8 +132,7 @@ class _Mutator(ast.NodeTransformer):
     """Makes the change of one number, and counts the changes that there are."""
 
     def __init__(self, wanted: int) -> None:
-        self.wanted, self.count = wanted, 0
-        self.line, self.change = 0, ""
+        self.wanted, self.count, self.line, self.change = wanted, 0, 0, ""
 
     def visit(self, node: ast.AST) -> ast.AST:
         if isinstance(node, SKIPPED_NODES):
@@ -171,11 +144,9 @@ class _Mutator(ast.NodeTransformer):
                 self.change = f"{_short(node)}  →  {_short(changed)}"
                 return ast.copy_location(changed, node)
         for name, value in ast.iter_fields(node):
-            if name in SKIPPED_FIELDS:
-                continue
-            if isinstance(value, list):
+            if isinstance(value, list) and name not in SKIPPED_FIELDS:
                 value[:] = [self.visit(item) if isinstance(item, ast.AST) else item for item in value]
-            elif isinstance(value, ast.AST):
+            elif isinstance(value, ast.AST) and name not in SKIPPED_FIELDS:
                 setattr(node, name, self.visit(value))
         return node
 
@@ -197,43 +168,33 @@ def mutants(source: str) -> list[Mutant]:
     return found
 
 
-def broken(source: str) -> ast.Module:
-    """The module with nothing returned: no test file may pass with it."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Return):
-            node.value = None
-    return tree
-
-
-class _Loader(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Answers for one module name with a syntax tree."""
-
-    def __init__(self, name: str, path: Path, tree: ast.Module) -> None:
-        self.name, self.path, self.tree = name, path, tree
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        return importlib.util.spec_from_loader(fullname, self) if fullname == self.name else None
-
-    def exec_module(self, module: ModuleType) -> None:
-        exec(compile(self.tree, str(self.path), "exec"), module.__dict__)
-
-
 def verdict(module: str, tree: ast.Module, limit: int) -> str:
     """What the module's tests say of a tree in its place: "killed", "survived" or "timed out" after `limit` seconds."""
     child = os.fork()
     if child == 0:
         signal.alarm(limit)
-        name = f"minisp.{module.replace('/', '.')}"
-        sys.meta_path.insert(0, _Loader(name, ROOT / f"minisp/{module}.py", tree))
+        served = _serve(f"minisp.{module.replace('/', '.')}", tree)
         code = _pytest(module, "-x")
-        os._exit(code if isinstance(sys.modules[name].__loader__, _Loader) else NOT_RUN[-1])
+        os._exit(code if served else NOT_RUN[-1])
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code in NOT_RUN:
         raise SystemExit(f"{module}: the tests did not run on the mutant (exit code {code}).")
     return "timed out" if code == -signal.SIGALRM else "survived" if code == 0 else "killed"
+
+
+def _serve(name: str, tree: ast.Module) -> list[str]:
+    """Whoever imports the module gets the tree; the list then holds its name."""
+    served: list[str] = []
+    stored = SourceFileLoader.get_code
+
+    def get_code(loader: SourceFileLoader, fullname: str) -> CodeType | None:
+        if fullname != name:
+            return stored(loader, fullname)
+        served.append(name)
+        return compile(tree, loader.path, "exec")
+
+    SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+    return served
 
 
 def _pytest(module: str, *options: str) -> int:
@@ -257,10 +218,17 @@ def _warm_up(module: str) -> None:
 
 
 def run(module: str, *, most: int, seed: int, limit: int, only: Sequence[int]) -> None:
-    """Print every mutant that is not killed, then the counts."""
+    """Print every mutant that is not killed, then the counts.
+
+    The module as it is must pass its tests first, and fail with nothing returned from any function.
+    """
     source = (ROOT / f"minisp/{module}.py").read_text("utf-8")
     _warm_up(module)
-    for tree, expected in ((ast.parse(source), "survived"), (broken(source), "killed")):
+    whole, broken = ast.parse(source), ast.parse(source)
+    for node in ast.walk(broken):
+        if isinstance(node, ast.Return):
+            node.value = None
+    for tree, expected in ((whole, "survived"), (broken, "killed")):
         if (got := verdict(module, tree, 4 * limit)) != expected:
             raise SystemExit(f"{module}: expected that the check is {expected}, got {got}.")
     every = mutants(source)
@@ -279,16 +247,6 @@ def run(module: str, *, most: int, seed: int, limit: int, only: Sequence[int]) -
     print(f"{module}: {len(chosen)} of {len(every)} mutants, {dict(counts)}, {time.perf_counter() - start:.0f} s")
 
 
-def _prepare() -> None:
-    """The children's settings. Examples are always the same, and failing ones are not shrunk."""
-    os.chdir(ROOT)
-    sys.path.insert(0, str(ROOT))
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    quick = (Phase.explicit, Phase.generate)
-    settings.register_profile("mutation", phases=quick, database=None, derandomize=True, deadline=None)
-    settings.load_profile("mutation")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="+", choices=sorted(TESTS), metavar="MODULE")
@@ -297,7 +255,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=60, help="seconds for the tests of one mutant")
     parser.add_argument("--only", type=int, nargs="*", default=[], help="numbers of mutants to run, of one module")
     options = parser.parse_args()
-    _prepare()
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Examples are always the same, and failing ones are not shrunk.
+    quick = (Phase.explicit, Phase.generate)
+    settings.register_profile("mutation", phases=quick, database=None, derandomize=True, deadline=None)
+    settings.load_profile("mutation")
     for module in options.modules:
         run(module, most=options.most, seed=options.seed, limit=options.limit, only=options.only)
 
