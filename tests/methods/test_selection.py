@@ -119,6 +119,8 @@ def test_a_budget_is_not_rounded_below_a_whole_number_of_units(total: int) -> No
         # (kept / total) · total can be a hair below `kept`, as for 1 of 49.
         assert allocate_widths([torch.ones(total)], kept / total, alignment=1, min_keep=0) == [kept]
         assert uniform_widths([total, total], kept / total, alignment=1) == [kept, kept]
+    # A thousandth of a unit short of the next is short.
+    assert allocate_widths([torch.ones(100)], 0.49999, alignment=1, min_keep=0) == [49]
 
 
 def test_steps_are_compared_by_saliency_per_unit() -> None:

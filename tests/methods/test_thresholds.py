@@ -16,6 +16,7 @@ from minisp.methods.thresholds import (
     linear_shots,
     removed_weights,
 )
+from minisp.ranks import Ranks
 from tests.methods.fisher import few_examples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,6 +109,24 @@ def test_histograms_add_up() -> None:
     other.update_(costs[1])
     both.update_(costs.T)
     assert torch.equal(one.counts + other.counts, both.counts)
+
+
+def test_histograms_of_all_processes_add_up() -> None:
+    class Twice(Ranks):
+        def sum_(self, *tensors: Tensor) -> None:
+            for tensor in tensors:
+                tensor.mul_(2)
+
+    histogram = CostHistogram()
+    histogram.update_(torch.ones(3))
+    histogram.sum_over_(Twice())
+    assert int(histogram.counts.sum()) == 6
+
+
+def test_the_largest_float_has_a_bin() -> None:
+    histogram = CostHistogram()
+    histogram.update_(torch.tensor([1.0, torch.finfo(torch.float32).max]))
+    assert histogram.threshold(1.0) == torch.finfo(torch.float32).max
 
 
 def test_units_of_coupled_structures_go_by_their_cost_per_parameter() -> None:
