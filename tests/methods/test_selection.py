@@ -137,6 +137,8 @@ def test_a_bound_above_keep_is_rounded_up_where_keep_has_room() -> None:
     assert allocate_widths(scores, 0.5, alignment=2, min_keep=1.0) == [2, 2, 2, 4]
     # Without a bound, the budget goes to the others.
     assert allocate_widths(scores, 0.5, alignment=2, min_keep=0) == [5, 2, 2, 2]
+    # Bounds that are rounded up and take the whole budget fit: half of 6 is 3, rounded up 4.
+    assert allocate_widths([torch.full((6,), 9.0), torch.ones(6)], 2 / 3, alignment=2, min_keep=0.5) == [4, 4]
 
 
 def test_a_step_that_no_longer_fits_is_passed_over_for_a_smaller_one() -> None:

@@ -169,6 +169,7 @@ def test_gradients_of_scored_tokens_are_summed_where_they_are_wanted() -> None:
     assert back.gradients is not None and torch.equal(back.gradients, record.gradients)
     assert (back.num_tokens, back.num_scored) == (80, 40)
     # Where they are not wanted they are neither kept nor looked for.
+    assert Statistics.empty(3, gram=False, outputs=1).gradients is not None
     without = Statistics.empty(3, gram=False)
     without.update_(gradient, None, gradient)
     assert without.gradients is None
