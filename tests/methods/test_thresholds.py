@@ -56,7 +56,7 @@ def test_the_threshold_is_the_least_that_removes_the_share(
     every = sorted({float(s) for m in matrices for scores in (m.rows, m.columns) for s in scores})
     wanted = next(t for t in every if sum(int(gone(m, t).sum()) for m in matrices) >= target - 1e-9)
     threshold = line_threshold(matrices, share)
-    assert threshold == wanted
+    assert threshold == wanted and isinstance(threshold, float)
     for matrix in matrices:
         rows, columns = matrix.removed(threshold)
         size = len(rows), len(columns)
@@ -126,7 +126,8 @@ def test_histograms_of_all_processes_add_up() -> None:
 def test_the_largest_float_has_a_bin() -> None:
     histogram = CostHistogram()
     histogram.update_(torch.tensor([1.0, torch.finfo(torch.float32).max]))
-    assert histogram.threshold(1.0) == torch.finfo(torch.float32).max
+    threshold = histogram.threshold(1.0)
+    assert threshold == torch.finfo(torch.float32).max and isinstance(threshold, float)
 
 
 def test_units_of_coupled_structures_go_by_their_cost_per_parameter() -> None:
