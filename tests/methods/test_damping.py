@@ -37,7 +37,10 @@ def test_the_choice_is_the_lowest_of_the_curve_and_beats_the_extremes_on_new_tok
     problem = RidgeProblem(train.T @ train, kept, weight)
     solution, curve = damping.choose_damping(problem, len(train))
     assert solution.damping == min(curve, key=lambda point: point[1])[0]
-    assert len(curve) == len(damping.DECADES) + 2
+    # Half a decade below and above the best decade.
+    halves = sorted({value for value, _ in curve} - set(damping.DECADES))
+    assert len(curve) == len(damping.DECADES) + 2 and halves[1] / halves[0] == pytest.approx(10)
+    assert min(abs(halves[0] * 10**0.5 / value - 1) for value in damping.DECADES) < 1e-9
 
     def loss(down: torch.Tensor) -> float:
         return float((test @ weight.T - test[:, kept] @ down.T).norm())
@@ -50,6 +53,15 @@ def test_removing_dead_units_leaves_nothing_to_choose() -> None:
     x, weight = noisy_layer(100, 16)
     x[:, 12:] = 0
     solution, curve = damping.choose_damping(RidgeProblem(x.T @ x, torch.arange(12), weight), 100)
-    assert curve == ()
+    assert curve == () and solution.damping == 1e-2
     assert torch.equal(solution.down, weight[:, :12])
     assert ops.output_energy(x.T @ x, weight) > 0
+
+
+def test_a_fit_with_more_degrees_of_freedom_than_tokens_is_never_chosen() -> None:
+    x, weight = noisy_layer(12, 40)
+    problem = RidgeProblem(x.T @ x, torch.arange(0, 40, 2), weight)
+    # Told of 8 tokens, twelve degrees of freedom are too many.
+    solution, curve = damping.choose_damping(problem, 8)
+    assert curve[0][1] == float("inf") and all(error > 0 for _, error in curve)
+    assert solution.degrees_of_freedom < 8

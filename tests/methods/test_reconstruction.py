@@ -69,6 +69,31 @@ def test_a_refit_is_the_damped_least_squares_fit(damping: float, shrink_to: str)
     assert result.fit.drift_explained == 0 and result.fit.backward_error < 1e-12
 
 
+def test_a_damping_is_chosen_alike_where_no_residual_is_wanted() -> None:
+    x, weight = layer()
+    gram, config = x.T @ x, MinifyConfig(damping="auto")
+    (down, fit), (other, without) = (
+        refit(gram, KEPT, weight, TOKENS, config, residuals=wanted) for wanted in (True, False)
+    )
+    assert torch.equal(down, other) and without.damping == fit.damping
+    assert fit.residual > 0 and without.residual != without.residual
+
+
+def test_small_activations_are_refitted_and_corrected_as_large_ones_are() -> None:
+    x, weight = layer()
+    large, small = refitted(x, weight, damping=0.05), refitted(1e-4 * x, weight, damping=0.05)
+    torch.testing.assert_close(small.down, large.down)
+    assert small.fit.residual == pytest.approx(large.fit.residual) and small.fit.residual > 0
+    kept, drift = x[:, KEPT], x @ weight.T
+    corrected = []
+    for scale in (1.0, 1e-8):
+        sums_of = (scale * kept.T @ kept, scale * drift.T @ kept, scale * float(drift.square().sum()))
+        corrected.append(Refitted(*correct(large.down, Fit(), *sums_of, 1.0)))
+    torch.testing.assert_close(corrected[1].down, corrected[0].down)
+    explained = [result.fit.drift_explained for result in corrected]
+    assert explained[1] == pytest.approx(explained[0]) and explained[0] > 0
+
+
 def test_more_damping_means_less_change_and_less_fit() -> None:
     x, weight = layer()
     results = [refitted(x, weight, damping=damping) for damping in (0.0, 0.05, 0.5, 5.0)]

@@ -119,6 +119,8 @@ def test_a_budget_is_not_rounded_below_a_whole_number_of_units(total: int) -> No
         # (kept / total) · total can be a hair below `kept`, as for 1 of 49.
         assert allocate_widths([torch.ones(total)], kept / total, alignment=1, min_keep=0) == [kept]
         assert uniform_widths([total, total], kept / total, alignment=1) == [kept, kept]
+    # A thousandth of a unit short of the next is short.
+    assert allocate_widths([torch.ones(100)], 0.49999, alignment=1, min_keep=0) == [49]
 
 
 def test_steps_are_compared_by_saliency_per_unit() -> None:
@@ -135,6 +137,8 @@ def test_a_bound_above_keep_is_rounded_up_where_keep_has_room() -> None:
     assert allocate_widths(scores, 0.5, alignment=2, min_keep=1.0) == [2, 2, 2, 4]
     # Without a bound, the budget goes to the others.
     assert allocate_widths(scores, 0.5, alignment=2, min_keep=0) == [5, 2, 2, 2]
+    # Bounds that are rounded up and take the whole budget fit: half of 6 is 3, rounded up 4.
+    assert allocate_widths([torch.full((6,), 9.0), torch.ones(6)], 2 / 3, alignment=2, min_keep=0.5) == [4, 4]
 
 
 def test_a_step_that_no_longer_fits_is_passed_over_for_a_smaller_one() -> None:

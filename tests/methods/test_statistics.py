@@ -12,6 +12,7 @@ from minisp.errors import NumericalError
 from minisp.methods import statistics
 from minisp.methods.statistics import Statistics
 from minisp.ops import reference
+from minisp.ranks import Ranks
 from tests.toys import score, statistics_of, toy_examples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,3 +142,55 @@ def test_a_record_comes_back_whole_from_what_is_stored(panel: int, monkeypatch: 
     assert torch.equal(back.saliency, record.saliency) and torch.equal(back.gram, record.gram)
     without = Statistics.from_tensors(stored.__getitem__, gram=False, device=torch.device("cpu"))
     assert without.gram is None and torch.equal(without.saliency, record.saliency)
+
+
+def test_one_token_has_a_score_of_its_own() -> None:
+    x, gradient = raw(1)
+    torch.testing.assert_close(statistics_of(x, gradient).score("taylor"), score("taylor", x, gradient))
+
+
+def with_gradients() -> tuple[Statistics, Tensor]:
+    """A record of 40 scored tokens and 40 others, and the gradients (T, d) of the scored ones."""
+    x, gradient = (t.float() for t in raw())
+    record = Statistics.empty(7, gram=True, outputs=3)
+    record.update_(x, ops.saliency_sums(x, gradient, 1), gradient[:, :3])
+    record.update_(x, None)
+    return record, gradient[:, :3]
+
+
+def test_gradients_of_scored_tokens_are_summed_where_they_are_wanted() -> None:
+    record, gradient = with_gradients()
+    record.finalize_(0)
+    assert record.gradients is not None and (record.num_tokens, record.num_scored) == (80, 40)
+    torch.testing.assert_close(record.gradients, gradient.T @ gradient)
+    assert torch.equal(record.gradients, record.gradients.T)
+    stored = dict(record.tensors())
+    back = Statistics.from_tensors(stored.__getitem__, gram=True, outputs=3, device=torch.device("cpu"))
+    assert back.gradients is not None and torch.equal(back.gradients, record.gradients)
+    assert (back.num_tokens, back.num_scored) == (80, 40)
+    # Where they are not wanted they are neither kept nor looked for.
+    assert Statistics.empty(3, gram=False, outputs=1).gradients is not None
+    without = Statistics.empty(3, gram=False)
+    without.update_(gradient, None, gradient)
+    assert without.gradients is None
+    assert Statistics.from_tensors(stored.__getitem__, gram=True, device=torch.device("cpu")).gradients is None
+    assert Statistics(5, torch.zeros(3, 2), None).num_scored == 0
+
+
+class Twice(Ranks):
+    """Two processes that found the same."""
+
+    def sum_(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            tensor.mul_(2)
+
+    def total(self, value: int) -> int:
+        return 2 * value
+
+
+def test_every_sum_is_added_up_over_the_processes() -> None:
+    (both, _), (one, _) = with_gradients(), with_gradients()
+    both.sum_over_(Twice())
+    assert (both.num_tokens, both.num_scored) == (160, 80)
+    for found, single in ((both.saliency, one.saliency), (both.gram, one.gram), (both.gradients, one.gradients)):
+        assert found is not None and single is not None and torch.equal(found, 2 * single)

@@ -16,6 +16,7 @@ from minisp.methods.thresholds import (
     linear_shots,
     removed_weights,
 )
+from minisp.ranks import Ranks
 from tests.methods.fisher import few_examples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,7 +56,7 @@ def test_the_threshold_is_the_least_that_removes_the_share(
     every = sorted({float(s) for m in matrices for scores in (m.rows, m.columns) for s in scores})
     wanted = next(t for t in every if sum(int(gone(m, t).sum()) for m in matrices) >= target - 1e-9)
     threshold = line_threshold(matrices, share)
-    assert threshold == wanted
+    assert threshold == wanted and isinstance(threshold, float)
     for matrix in matrices:
         rows, columns = matrix.removed(threshold)
         size = len(rows), len(columns)
@@ -108,6 +109,25 @@ def test_histograms_add_up() -> None:
     other.update_(costs[1])
     both.update_(costs.T)
     assert torch.equal(one.counts + other.counts, both.counts)
+
+
+def test_histograms_of_all_processes_add_up() -> None:
+    class Twice(Ranks):
+        def sum_(self, *tensors: Tensor) -> None:
+            for tensor in tensors:
+                tensor.mul_(2)
+
+    histogram = CostHistogram()
+    histogram.update_(torch.ones(3))
+    histogram.sum_over_(Twice())
+    assert int(histogram.counts.sum()) == 6
+
+
+def test_the_largest_float_has_a_bin() -> None:
+    histogram = CostHistogram()
+    histogram.update_(torch.tensor([1.0, torch.finfo(torch.float32).max]))
+    threshold = histogram.threshold(1.0)
+    assert threshold == torch.finfo(torch.float32).max and isinstance(threshold, float)
 
 
 def test_units_of_coupled_structures_go_by_their_cost_per_parameter() -> None:

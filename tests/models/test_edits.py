@@ -189,6 +189,16 @@ def test_an_edit_that_changes_nothing_gives_the_tensor_itself() -> None:
     assert Edit("w", 0, value=torch.ones(2, 3, dtype=torch.float64)).applied(tensor).dtype == torch.float32
 
 
+def test_a_given_weight_is_copied_and_an_edit_that_changes_nothing_leaves_the_parameter() -> None:
+    layer, given = nn.ModuleDict({"out": nn.Linear(4, 3, bias=False)}), torch.ones(3, 4)
+    before = layer.get_parameter("out.weight")
+    apply_(layer, [Edit("out.weight", 1)])
+    assert layer.get_parameter("out.weight") is before
+    apply_(layer, [Edit("out.weight", 1, value=given)])
+    layer.get_parameter("out.weight").data.zero_()
+    assert bool((given == 1).all())
+
+
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_an_activation_is_transformers_own(name: str) -> None:
     config = tiny_model("llama", hidden_act=name).config
