@@ -20,7 +20,6 @@ from rich.table import Table
 from minisp import fast
 from minisp.errors import ConfigError, MinispError, OutputError
 from minisp.evaluate.measure import check_texts, tokenize
-from minisp.export.folder import sha256
 from minisp.export.targets import check_planned, export
 from minisp.phases.run import Progress
 from minisp.recipes import gates
@@ -28,6 +27,7 @@ from minisp.recipes.gates import Outcome
 from minisp.recipes.inputs import Inputs, gather, recipe_sha256, versions
 from minisp.recipes.recipe import MANIFEST_NAME, Recipe, load
 from minisp.store.checkpoint import Checkpoint
+from minisp.store.files import sha256
 from minisp.store.writer import check_output, publish, write_json
 
 IDENTITY, SCRATCH, PARTS = "minisp-build-identity.json", "scratch", "parts"
