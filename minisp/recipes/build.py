@@ -255,10 +255,9 @@ def _clear(workshop: Path) -> None:
 
 
 def _discard(workshop: Path) -> None:
-    """Remove a workshop, where there is one."""
-    if workshop.is_dir():
-        _clear(workshop)
-        workshop.rmdir()
+    """Remove a workshop, where there is one; its own build may be removing it too."""
+    (workshop / IDENTITY).unlink(missing_ok=True)
+    shutil.rmtree(workshop, ignore_errors=True)
 
 
 def _plain(path: Path) -> Any:
