@@ -37,8 +37,8 @@ TORCHAO = {"int8": torch.int8, "int4": torch.int4, "int3": torch.int3}
 GROUP = 32
 TYPES = ("bf16", "q8_0", "int8", "q4_k", "int4", "q4_0", "int3")
 # What is timed: tokens of the prompt, of the answer, turns, and the types.
-PROMPT, ANSWER, TURNS = 256, 32, 5
-TIMED = ("bf16", "q8_0", "q4_0", "q4_k")
+PROMPT, ANSWER, TURNS = 128, 16, 5
+TIMED = ("bf16", "q8_0", "q4_k")
 
 
 def bfloat16_(model: Any) -> int:
@@ -136,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("models", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--types", nargs="*", choices=TYPES, default=TYPES, help="Of cells that are missing.")
     parser.add_argument("--speed", action="store_true", help="Measure speed too.")
     options = parser.parse_args()
     folders = {name: Path(folder) for name, _, folder in (model.partition("=") for model in options.models)}
@@ -144,7 +145,7 @@ def main() -> None:
     data: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {"rows": {}, "speed": {}}
     data |= {"window": WINDOW, "windows": WINDOWS}
     text = options.text.read_text("utf-8")
-    for kind in TYPES:
+    for kind in options.types:
         for name, folder in folders.items():
             if (key := f"{name}, {kind}") not in data["rows"]:
                 data["rows"][key] = measured(folder, kind, text)

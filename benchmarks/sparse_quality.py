@@ -8,6 +8,7 @@ is in the result file at once, and a run that is repeated goes on from there.
 
 import argparse
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import harness
@@ -77,16 +78,20 @@ def main() -> None:
             {k: round(v / result["dense"][k], 4) for k, v in result["rows"][label]["perplexity"].items()},
             flush=True,
         )
-    show(result)
+    for part in table(result):
+        print(part, end="")
 
 
-def show(result: dict[str, Any]) -> None:
-    """The table: ratios to the dense model by domain."""
-    rows = [
-        [label, *(f"{cell['perplexity'][k] / v:.4f}" for k, v in result["dense"].items()), f"{cell['seconds']:.0f}"]
+def table(result: dict[str, Any]) -> Iterator[str]:
+    """Ratios to the dense model by domain, and zeros among the weights."""
+    dense = result["dense"]
+    yield f"Calibrated on {result['tokens']:,} tokens. Perplexity of the dense model: "
+    yield ", ".join(f"{domain} {value:.3f}" for domain, value in dense.items()) + ".\n\n"
+    rows = (
+        [label, f"{cell['zeros']:.1%}", *(f"{cell['perplexity'][k] / v:.3f}" for k, v in dense.items())]
         for label, cell in result["rows"].items()
-    ]
-    harness.print_table("Perplexity / dense", ["pattern, method", *result["dense"], "seconds"], rows)
+    )
+    yield harness.markdown(["pattern, method", "zeros", *dense], rows)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import quantised
 import ridge
 import serving
 import serving_speed
+import sparse_quality
 from harness import machine_line
 from harness import markdown as table
 
@@ -119,7 +120,7 @@ KINDS: dict[str, Callable[[Data], str | Iterator[str]]] = {
     "quality": quality, "peers": peers, "ablation": ablation, "blend": blend, "downstream_offline": downstream_offline,
     "minify_cpu": minify_cpu.table, "memory": memory.table, "crash": crash.table, "ridge": ridge.table,
     "gpu": gpu_suite.table, "serving_speed": serving_speed.table, "serving": serving.table,
-    "quantised": quantised.table,
+    "quantised": quantised.table, "sparse_quality": sparse_quality.table,
 }  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def served(folder: Path, *, context: int = 256, threads: int = 1) -> Iterator[st
         )
         # Ends the server where this process is killed: its input ends with this process.
         guard = subprocess.Popen(
-            ["sh", "-c", f"read _; kill -KILL -- -{process.pid}"], stdin=subprocess.PIPE, start_new_session=True
+            ["sh", "-c", f"read _; kill -KILL -{process.pid}"], stdin=subprocess.PIPE, start_new_session=True
         )
         try:
             address = f"http://127.0.0.1:{port}"

@@ -66,6 +66,7 @@ def expected(table: Table) -> Cells:
         "serving_speed": _faster,
         "serving": _served,
         "quantised": _quantised,
+        "sparse_quality": _zeros,
     }
     maker = next(maker for kind, maker in makers.items() if names.startswith(f"{kind}_"))
     return maker(table, files, detail)
@@ -99,6 +100,18 @@ def _by_method(table: Table, files: Sequence[Data], detail: str) -> Cells:
     return {
         (method, f"{keep} %"): " · ".join(_ratio(found[domain] / dense[domain]) for domain in detail.split(" · "))
         for (keep, method), found in rows.items()
+    }
+
+
+def _zeros(table: Table, files: Sequence[Data], detail: str) -> Cells:
+    """Patterns of zeros and methods, by domain."""
+    dense = {name: value for data in files for name, value in data["dense"].items()}
+    rows = {label: row["perplexity"] for data in files for label, row in data["rows"].items()}
+    named = {column.lower().replace(" ", "_"): column for column in table.columns[1:]}
+    return {
+        (label, named[domain]): _ratio(found[domain] / dense[domain])
+        for label, found in rows.items()
+        for domain in named
     }
 
 
@@ -209,6 +222,8 @@ def _quantised(table: Table, files: Sequence[Any], detail: str) -> Cells:
             cells[kind, model] = _spread(rates[detail], 0)
         return cells
     dense = data["rows"]["dense, bf16"]["perplexity"]
+    models, kinds = zip(*(key.split(", ") for key in data["rows"]), strict=True)
+    cells = {(kind, model): "–" for kind in kinds for model in models}
     for key, row in data["rows"].items():
         model, kind = key.split(", ")
         cells[kind, model] = f"{_ratio(row['perplexity'] / dense)} · {row['bytes'] / 1e6:.0f}"

@@ -83,9 +83,10 @@ def minify(
     with errors(lambda: _left_behind(out, options["scratch"])):
         split_options(**options)
         sources = sources_of(calibration)
-        console.print(plan_table(fast.plan(model, **options), shares=_shares(sources, options)))
+        planned = fast.plan(model, **options)
+        console.print(plan_table(planned, shares=_shares(sources, options)))
         if then is not None:
-            path = check_export(model, then, options, out)
+            path = check_export(model, then, planned.config, out)
             console.print(f"Then for a server: {path}", markup=False, highlight=False, soft_wrap=True)
         with progress_bar(quiet, lines=not as_json) as progress:
             result = fast.minify(model, out=out, calibration=sources, progress=progress, **options)

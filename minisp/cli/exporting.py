@@ -1,23 +1,22 @@
 """`minisp minify --export`: the check before the run, and the export after it."""
 
 from pathlib import Path
-from typing import Any
 
 from minisp.cli.console import errors
-from minisp.config import split_options
+from minisp.config import MinifyConfig
 from minisp.errors import MinispError
 from minisp.export.targets import Exported, check_planned, export, output_beside
 from minisp.store.hub import local_folder
 from minisp.store.writer import check_output
 
 
-def check_export(model: str, target: str, options: dict[str, Any], out: Path) -> Path:
+def check_export(model: str, target: str, config: MinifyConfig, out: Path) -> Path:
     """Where the export of the result at `out` will go.
 
     Raises:
         MinispError: the target cannot express what the run may leave, or the place is taken.
     """
-    check_planned(local_folder(model), target, split_options(**options)[0])
+    check_planned(local_folder(model), target, config)
     return check_output(output_beside(out.expanduser().absolute(), target), 0, is_file=target == "gguf")
 
 

@@ -133,15 +133,17 @@ def check_planned(folder: str | Path, target: str, config: MinifyConfig) -> None
     """
     source = Source.open(Path(folder).expanduser())
     structures = structures_of(source.model, source.family, config.structures)
-    varied = config.widths == "per-layer" and config.keep < 1
-    if "attention" in config.structures and (varied or (config.keep < 1 and not source.family.attention.has_head_dim)):
+    cut = config.cuts and config.keep < 1
+    varied = cut and config.widths == "per-layer"
+    if cut and "attention" in config.structures and (varied or not source.family.attention.has_head_dim):
         # Whatever the widths are.
         _check_heads(target)
         return
+    sizes = [x.num_units for x in structures]
     if varied:
         # A layer may keep any multiple of the step, or all that it has.
-        sizes = [step_of(x, structures, config) if x.layer == 0 else x.num_units for x in structures]
-    else:
+        sizes[: len(config.structures)] = [step_of(x, structures, config) for x in structures if x.layer == 0]
+    elif cut:
         sizes = kept_sizes(structures, [torch.zeros(x.num_units) for x in structures], config)
     planned = {(x.layer, x.name): size for x, size in zip(structures, sizes, strict=True)}
     resized = [replace(x, num_units=planned.get((x.layer, x.name), x.num_units)) for x in source.structures]

@@ -43,7 +43,7 @@ class Stream:
         structures: what can be removed from it, in the order in which it computes.
         device, dtype: where and in what type it computes.
         checkpoint: where the weights come from; None when the model was in memory to begin with.
-        edits: what becomes of the parameters of a layer when its weights are read; nothing, to begin with.
+        edits: what becomes of a layer's parameters when they are read; nothing, to begin with.
         vocabulary: embeddings and head, where they are left on disk.
     """
 
@@ -55,12 +55,9 @@ class Stream:
         checkpoint: Checkpoint | None,
         structures: Sequence[str] = ("mlp",),
     ):
-        self.model = model
+        self.model, self.device, self.dtype, self.checkpoint = model, device, dtype, checkpoint
         self.family: Family = family_of(model.config)
         self.structures: list[Structure] = structures_of(model, self.family, structures)
-        self.device = device
-        self.dtype = dtype
-        self.checkpoint = checkpoint
         self.layers = decoder_layers(model, self.family)
         self.vocabulary: StreamedVocabulary | None = None
         self.edits: Callable[[int], Sequence[Edit]] = lambda index: ()
@@ -98,10 +95,9 @@ class Stream:
         stream = cls(model, device, dtype, checkpoint, structures)
         stream._loader = Loader(checkpoint, device, num_slots)
         prefix = f"{layers_path(model, stream.family)}."
-        left: set[str] = set()
         if stream_vocabulary:
             stream.vocabulary = StreamedVocabulary(checkpoint, model, device, dtype)
-            left = stream.vocabulary.names
+        left = stream.vocabulary.names if stream.vocabulary is not None else set()
         names = [n for n, _ in model.named_parameters() if not n.startswith(prefix) and n not in left]
         materialise_(model, checkpoint, names, device, dtype)
         if stream.vocabulary is not None:
@@ -174,9 +170,8 @@ class Stream:
         held = self.layers[index].get_parameter(name).detach()
         if self.checkpoint is None:
             return held
-        stored = self.checkpoint.stored_name(
-            f"{layers_path(self.model, self.family)}.{index}.{name}", self.model.base_model_prefix
-        )
+        path = f"{layers_path(self.model, self.family)}.{index}.{name}"
+        stored = self.checkpoint.stored_name(path, self.model.base_model_prefix)
         if not held.is_meta and DTYPE_OF[self.checkpoint.tensors[stored].dtype] == held.dtype:
             return held
         ((_, tensor),) = self.checkpoint.read([stored])
@@ -231,10 +226,10 @@ class Stream:
         size: int = ids.numel() * self.model.config.hidden_size * self.dtype.itemsize
         return size
 
-    @property
-    def logit_bytes(self) -> int:
-        """Bytes that the logits of one chunk of tokens may take."""
-        return LOGIT_BYTES.get(self.device.type, LOGIT_BYTES["cpu"])
+    def chunk(self, num_windows: int) -> int:
+        """Tokens of each window whose logits are in memory at once."""
+        size: int = 4 * self.model.config.vocab_size * num_windows
+        return max(1, LOGIT_BYTES.get(self.device.type, LOGIT_BYTES["cpu"]) // size)
 
     def loss_gradient(self, hidden: Tensor, ids: Tensor, objective: Objective) -> tuple[float, Tensor]:
         """Loss and its gradient at the last layer's output.
@@ -254,9 +249,7 @@ class Stream:
         numbers = objective.numbers(ids)
         signs = objective.signs(numbers)
         gradient = torch.zeros_like(hidden)
-        step = hidden.shape[1]
-        if self.vocabulary is None:
-            step = max(1, self.logit_bytes // (4 * self.model.config.vocab_size * hidden.shape[0]))
+        step = self.chunk(len(hidden)) if self.vocabulary is None else hidden.shape[1]
         loss = 0.0
         for start in range(0, hidden.shape[1] - 1, step):
             stop = min(start + step, hidden.shape[1] - 1)

@@ -154,7 +154,7 @@ def divergences(stream: Stream, dense: Tensor, trials: Sequence[Tensor], ids: Te
         flat = [stream.logits(states, ids).flatten(0, 1) for states in (dense, *trials)]
         return [total / ids.numel() for total in stream.vocabulary.divergences(flat[0], flat[1:])]
     totals = [0.0] * len(trials)
-    step = max(1, stream.logit_bytes // (4 * stream.model.config.vocab_size * len(ids)))
+    step = stream.chunk(len(ids))
     for start in range(0, ids.shape[1], step):
         part = slice(start, start + step)
         wanted = stream.logits(dense[:, part], ids[:, part]).float()

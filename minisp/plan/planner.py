@@ -8,7 +8,7 @@ import torch
 from minisp.config import MinifyConfig, group_of
 from minisp.device import MEMORY_SHARE, free_main_memory, memory_limit
 from minisp.errors import ConfigError
-from minisp.models.families import CausalLM, activation_kind, decoder_layers, family_of
+from minisp.models.families import CausalLM, activation_kind, family_of
 from minisp.models.layers import autograd_bytes
 from minisp.models.stream import LOGIT_BYTES
 from minisp.models.structures import Structure, structures_of
@@ -91,7 +91,6 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     parameters = sum(p.numel() for p in model.parameters())
     config = with_target(config, structures, parameters, source.stored_bytes, source.checkpoint)
     kept_parameters = _kept_parameters(structures, config)
-    layers = decoder_layers(model, family)
     after = parameters - (cuttable - kept_parameters)
     base = psutil.Process().memory_info().rss
     kept = max(_most_kept(x, step_of(x, structures, config), config) * x.columns for x in structures)
@@ -101,9 +100,9 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
     limit = _room_limit(source, resources, layout, base)
     layout, rooms = make_rooms(sizes, layout, limit, host, on_disk=source.device.type == "cpu")
     needed = demands(sizes, layout, passes_again(sizes, layout, rooms))
-    segments = tuple(range(i, min(i + layout.segment, len(layers))) for i in range(0, len(layers), layout.segment))
-    stored_bytes = source.stored_bytes
-    bytes_after = round(stored_bytes * after / parameters)
+    count, step = sizes.num_layers, layout.segment
+    segments = tuple(range(i, min(i + step, count)) for i in range(0, count, step))
+    bytes_after = round(source.stored_bytes * after / parameters)
     return Plan(
         config=config,
         resources=resources,
@@ -116,7 +115,7 @@ def make_plan(source: Source, config: MinifyConfig, resources: Resources, *, ran
         parameters_after=after,
         cuttable=cuttable,
         kept_parameters=kept_parameters,
-        bytes=stored_bytes,
+        bytes=source.stored_bytes,
         bytes_after=bytes_after,
         batch=batch,
         segments=segments,
