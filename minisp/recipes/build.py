@@ -87,11 +87,7 @@ def build(recipe_file: str | Path, out: str | Path | None = None, *, progress: P
         OutputError: something else is at `out`, or it cannot be written.
         MinispError: any other of its subclasses, as for `minify` and `export`; nothing is then left at `out`.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ConfigError(
-            f"Build: expected one process, got {os.environ['WORLD_SIZE']}. Run minisp minify with several processes, "
-            "or build with one."
-        )
+    _check_alone()
     path = Path(recipe_file).expanduser().absolute()
     recipe = load(path)
     target = Path(out).expanduser().absolute() if out is not None else path.with_suffix("")
@@ -127,6 +123,15 @@ def build(recipe_file: str | Path, out: str | Path | None = None, *, progress: P
             "gates": [outcome.as_dict() for outcome in (*sizes, *quality)],
         }
         return Built(target, _published(recipe, manifest, model.parent, target), unchanged=False)
+
+
+def _check_alone() -> None:
+    """Raise `ConfigError` where this is one of several processes, as torchrun starts them."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            f"Build: expected one process, got {os.environ['WORLD_SIZE']}. Run minisp minify with several processes, "
+            "or build with one."
+        )
 
 
 def _minified(recipe: Recipe, inputs: Inputs, workshop: Path, progress: Progress | None) -> Path:
@@ -255,10 +260,9 @@ def _clear(workshop: Path) -> None:
 
 
 def _discard(workshop: Path) -> None:
-    """Remove a workshop, where there is one."""
-    if workshop.is_dir():
-        _clear(workshop)
-        workshop.rmdir()
+    """Remove a workshop, where there is one; its own build may be removing it too."""
+    (workshop / IDENTITY).unlink(missing_ok=True)
+    shutil.rmtree(workshop, ignore_errors=True)
 
 
 def _plain(path: Path) -> Any:

@@ -103,3 +103,10 @@ def test_a_hash_is_of_what_a_recipe_says_and_not_of_how(tmp_path: Path) -> None:
     reordered = "\n".join(reversed(GOOD.strip().splitlines())) + "\n# a comment\nname: model\n"
     assert recipe_sha256(read(tmp_path, reordered).plain()) == first
     assert recipe_sha256(read(tmp_path, GOOD.replace("0.8", "0.7")).plain()) != first
+
+
+def test_the_page_shows_a_recipe_that_loads(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/pipelines.md").read_text("utf-8")
+    recipe = read(tmp_path, page.split("```yaml\n", 1)[1].split("```", 1)[0])
+    assert recipe.names() == ["smollm2-80", "smollm2-80-q8_0.gguf"]
+    assert recipe.gates.max_perplexity_ratio == {"builtin:documentation": 1.6, "builtin:code": 1.6}
