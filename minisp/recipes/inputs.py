@@ -12,9 +12,10 @@ from typing import Any
 import minisp
 from minisp.errors import ConfigError
 from minisp.evaluate.measure import builtin_texts
-from minisp.export.folder import COMPANIONS, sha256
+from minisp.export.folder import COMPANIONS
 from minisp.recipes.recipe import Recipe
 from minisp.store.checkpoint import INDEX_NAME, Checkpoint
+from minisp.store.files import sha256
 from minisp.store.hub import local_folder
 from minisp.text.builtin import BUILTIN_PREFIX
 from minisp.text.corpora import HUB_PREFIX, load_text
