@@ -44,7 +44,8 @@ def choose_damping(problem: RidgeProblem, num_tokens: int, *, to_zero: bool = Fa
         solution = problem.solve(damping, to_zero=to_zero, probes=PROBES)
         free = 1 - solution.degrees_of_freedom / num_tokens
         curve[damping] = (solution.energy / problem.energy_sliced) ** 0.5 / free if free > 0 else float("inf")
-        if best is None or curve[damping] < curve[best.damping]:
+        # Of equal errors, as where no damping leaves a degree of freedom, the larger damping is the safer one.
+        if best is None or curve[damping] <= curve[best.damping]:
             best = solution
 
     for damping in DECADES:

@@ -65,3 +65,10 @@ def test_a_fit_with_more_degrees_of_freedom_than_tokens_is_never_chosen() -> Non
     solution, curve = damping.choose_damping(problem, 8)
     assert curve[0][1] == float("inf") and all(error > 0 for _, error in curve)
     assert solution.degrees_of_freedom < 8
+
+
+def test_where_no_damping_leaves_a_degree_of_freedom_the_largest_one_is_chosen() -> None:
+    x, weight = noisy_layer(12, 40)
+    solution, curve = damping.choose_damping(RidgeProblem(x.T @ x, torch.arange(0, 40, 2), weight), 1)
+    assert all(error == float("inf") for _, error in curve)
+    assert solution.damping == max(value for value, _ in curve)
