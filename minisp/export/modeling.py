@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+from minisp.errors import UnsupportedModelError
 from minisp.models.families import Family, decoder_layers
 from minisp.models.skeleton import KEYS
 from minisp.models.structures import heads_of, structure_in
@@ -93,15 +94,18 @@ def modeling_source(model: Any, family: Family) -> str:
     """The text of the modelling file for a causal language model of this family."""
     heads, _ = heads_of(model.config)
     key_heads = getattr(model.config, "num_key_value_heads", None) or heads
-    # Where each query has a key of its own, query heads go with their keys alone.
-    names = [name for name in KEYS if name != "queries" or heads > key_heads]
     layer, lines = decoder_layers(model, family)[0], []
-    for name in names:
+    for name, key in KEYS.items():
+        try:
+            slices = structure_in(layer, 0, name, family, model.config).slices
+        except UnsupportedModelError:
+            # Heads that cannot be cut, so that no result lists their sizes.
+            continue
         places: dict[tuple[str, int], int] = {}
-        for part in (part for part in structure_in(layer, 0, name, family, model.config).slices if part.stride):
+        for part in (part for part in slices if part.stride):
             places[part.parameter, part.axis] = places.get((part.parameter, part.axis), 0) + part.size
         rows = "".join(f"        {(*where, size)!r},\n" for where, size in places.items())
-        lines.append(f"    {KEYS[name]!r}: (\n{rows}    ),\n")
+        lines.append(f"    {key!r}: (\n{rows}    ),\n")
     return _SOURCE.substitute(
         causal=_stock(model),
         base=_stock(model, MODEL_MAPPING),

@@ -199,6 +199,15 @@ def test_heads_with_norms_of_their_own_are_refused() -> None:
     fast.minify(grouped("stablelm", qk_layernorm=True), **OPTIONS)
 
 
+def test_heads_with_norms_of_their_own_are_no_obstacle_to_widths_per_layer(tmp_path: Path) -> None:
+    model = grouped("stablelm", qk_layernorm=True)
+    source = save_checkpoint(tmp_path / "dense", model)
+    assert fast.minify(source, out=tmp_path / "out", **OPTIONS).needs_code
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    fast.minify(model, **OPTIONS)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("names", [(), ("mlp", "mlp"), ("heads",), ["mlp"], "mlp"])
 def test_structures_are_a_tuple_of_known_names(names: Any) -> None:
     with pytest.raises(ConfigError, match="Option structures: expected a tuple of one or more of mlp, attention"):
