@@ -208,7 +208,7 @@ def test_heads_with_norms_of_their_own_are_no_obstacle_to_widths_per_layer(tmp_p
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("names", [(), ("mlp", "mlp"), ("heads",), ["mlp"], "mlp"])
+@pytest.mark.parametrize("names", [(), ("mlp", "mlp"), ("heads",), "mlp"])
 def test_structures_are_a_tuple_of_known_names(names: Any) -> None:
     with pytest.raises(ConfigError, match="Option structures: expected a tuple of one or more of mlp, attention"):
         fast.minify(grouped("llama"), structures=names, **OPTIONS)

@@ -22,7 +22,7 @@ from minisp.models.skeleton import frozen
 from minisp.models.stream import Stream
 from minisp.models.watch import watch
 from minisp.ops import reference
-from minisp.phases import refit, saliency, trials
+from minisp.phases import refit, sweep, trials
 from tests.tiny import LAYERS, MODEL_TYPES, VOCABULARY, tiny_model
 
 LENGTH = 60
@@ -244,7 +244,7 @@ def test_a_whole_run_keeps_the_same_units_and_weights(family: str, monkeypatch: 
     with counted(monkeypatch) as calls:
         fast.minify(ours, **options)
     assert calls["rms_norm"] and calls["rotary"]
-    for phase in (trials, refit, saliency):
+    for phase in (trials, refit, sweep):
         monkeypatch.setattr(phase, "fast_layers", lambda model: fast_attention(model.config))
     with counted(monkeypatch) as calls:
         fast.minify(stock, **options)

@@ -157,7 +157,7 @@ def test_what_can_be_known_before_the_run_is_refused_before_it(tmp_path: Path, m
         assert not (tmp_path / "a/r").exists() and not (tmp_path / "a/.r.build").exists()
 
     refused(UnsupportedModelError, "to: padded", "to: hf", "expected layers of one width")
-    refused(CalibrationError, "source: cal.txt", "source: none.txt", "none.txt")
+    refused(CalibrationError, "source: cal.txt", "source: none.txt", "Expected a text file, got")
     refused(ConfigError, "test.txt: 3", "cal.txt: 3", "expected texts that do not calibrate, got cal.txt")
     refused(CalibrationError, "window: 32\n", "window: 60000\n", "window")
     refused(ConfigError, "keep: 0.8", "target_params: 10", "target_params")

@@ -53,7 +53,7 @@ def test_a_recipe_becomes_options(tmp_path: Path) -> None:
         ("window: 32", "windw: 32", "key method.windw: expected one of method, pattern"),
         ("window: 32", "window: 0", "Option window: expected a whole number, at least 1, got 0"),
         ("window: 32", "window: yes", "key method.window: expected a valid integer, got True"),
-        ("mlp, attention", "mlp, heads", "key method.structures.1: expected 'mlp' or 'attention', got 'heads'"),
+        ("mlp, attention", "mlp, heads", "key method.structures.1: expected 'mlp', 'attention' or 'queries'"),
         ("weight: 2", "weight: 0", "key calibration.0.weight: expected greater than 0, got 0"),
         ("to: padded", "to: onnx", "key export.1.to: expected 'hf', 'hf-per-layer', 'padded', 'gguf'"),
         ("{to: padded}", "{to: padded, dtype: f16}", "key export.1: expected no dtype for padded"),

@@ -240,7 +240,7 @@ def test_a_bad_source_of_calibration_is_refused(source: Any, says: str, good: Pa
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"kepe": 0.5}, r"Unknown option kepe: expected one of keep, structures, saliency, .*Check the spelling"),
+        ({"kepe": 0.5}, r"Unknown option kepe: expected one of keep, target_size, .*Check the spelling"),
         ({"keep": "0.5"}, r"keep: expected a number in \(0, 1\], got '0\.5'"),
         ({"keep": None}, r"keep: expected a number in \(0, 1\], got None"),
         ({"keep": True}, r"keep: expected a number in \(0, 1\], got True"),
