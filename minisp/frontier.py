@@ -25,7 +25,7 @@ from minisp.phases.run import Progress
 from minisp.store.checkpoint import Checkpoint
 from minisp.store.claim import holds_records
 from minisp.store.hub import local_folder
-from minisp.store.writer import MANIFEST_NAME, write_json
+from minisp.store.writer import MANIFEST_NAME, publish_json, read_json, write_json
 from minisp.units import megabytes, millions
 
 CSV_NAME, JSON_NAME, FIGURE_NAME, IDENTITY_NAME = "frontier.csv", "frontier.json", "frontier.png", "sweep.json"
@@ -195,11 +195,7 @@ def _claim(target: Path, identity: dict[str, Any]) -> None:
     path = target / IDENTITY_NAME
     plain = json.loads(json.dumps(identity, sort_keys=True, default=str))
     if path.is_file():
-        try:
-            found = json.loads(path.read_text("utf-8"))
-        except ValueError:
-            found = None
-        if found != plain:
+        if read_json(path) != plain:
             raise OutputError(
                 f"Output {target}: expected a new folder, or one of a sweep with the same model, text and options, got "
                 "that of another sweep. Choose another folder, or repeat that sweep's options."
@@ -208,9 +204,7 @@ def _claim(target: Path, identity: dict[str, Any]) -> None:
     if target.exists() and any(target.iterdir()):
         raise OutputError(f"Output {target}: expected a new or empty folder, got one with content. Choose another one.")
     target.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    write_json(unfinished, plain)
-    unfinished.rename(path)
+    publish_json(path, plain)
 
 
 def _named(calibration: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from minisp.models.families import CausalLM, Family, decoder_layers
-from minisp.models.structures import Slice, Structure, weight_view
+from minisp.models.structures import weight_view
 from minisp.models.watch import TappedLinear, replaced_forwards
 
 
@@ -54,13 +54,6 @@ class LinearMap:
     def output_gradient(self) -> "Tap":
         """Where the gradients at its outputs are summed."""
         return Tap(self.layer, self.path, "output_gradient")
-
-    def places_of(self, structure: Structure) -> tuple[Slice, int] | None:
-        """Where the units of a structure lie in W, and whether they are its rows, 0, or its columns, 1."""
-        for part in structure.slices:
-            if structure.layer == self.layer and part.parameter == self.weight:
-                return part, 1 - part.axis if self.transposed else part.axis
-        return None
 
 
 @dataclass(frozen=True)

@@ -135,12 +135,17 @@ class _Shot:
     def _element_threshold(self) -> float:
         histogram = CostHistogram()
         for found, curvature in self._scored():
-            costs = self._costs(found, curvature)
-            histogram.update_(costs[self._candidates(costs)])
+            with naming(found):
+                costs = self._costs(found, curvature, self._weight(found, bias=True))
+                histogram.update_(costs[self._candidates(costs)])
         return histogram.threshold(self.share / (1 - self.config.keep) if self._grouped else self.share)
 
     def _line_threshold(self) -> float:
-        return line_threshold([self._line_scores(found, curvature) for found, curvature in self._scored()], self.share)
+        scores = []
+        for found, curvature in self._scored():
+            with naming(found):
+                scores.append(self._line_scores(found, curvature, self._weight(found, bias=True)))
+        return line_threshold(scores, self.share)
 
     def _scored(self) -> Iterator[tuple[LinearMap, Curvature]]:
         for done, pair in enumerate(self._curvatures(self.maps)):
@@ -155,22 +160,17 @@ class _Shot:
     def _grouped(self) -> bool:
         return group_of(self.config.pattern) is not None
 
-    def _costs(self, found: LinearMap, curvature: Curvature) -> Tensor:
+    def _costs(self, found: LinearMap, curvature: Curvature, weight: Tensor) -> Tensor:
         """What each weight (R, C) costs, the bias left out: it never goes."""
-        with naming(found):
-            return surgeon.element_costs(curvature, self._weight(found, bias=True))[:, : found.columns].float()
+        return surgeon.element_costs(curvature, weight)[:, : found.columns].float()
 
     def _candidates(self, costs: Tensor) -> Tensor:
         """The weights (R, C) bool that the pattern lets go; what went before costs nothing, and so is among them."""
         return least(costs, self.config.pattern, 0.0) if self._grouped else torch.ones_like(costs, dtype=torch.bool)
 
-    def _line_scores(self, found: LinearMap, curvature: Curvature) -> LineScores:
-        weight = self._weight(found, bias=True)
+    def _line_scores(self, found: LinearMap, curvature: Curvature, weight: Tensor) -> LineScores:
         rows, columns = (torch.arange(size, device=weight.device)[:, None] for size in (found.rows, found.columns))
-        with naming(found):
-            return LineScores(
-                surgeon.row_costs(curvature, weight, rows), surgeon.column_costs(curvature, weight, columns)
-            )
+        return LineScores(surgeon.row_costs(curvature, weight, rows), surgeon.column_costs(curvature, weight, columns))
 
     def _updated(self, maps: Sequence[LinearMap], threshold: float) -> Iterator[tuple[LinearMap, Tensor, float | None]]:
         """Each map's new weight, (R, C) or with its bias (R, C + 1), and what the change costs in nats a token."""
@@ -190,14 +190,14 @@ class _Shot:
     def _operated(self, found: LinearMap, curvature: Curvature, weight: Tensor, threshold: float) -> Tensor:
         """The Surgeon's new weight (R, C), with the bias's column where there is one."""
         if self.config.pattern == "rows-columns":
-            rows_gone, columns_gone = self._line_scores(found, curvature).removed(threshold)
+            rows_gone, columns_gone = self._line_scores(found, curvature, weight).removed(threshold)
             bias_stays = columns_gone.new_zeros(weight.shape[1] - found.columns)
             rows, columns = ((~gone).nonzero().flatten() for gone in (rows_gone, torch.cat([columns_gone, bias_stays])))
             if len(rows) == 0 or len(columns) == 0:
                 return torch.zeros_like(weight)
             block = surgeon.update_lines(curvature, weight, rows, columns)
             return surgeon.scatter(block, rows, columns, (weight.shape[0], weight.shape[1]))
-        costs = self._costs(found, curvature)
+        costs = self._costs(found, curvature, weight)
         removed = torch.zeros_like(weight, dtype=torch.bool)
         removed[:, : found.columns] = self._candidates(costs) & (costs <= threshold)
         return surgeon.update_elements(curvature, weight, removed)

@@ -106,8 +106,6 @@ def _finish(segment: range, run: Run) -> None:
     run.own.drop(Record.GRADIENT.of(segment.stop))
     if segment.start:
         run.save_if_due(Record.GRADIENT.of(segment.start))
-        return
-    partial.drop(run.own)
 
 
 def _unfinished(segments: Sequence[range], collection: Collection[K, S], run: Run) -> list[range]:

@@ -5,7 +5,6 @@ its last finished step, and inside the first one goes on as `minify` does with `
 """
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from minisp.recipes.inputs import Inputs, gather, recipe_sha256, versions
 from minisp.recipes.recipe import MANIFEST_NAME, Recipe, load
 from minisp.store.checkpoint import Checkpoint
 from minisp.store.files import sha256
-from minisp.store.writer import check_output, publish, write_json
+from minisp.store.writer import check_output, publish, publish_json, read_json, write_json
 
 IDENTITY, SCRATCH, PARTS = "minisp-build-identity.json", "scratch", "parts"
 # What decides the bytes of an output, by its place in the manifest.
@@ -170,10 +169,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def _earlier(target: Path) -> dict[str, Any] | None:
     """The manifest of what was built at `target`; None where nothing was."""
-    try:
-        values = json.loads((target / MANIFEST_NAME).read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
+    values = read_json(target / MANIFEST_NAME)
     return values if isinstance(values, dict) else None
 
 
@@ -241,11 +237,10 @@ def _take_over(workshop: Path, recipe: Recipe, facts: dict[str, Any]) -> None:
     making = {key: value for key, value in facts["recipe"].items() if key not in ("gates", "export")}
     inputs = {key: value for key, value in facts["inputs"].items() if not key.startswith("gates/")}
     identity = {"recipe": making, "inputs": inputs, "versions": facts["versions"]}
-    if _plain(workshop / IDENTITY) != identity:
+    if read_json(workshop / IDENTITY) != identity:
         _clear(workshop)
         (workshop / PARTS).mkdir()
-        write_json(workshop / f"{IDENTITY}.unfinished", identity)
-        os.rename(workshop / f"{IDENTITY}.unfinished", workshop / IDENTITY)
+        publish_json(workshop / IDENTITY, identity)
     for path in (workshop / PARTS).iterdir():
         # What a killed step left; the names of the finished ones are known.
         if path.name.endswith(".partial") and path.name not in recipe.names():
@@ -263,10 +258,3 @@ def _discard(workshop: Path) -> None:
     """Remove a workshop, where there is one; its own build may be removing it too."""
     (workshop / IDENTITY).unlink(missing_ok=True)
     shutil.rmtree(workshop, ignore_errors=True)
-
-
-def _plain(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -213,13 +213,13 @@ def _zeros(maps: Sequence[MapReport]) -> Panel:
     marks = []
     for place, path in enumerate(paths):
         mine = [x for x in maps if x.path == path]
-        points = [(x.layer, x.zeros / max(1, x.weights)) for x in mine]
+        points = [(x.layer, x.share) for x in mine]
         told = [f"layer {x.layer}, {path}: {x.zeros:,} of {x.weights:,} weights are 0" for x in mine]
         marks += [
             Mark("line", f"line{place % COLOURS} thin", points),
             Mark("dots", f"fill{place % COLOURS}", points, told),
         ]
-    values = [x.zeros / max(1, x.weights) for x in maps]
+    values = [x.share for x in maps]
     return Panel(
         "Zeros in the linear maps",
         Chart(

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
+from minisp.methods.sparse import SparsityFacts
 from minisp.models.stream import Stream
 from minisp.models.structures import UNITS
 from minisp.phases.run import Run
@@ -46,18 +47,11 @@ class StructureReport:
 
 
 @dataclass(frozen=True)
-class MapReport:
-    """One linear map with zeros: its pattern, see `minisp.methods.sparse.SparsityFacts`; `cost` as for `Sparse`."""
+class MapReport(SparsityFacts):
+    """One linear map with zeros: what is true of them, where they are, and `cost` as for `Sparse`."""
 
     layer: int
     path: str
-    pattern: str
-    weights: int
-    zeros: int
-    groups: int
-    broken: int
-    zero_rows: int
-    zero_columns: int
     cost: float | None
 
 
@@ -147,7 +141,7 @@ def make_report(
     return MinifyReport(
         plan=plan,
         layers=layers,
-        maps=tuple(MapReport(x.found.layer, x.found.path, cost=x.cost, **asdict(x.facts)) for x in sparse),
+        maps=tuple(MapReport(**asdict(x.facts), layer=x.found.layer, path=x.found.path, cost=x.cost) for x in sparse),
         kept=tuple(r.kept for r in results),
         parameters=plan.parameters - cut,
         bytes=sum(p.numel() * p.element_size() for p in stream.model.parameters()),

@@ -22,6 +22,7 @@ from minisp.ranks import Ranks
 from minisp.resources import Resources
 from minisp.store.names import ANY, REUSABLE, SWEEP, Record
 from minisp.store.records import DATA, INDEX, Folder, Memory, Scratch, no_room
+from minisp.store.writer import read_json
 
 IDENTITY, LOCK = "minisp-run.json", "minisp-lock"
 TEXT = Record.WINDOWS.value
@@ -203,10 +204,7 @@ def _difference(part: str, earlier: Any, now: Any) -> str:
 
 
 def _earlier(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads((path / IDENTITY).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
+    value = read_json(path / IDENTITY)
     return value if isinstance(value, dict) else {}
 
 

@@ -206,6 +206,21 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def publish_json(path: Path, value: Any) -> None:
+    """Write JSON that is whole wherever it is there at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    write_json(unfinished, value)
+    os.rename(unfinished, path)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None where there is none, or it is no JSON."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 @contextmanager
 def _claimed(partial: Path) -> Iterator[None]:
     """The folder within the block, empty but for a mark of its kind, and nobody else's: a lock that dies with us."""

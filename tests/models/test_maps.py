@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from minisp.models.families import decoder_layers, family_of
 from minisp.models.maps import LinearMap, linear_maps, tapped
 from minisp.models.skeleton import frozen
-from minisp.models.structures import structures_of, weight_view
+from minisp.models.structures import weight_view
 from tests.tiny import LAYERS, MODEL_TYPES, OTHER_TYPES, tiny_model
 from tests.toys import windows
 
@@ -98,21 +98,3 @@ def test_without_gradients_the_forward_tells() -> None:
         model(input_ids=ids, use_cache=False)
     assert [(path, shape) for path, shape, _ in told] == [(x.path, (8, x.columns)) for x in maps]
     assert all(grad_y is None for _, _, grad_y in told)
-
-
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "phi3"])
-def test_a_map_knows_where_the_units_of_a_structure_lie(model_type: str) -> None:
-    model = tiny_model(model_type)
-    family = family_of(model.config)
-    structure = structures_of(model, family)[1]
-    where = {x.path: x.places_of(structure) for x in linear_maps(model, family) if x.layer == 1}
-    writers = [rows.module for rows in family.mlp.writers]
-    for path, place in where.items():
-        if path == family.mlp.down:
-            assert place is not None and place[1] == 1
-        elif path in writers:
-            assert place is not None and place[1] == 0
-        else:
-            assert place is None
-    other = [x for x in linear_maps(model, family) if x.layer == 0]
-    assert all(x.places_of(structure) is None for x in other)
